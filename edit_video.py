@@ -1,0 +1,89 @@
+"""From an inversion on disk to an edited video on disk, with any technique."""
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from config import ControlNetConfig, EditConfig, dump
+from diffusion import (
+    Schedule,
+    StableDiffusion,
+    check_checkpoint,
+    choose_device,
+    load,
+    load_scheduler,
+)
+from editor import Technique, edit
+from inversion import CLEAN, Inversion, find_inversion, noisy
+from util import run_folder, save_frames, staged, write_video_from_folders
+
+log = logging.getLogger("tokenflow")
+
+DECODE_BATCH = 8  # frames decoded before they are written
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What a technique may draw on."""
+
+    config: EditConfig
+    sd: StableDiffusion
+    inversion: Inversion
+    schedule: Schedule
+    n_frames: int
+    folder: Path
+
+    def latents(self, name: str) -> torch.Tensor:
+        """The inversion's latents of that name, of the frames that are edited: (N, 4, h, w)."""
+        return torch.tensor(self.inversion.latents(name)[: self.n_frames])
+
+    def inversion_noise(self) -> torch.Tensor:
+        """The noise (N, 4, h, w) that the inversion's end holds beyond the clean latents."""
+        manifest = self.inversion.manifest
+        alpha = self.sd.scheduler.alphas_cumprod[manifest.inverted_timestep]
+        beyond = self.latents(manifest.inverted) - alpha.sqrt() * self.latents(CLEAN)
+        return beyond / (1 - alpha).sqrt()
+
+    def source_latents(self, t: int, frames: torch.Tensor) -> torch.Tensor:
+        """The inverted latents (n, 4, h, w) of timestep `t` for frame indices (n,)."""
+        return torch.from_numpy(self.inversion.latents(noisy(t))[frames.numpy()])
+
+
+def run_edit(config: EditConfig, name: str, make_technique: Callable[[Edit], Technique]) -> Path:
+    """Edit a video with the technique `name`; returns the path of the edited video.
+
+    Beside it lie its frames, the VAE's round trip, a comparison and the configuration.
+    """
+    check_checkpoint(config.model_id)
+    schedule = Schedule.of(load_scheduler(config.model_id), config.n_timesteps)
+    inversion, n_frames = find_inversion(config, schedule.timesteps)
+    device, dtype = choose_device(config.device, config.dtype)
+    log.info("loading %s on %s in %s", config.model_id, device, dtype)
+    controlnet = config.controlnet_id if isinstance(config, ControlNetConfig) else None
+    sd = load(config.model_id, controlnet, device, dtype)
+
+    run_name = f"{name}_{Path(config.data_path).stem}"
+    with run_folder(Path(config.output_path), run_name, dump(config)) as folder:
+        job = Edit(config, sd, inversion, schedule, n_frames, folder)
+        technique = make_technique(job)
+        prompts = (inversion.prompt, config.negative_prompt, config.prompt)
+        steps = edit(sd, technique, job.source_latents, prompts, config)
+        n_steps = len(technique.schedule.timesteps)
+        (latents,) = deque(tqdm(steps, "Editing", n_steps, unit="step"), maxlen=1)
+        frames = folder / "frames"
+        with staged(frames) as partial:
+            partial.mkdir()
+            for start in tqdm(range(0, n_frames, DECODE_BATCH), "Decoding", unit="batch"):
+                decoded = sd.decode_latents(latents[start : start + DECODE_BATCH])
+                save_frames(partial, start, decoded)
+        shown = [inversion.source, inversion.reconstruction, frames]
+        write_video_from_folders(folder / "comparison.mp4", shown, n_frames, inversion.fps)
+        round_trip = folder / "vae_reconstruction.mp4"
+        write_video_from_folders(round_trip, [inversion.vae], n_frames, inversion.fps)
+        write_video_from_folders(folder / "edited.mp4", [frames], n_frames, inversion.fps)
+    return folder / "edited.mp4"

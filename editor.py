@@ -1,0 +1,109 @@
+"""The edit: at every step a joint pass over the keyframes, then propagation to every frame.
+
+A technique is an initial latent, a schedule, how long the source is injected, and a ControlNet's
+condition; nothing here knows which technique it is.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from config import EditConfig
+from diffusion import Control, Schedule, StableDiffusion, sample
+from tokenflow_utils import (
+    COND,
+    N_STREAMS,
+    UNCOND,
+    TokenFlow,
+    draw_keyframes,
+    flanking_weights,
+    install_tokenflow,
+    previous_weights,
+)
+
+
+@dataclass(frozen=True)
+class Technique:
+    """What makes an edit Plug-and-Play, SDEdit or ControlNet.
+
+    latents: (N, 4, h, w) at the schedule's first timestep.
+    attention_steps, feature_steps: how many steps, from the first, inject the source's attention
+    and features.
+    control: for frame indices (n,), what conditions the ControlNet for their three streams (3n).
+    """
+
+    latents: torch.Tensor
+    schedule: Schedule
+    attention_steps: int = 0
+    feature_steps: int = 0
+    control: Callable[[torch.Tensor], Control] | None = None
+
+
+def edit(
+    sd: StableDiffusion,
+    technique: Technique,
+    source_latents: Callable[[int, torch.Tensor], torch.Tensor],
+    prompts: tuple[str, str, str],
+    config: EditConfig,
+) -> Iterator[torch.Tensor]:
+    """Edit a video; yields the latents (N, 4, h, w) after each step.
+
+    source_latents: the inverted latents (n, 4, h, w) of a timestep for frame indices (n,).
+    prompts: of the source, uncond and cond streams.
+    """
+    with install_tokenflow(sd.unet) as flow:
+        denoiser = Denoiser(sd, flow, technique, source_latents, prompts, config)
+        yield from sample(technique.latents, technique.schedule, denoiser.predict_noise)
+
+
+class Denoiser:
+    """Predicts the guided noise of all frames of a video at one timestep with TokenFlow."""
+
+    def __init__(
+        self,
+        sd: StableDiffusion,
+        flow: TokenFlow,
+        technique: Technique,
+        source_latents: Callable[[int, torch.Tensor], torch.Tensor],
+        prompts: tuple[str, str, str],
+        config: EditConfig,
+    ) -> None:
+        self.sd, self.flow, self.config = sd, flow, config
+        self.source_latents = source_latents
+        self.control = technique.control
+        self.text = torch.cat([sd.encode_text(prompt) for prompt in prompts])  # 3 l d
+        timesteps = technique.schedule.timesteps
+        self.attention_timesteps = frozenset(timesteps[: technique.attention_steps])
+        self.feature_timesteps = frozenset(timesteps[: technique.feature_steps])
+        self.generator = torch.Generator().manual_seed(config.seed)  # draws keyframes, nothing else
+
+    def predict_noise(self, latents: torch.Tensor, t: int) -> torch.Tensor:
+        """The guided noise (N, 4, h, w) of all frames' latents (N, 4, h, w) at timestep `t`."""
+        frames = torch.arange(len(latents))
+        keyframes = draw_keyframes(len(latents), self.config.batch_size, self.generator)
+        weights = self._weights(frames, keyframes)  # N k
+        inject_features = t in self.feature_timesteps
+        self.flow.begin_joint_edit(t in self.attention_timesteps, inject_features)
+        self._predict_streams(latents, t, keyframes)  # for what the layers remember of it
+        noise = torch.empty_like(latents)
+        for chunk in frames.split(self.config.batch_size):
+            self.flow.begin_propagation(weights[chunk], inject_features)
+            streams = self._predict_streams(latents, t, chunk)
+            guidance = self.config.guidance_scale * (streams[COND] - streams[UNCOND])
+            noise[chunk] = streams[UNCOND] + guidance
+        return noise
+
+    def _weights(self, frames: torch.Tensor, keyframes: torch.Tensor) -> torch.Tensor:
+        if self.config.propagation == "previous":
+            return previous_weights(frames, keyframes, self.config.batch_size)
+        return flanking_weights(frames, keyframes)
+
+    def _predict_streams(self, latents: torch.Tensor, t: int, frames: torch.Tensor) -> torch.Tensor:
+        """One UNet pass over the three streams of `frames` (n,): noise (3, n, 4, h, w)."""
+        source = self.source_latents(t, frames).to(latents)
+        streams = torch.cat([source, latents[frames], latents[frames]])  # 3n 4 h w
+        text = self.text.repeat_interleave(len(frames), dim=0)  # 3n l d
+        control = self.control(frames) if self.control else None
+        noise = self.sd.predict_noise(streams, t, text, control)
+        return noise.unflatten(0, (N_STREAMS, -1))

@@ -1,0 +1,213 @@
+"""An inversion on disk: what `preprocess.py` leaves and an edit finds again.
+
+`<save_dir>/sd_<version or model>/<video>/steps_<steps>/nframes_<n>/` holds
+
+- `latents/noisy_latents_<t>.npy`, (N, 4, h, w) fp32, for every editing timestep t;
+- `latents/clean_latents.npy`, the encoded frames, and `latents/inverted_latents.npy`, the end of the
+  inversion where that is no editing timestep; of the same shape;
+- `source/`, `vae/` and `frames/`: the frames as they were encoded, after the VAE's round trip, and
+  reconstructed from the noisiest latents; `inverted.mp4`, the latter as a video;
+- `inversion_prompt.txt` and `manifest.json`, all that made them.
+"""
+
+import json
+import shlex
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from config import ControlNetConfig, EditConfig, PreprocessConfig, UserError, inversion_name
+from util import fingerprint
+
+CLEAN = "clean_latents"
+INVERTED = "inverted_latents"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that made an inversion."""
+
+    config: dict  # of the PreprocessConfig
+    source: str  # fingerprint of the video
+    checkpoint: str  # fingerprint of the UNet's weights, or the hub id
+    fps: str  # frames per second of the frames used, as a fraction
+    n_frames: int
+    timesteps: tuple[int, ...]  # editing timesteps whose latents are saved, the noisiest first
+    inverted: str  # name of the latents that the inversion ended with,
+    inverted_timestep: int  # and their timestep
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """The files of one inversion."""
+
+    folder: Path
+
+    @classmethod
+    def of(cls, config: PreprocessConfig, n_frames: int) -> "Inversion":
+        """Where `preprocess.py` puts the inversion of `n_frames` frames."""
+        conditioned = config.controlnet_id is not None
+        name = inversion_name(config.model, config.sd_version, conditioned)
+        video = Path(config.save_dir) / name / Path(config.data_path).stem
+        return cls(video / f"steps_{config.steps}" / f"nframes_{n_frames}")
+
+    @property
+    def source(self) -> Path:
+        """Folder of the source frames."""
+        return self.folder / "source"
+
+    @property
+    def vae(self) -> Path:
+        """Folder of the frames after the VAE's round trip."""
+        return self.folder / "vae"
+
+    @property
+    def reconstruction(self) -> Path:
+        """Folder of the reconstructed frames."""
+        return self.folder / "frames"
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a finished inversion."""
+        return (self.folder / "manifest.json").is_file()
+
+    @property
+    def manifest(self) -> Manifest:
+        """What made the inversion; without it there is none."""
+        return Manifest(**json.loads((self.folder / "manifest.json").read_text(encoding="utf-8")))
+
+    @property
+    def prompt(self) -> str:
+        """The text that the inversion was conditioned on."""
+        return (self.folder / "inversion_prompt.txt").read_text(encoding="utf-8")
+
+    @property
+    def control_scale(self) -> float:
+        """Factor on the ControlNet's residuals while the video was inverted; 0 without one."""
+        made = self.manifest.config
+        return made["control_scale"] if made["conditioned"] else 0.0
+
+    @property
+    def fps(self) -> Fraction:
+        """Frames per second."""
+        return Fraction(self.manifest.fps)
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        """Write the manifest and the prompt, which make the inversion valid."""
+        prompt = manifest.config["inversion_prompt"]
+        (self.folder / "inversion_prompt.txt").write_text(prompt, encoding="utf-8")
+        text = json.dumps(asdict(manifest), indent=2, ensure_ascii=False)
+        (self.folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
+
+    def create_latents(self, name: str, shape: tuple[int, ...]) -> np.memmap:
+        """A new memory-mapped fp32 array (N, 4, h, w) on disk."""
+        path = self._latents_file(name)
+        path.parent.mkdir(exist_ok=True)
+        return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+
+    def latents(self, name: str, mode: str = "r") -> np.memmap:
+        """Saved latents (N, 4, h, w), memory-mapped; `noisy(t)`, `CLEAN` or `INVERTED` names them."""
+        return np.load(self._latents_file(name), mmap_mode=mode, allow_pickle=False)
+
+    def _latents_file(self, name: str) -> Path:
+        return self.folder / "latents" / f"{name}.npy"
+
+
+def noisy(t: int) -> str:
+    """Name of the latents of timestep `t`."""
+    return f"noisy_latents_{t}"
+
+
+def checkpoint_identity(model_id: str) -> str:
+    """What tells one checkpoint from another: a hub id, or a fingerprint of a folder's UNet."""
+    weights = sorted((Path(model_id) / "unet").glob("*.safetensors"))
+    weights += sorted((Path(model_id) / "unet").glob("*.bin"))
+    return fingerprint(weights[0]) if weights else model_id
+
+
+def find_inversion(config: EditConfig, timesteps: tuple[int, ...]) -> tuple[Inversion, int]:
+    """The inversion that an edit stands on, and the number of frames to edit.
+
+    timesteps: of the edit, the noisiest first. Of several, the one with the fewest frames that are
+    enough is taken. Raises UserError when there is none or it does not fit the edit.
+    """
+    found = [inversion for name in config.inversions for inversion in _list(config, name)]
+    if not found:
+        raise UserError(_no_latents(config))
+    best = config.inversions[0]
+    by_name = [i for i in found if i.folder.parents[2].name == best] or found
+    by_frames = sorted(by_name, key=lambda inversion: inversion.manifest.n_frames)
+    enough = [i for i in by_frames if i.manifest.n_frames >= config.n_frames > 0]
+    inversion = enough[0] if enough else by_frames[-1]
+    manifest = inversion.manifest
+    if config.n_frames > manifest.n_frames:
+        raise UserError(
+            f"n_frames: {config.n_frames} asked, but the latents in {inversion.folder} are of "
+            f"{manifest.n_frames} frames; ask for fewer, or run: {preprocess_command(config)}"
+        )
+    _check_fits(config, inversion, timesteps)
+    return inversion, config.n_frames or manifest.n_frames
+
+
+def preprocess_command(config: EditConfig) -> str:
+    """The command that makes the inversion an edit needs."""
+    words = ["python", "preprocess.py", "--data_path", config.data_path]
+    words += ["--steps", str(config.n_inversion_steps), "--save_steps", str(config.n_timesteps)]
+    words += ["--n_frames", str(config.n_frames), "--save_dir", config.latents_path]
+    words += ["--sd_version", config.sd_version]
+    if config.model:
+        words += ["--model", config.model]
+    if isinstance(config, ControlNetConfig):
+        words += ["--controlnet", config.controlnet_id]
+    return shlex.join(words) + ' --inversion_prompt "what the video shows"'
+
+
+def _list(config: EditConfig, name: str) -> list[Inversion]:
+    steps = Path(config.latents_path) / name / Path(config.data_path).stem
+    steps /= f"steps_{config.n_inversion_steps}"
+    return [Inversion(path.parent) for path in steps.glob("nframes_*/manifest.json")]
+
+
+def _no_latents(config: EditConfig) -> str:
+    if not Path(config.data_path).exists():
+        return f"data_path: {config.data_path}: no such file or folder, and no latents of it"
+    other = sorted(
+        path.name.removeprefix("steps_")
+        for name in config.inversions
+        for path in (Path(config.latents_path) / name / Path(config.data_path).stem).glob("steps_*")
+    )
+    hint = f" (there are some for n_inversion_steps {', '.join(other)})" if other else ""
+    return f"no latents of {config.data_path}{hint}; make them with: {preprocess_command(config)}"
+
+
+def _check_fits(config: EditConfig, inversion: Inversion, timesteps: tuple[int, ...]) -> None:
+    manifest, folder = inversion.manifest, inversion.folder
+    made = manifest.config
+    remake = f"make them again with: {preprocess_command(config)}"
+    if Path(config.data_path).exists() and fingerprint(Path(config.data_path)) != manifest.source:
+        raise UserError(f"the latents in {folder} were made from another video; {remake}")
+    if checkpoint_identity(config.model_id) != manifest.checkpoint:
+        raise UserError(
+            f"the latents in {folder} were made with another model, {made['model']}; {remake}"
+        )
+    missing = [t for t in timesteps if t not in manifest.timesteps]
+    if missing:
+        raise UserError(
+            f"n_timesteps: {config.n_timesteps} steps visit timestep {missing[0]}, whose latents "
+            f"are not among the {len(manifest.timesteps)} saved in {folder}; {remake}"
+        )
+    shape = (manifest.n_frames, 4, made["H"] // 8, made["W"] // 8)
+    for t in timesteps:
+        if inversion.latents(noisy(t)).shape != shape:
+            raise UserError(
+                f"the latents in {folder} are not of {made['W']}x{made['H']} frames; {remake}"
+            )
+    if isinstance(config, ControlNetConfig) and made["conditioned"]:
+        for key in ("control", "canny_low", "canny_high"):
+            if getattr(config, key) != made[key]:
+                raise UserError(
+                    f"{key}: {getattr(config, key)}, but the inversion was conditioned with "
+                    f"{made[key]}; use that, or {remake} --{key} {getattr(config, key)}"
+                )

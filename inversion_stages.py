@@ -1,0 +1,215 @@
+"""The stages of `preprocess.py`: read, encode, invert, reconstruct, report; each from disk to disk."""
+
+import itertools
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from config import PreprocessConfig, UserError
+from control import canny
+from diffusion import (
+    Control,
+    NoisePredictor,
+    Schedule,
+    StableDiffusion,
+    invert,
+    load_scheduler,
+    sample,
+)
+from inversion import CLEAN, Inversion
+from metrics import frame_psnr, frame_ssim
+from util import decode_frames, fit_frame, frame_path, load_frames, save_frames, write_image
+
+log = logging.getLogger("tokenflow")
+
+# Below this PSNR (dB) textures and small objects of the source are lost, in an edit too.
+POOR_PSNR = 20.0
+
+
+def schedules(config: PreprocessConfig) -> tuple[Schedule, Schedule]:
+    """The schedules of the inversion and of the editing steps whose latents are saved.
+
+    Raises UserError when the inversion would not visit every editing timestep.
+    """
+    scheduler = load_scheduler(config.model_id)
+    editing = Schedule.of(scheduler, config.save_steps)
+    inversion = Schedule.of(scheduler, config.steps)
+    if not set(editing.timesteps) <= set(inversion.timesteps):
+        n_train = scheduler.config.num_train_timesteps
+        fitting = [
+            n
+            for n in range(config.save_steps, n_train + 1)
+            if set(editing.timesteps) <= set(Schedule.of(scheduler, n).timesteps)
+        ]
+        raise UserError(
+            f"steps: {config.steps} inversion steps do not visit all timesteps of "
+            f"{config.save_steps} editing steps; these do: {', '.join(map(str, fitting))}"
+        )
+    return inversion, editing
+
+
+def count_frames(config: PreprocessConfig) -> int:
+    """The number of frames to use: `n_frames`, or for 0 all that there are."""
+    return config.n_frames or sum(1 for _ in _used_frames(config))
+
+
+def read_source(config: PreprocessConfig, folder: Path, n_frames: int) -> None:
+    """Write the `n_frames` used frames, fitted to the wanted size, as PNG into `folder`."""
+    folder.mkdir(parents=True)
+    count = 0
+    for frame in tqdm(_used_frames(config), "Reading", n_frames, unit="frame"):
+        write_image(frame_path(folder, count), fit_frame(frame, config.H, config.W, config.resize))
+        count += 1
+    used = f"{config.data_path} from start_frame {config.start_frame} with stride {config.stride}"
+    if count == 0:
+        raise UserError(f"start_frame: there are no frames in {used}")
+    if count < n_frames:
+        raise UserError(
+            f"n_frames: {n_frames} asked, but there are only {count} frames in {used}; "
+            f"use --n_frames {count}, or 0 for all"
+        )
+
+
+def encode(sd: StableDiffusion, inversion: Inversion, n_frames: int, batch_size: int) -> None:
+    """Encode the source frames to the clean latents, and decode those: the VAE's round trip."""
+    inversion.vae.mkdir()
+    clean = None
+    for start, stop, bar in _progress("Encoding", n_frames, batch_size, steps=1):
+        latents = sd.encode_frames(load_frames(inversion.source, range(start, stop)))
+        if clean is None:
+            clean = inversion.create_latents(CLEAN, (n_frames, *latents.shape[1:]))
+        clean[start:stop] = latents.numpy()
+        save_frames(inversion.vae, start, sd.decode_latents(latents))
+        bar.update()
+
+
+def invert_video(
+    sd: StableDiffusion,
+    inversion: Inversion,
+    config: PreprocessConfig,
+    schedule: Schedule,
+    names: dict[int, str],
+) -> None:
+    """Invert the clean latents; save those of the timesteps in `names`, under those names."""
+    clean = inversion.latents(CLEAN)
+    for name in names.values():
+        inversion.create_latents(name, clean.shape)
+    steps = len(schedule.timesteps)
+    for start, stop, bar in _progress("Inverting", len(clean), config.batch_size, steps):
+        latents = torch.tensor(clean[start:stop], device=sd.device)
+        predict_noise = _noise_predictor(sd, inversion, config, start, stop)
+        for t, noisier in invert(latents, schedule, predict_noise):
+            if t in names:
+                inversion.latents(names[t], "r+")[start:stop] = noisier.cpu().numpy()
+            bar.update()
+
+
+def reconstruct(
+    sd: StableDiffusion,
+    inversion: Inversion,
+    config: PreprocessConfig,
+    schedule: Schedule,
+    inverted: str,
+) -> None:
+    """Sample the video back from the latents named `inverted` and write its frames."""
+    inversion.reconstruction.mkdir()
+    noisiest = inversion.latents(inverted)
+    steps = len(schedule.timesteps)
+    for start, stop, bar in _progress("Reconstructing", len(noisiest), config.batch_size, steps):
+        latents = torch.tensor(noisiest[start:stop], device=sd.device)
+        predict_noise = _noise_predictor(sd, inversion, config, start, stop)
+        for cleaner in sample(latents, schedule, predict_noise):
+            latents = cleaner
+            bar.update()
+        save_frames(inversion.reconstruction, start, sd.decode_latents(latents))
+
+
+def report(
+    sd: StableDiffusion, inversion: Inversion, config: PreprocessConfig, n_frames: int
+) -> str:
+    """What a person should know of the reconstruction: how good it is and, if poor, why."""
+
+    def compare(a: Path, b: Path) -> tuple[float, float]:
+        scores = []
+        for start, stop in _batches(n_frames, config.batch_size):
+            pair = [load_frames(folder, range(start, stop)) for folder in (a, b)]
+            scores += zip(frame_psnr(*pair), frame_ssim(*pair), strict=True)
+        return tuple(np.mean(scores, axis=0))
+
+    vae = compare(inversion.vae, inversion.source)
+    whole = compare(inversion.reconstruction, inversion.source)
+    inverted = compare(inversion.reconstruction, inversion.vae)
+    text = (
+        f"reconstruction: PSNR {whole[0]:.2f} dB, SSIM {whole[1]:.3f} against the source; "
+        f"PSNR {inverted[0]:.2f} dB, SSIM {inverted[1]:.3f} against the VAE's round trip, "
+        f"which itself has PSNR {vae[0]:.2f} dB, SSIM {vae[1]:.3f}"
+    )
+    if whole[0] >= POOR_PSNR:
+        return text
+    text += (
+        f"\nwarning: below {POOR_PSNR:.0f} dB a video is too poorly reconstructed to edit well; "
+    )
+    if vae[0] < POOR_PSNR:
+        return text + "the VAE loses it: use larger frames (--H, --W) or another checkpoint"
+    if _prompt_misleads(sd, inversion, config):
+        return text + "the inversion prompt does not describe it: the model does better with none"
+    return text + "the inversion loses it: use more --steps, or describe it in --inversion_prompt"
+
+
+def _prompt_misleads(sd: StableDiffusion, inversion: Inversion, config: PreprocessConfig) -> bool:
+    """Whether the model denoises the video worse with the inversion prompt than with none."""
+    clean = torch.tensor(inversion.latents(CLEAN)[: config.batch_size], device=sd.device)
+    generator = torch.Generator().manual_seed(config.seed)
+    noise = torch.randn(clean.shape, generator=generator).to(sd.device)
+    t = sd.scheduler.config.num_train_timesteps // 2  # where the prompt matters most
+    noisy = sd.scheduler.add_noise(clean, noise, torch.tensor(t))
+    control = _control(sd, inversion, config, 0, len(clean))
+
+    def error(prompt: str) -> float:
+        text = sd.encode_text(prompt).expand(len(clean), -1, -1)
+        return (sd.predict_noise(noisy, t, text, control) - noise).square().mean().item()
+
+    return error(config.inversion_prompt) > error("")
+
+
+def _noise_predictor(
+    sd: StableDiffusion, inversion: Inversion, config: PreprocessConfig, start: int, stop: int
+) -> NoisePredictor:
+    text = sd.encode_text(config.inversion_prompt).expand(stop - start, -1, -1)
+    control = _control(sd, inversion, config, start, stop)
+    return lambda latents, t: sd.predict_noise(latents, t, text, control)
+
+
+def _control(
+    sd: StableDiffusion, inversion: Inversion, config: PreprocessConfig, start: int, stop: int
+) -> Control | None:
+    if sd.controlnet is None:
+        return None
+    frames = load_frames(inversion.source, range(start, stop))
+    edges = canny(frames, config.canny_low, config.canny_high)
+    return Control(sd.to_images(edges), torch.full((stop - start,), config.control_scale))
+
+
+def _used_frames(config: PreprocessConfig) -> Iterator[np.ndarray]:
+    stop = config.start_frame + config.n_frames * config.stride if config.n_frames else None
+    frames = decode_frames(Path(config.data_path))
+    return itertools.islice(frames, config.start_frame, stop, config.stride)
+
+
+def _batches(n_frames: int, batch_size: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, n_frames, batch_size):
+        yield start, min(start + batch_size, n_frames)
+
+
+def _progress(
+    stage: str, n_frames: int, batch_size: int, steps: int
+) -> Iterator[tuple[int, int, tqdm]]:
+    """The batches of a stage, with a progress bar that counts `steps` for each."""
+    batches = list(_batches(n_frames, batch_size))
+    with tqdm(desc=stage, total=len(batches) * steps, unit="step") as bar:
+        for start, stop in batches:
+            yield start, stop, bar

@@ -1,0 +1,69 @@
+"""Invert a video: encode its frames, run DDIM inversion, save the latents, reconstruct the video.
+
+The last line on stdout is the path of the reconstruction, inverted.mp4. Look at it: an edit can be no
+better than it is.
+"""
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+
+from config import PreprocessConfig, UserError, command, parse
+
+log = logging.getLogger("tokenflow")
+
+
+@command
+def main() -> None:
+    """Check everything that can be checked, then read, encode, invert, reconstruct and report."""
+    config = parse(PreprocessConfig, __doc__)
+
+    # Slow imports, left until the configuration is known to be right.
+    import inversion_stages as stages
+    from diffusion import check_checkpoint, choose_device, load
+    from inversion import INVERTED, Inversion, Manifest, checkpoint_identity, noisy
+    from util import fingerprint, frame_rate, staged, write_video_from_folders
+
+    fps = frame_rate(Path(config.data_path)) / config.stride
+    source = fingerprint(Path(config.data_path))
+    check_checkpoint(config.model_id, config.H, config.W)
+    schedule, editing = stages.schedules(config)
+    device, dtype = choose_device(config.device, config.dtype)
+    n_frames = stages.count_frames(config)
+    final = Inversion.of(config, n_frames)
+    if final.exists and final.manifest.source != source:
+        raise UserError(
+            f"{final.folder} holds the inversion of another video of the same name; "
+            "use another --save_dir, or delete that folder"
+        )
+
+    names = {t: noisy(t) for t in editing.timesteps}
+    inverted = names.setdefault(schedule.timesteps[0], INVERTED)
+    with staged(final.folder) as partial:
+        inversion = Inversion(partial)
+        stages.read_source(config, inversion.source, n_frames)
+        log.info("loading %s on %s in %s", config.model_id, device, dtype)
+        sd = load(config.model_id, config.controlnet_id, device, dtype)
+        stages.encode(sd, inversion, n_frames, config.batch_size)
+        stages.invert_video(sd, inversion, config, schedule, names)
+        stages.reconstruct(sd, inversion, config, schedule, inverted)
+        video = partial / "inverted.mp4"
+        write_video_from_folders(video, [inversion.reconstruction], n_frames, fps)
+        inversion.write_manifest(
+            Manifest(
+                config=asdict(config) | {"conditioned": config.controlnet_id is not None},
+                source=source,
+                checkpoint=checkpoint_identity(config.model_id),
+                fps=str(fps),
+                n_frames=n_frames,
+                timesteps=editing.timesteps,
+                inverted=inverted,
+                inverted_timestep=schedule.timesteps[0],
+            )
+        )
+        log.info(stages.report(sd, inversion, config, n_frames))
+    print(final.folder / video.name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Edit a video with Plug-and-Play and TokenFlow.
+
+The edit starts from the inversion's noise, and in the first steps takes over the source's
+self-attention (pnp_attn_t) and features (pnp_f_t), which hold the layout. Run preprocess.py first.
+The last line on stdout is the path of the edited video.
+"""
+
+from pathlib import Path
+
+from config import PnPConfig, command, parse_with_yaml
+
+
+@command
+def main() -> None:
+    """Parse, edit, and print where the result is."""
+    default = Path(__file__).parent / "configs" / "config_pnp.yaml"
+    config = parse_with_yaml(PnPConfig, __doc__, default)
+
+    # Slow imports, left until the configuration is known to be right.
+    from edit_video import Edit, run_edit
+    from editor import Technique
+    from inversion import noisy
+
+    def technique(job: Edit) -> Technique:
+        return Technique(
+            latents=job.latents(noisy(job.schedule.timesteps[0])),
+            schedule=job.schedule,
+            attention_steps=int(config.n_timesteps * config.pnp_attn_t),
+            feature_steps=int(config.n_timesteps * config.pnp_f_t),
+        )
+
+    print(run_edit(config, "pnp", technique))
+
+
+if __name__ == "__main__":
+    main()

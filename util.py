@@ -1,0 +1,254 @@
+"""Video and frame input and output, and files that appear whole or not at all."""
+
+import hashlib
+import itertools
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+
+from config import UserError
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
+FOLDER_FPS = Fraction(24)  # a folder of images does not say how fast it plays
+
+
+def frame_rate(path: Path) -> Fraction:
+    """Frames per second of a video file (the mean, where the rate varies) or folder of images.
+
+    Raises UserError when `path` is missing or no video.
+    """
+    if path.is_dir():
+        return FOLDER_FPS
+    with _open_video(path) as container:
+        stream = container.streams.video[0]
+        return stream.average_rate or stream.guessed_rate or FOLDER_FPS
+
+
+def decode_frames(path: Path) -> Iterator[np.ndarray]:
+    """Yield the frames of a video file or folder of images, upright, as uint8 RGB (H, W, 3).
+
+    Frames are decoded one by one. Raises UserError for a missing or undecodable source.
+    """
+    if path.is_dir():
+        for image in list_images(path):
+            yield read_image(image)
+        return
+    with _open_video(path) as container:
+        try:
+            for frame in container.decode(video=0):
+                # The display matrix of a phone's video turns it upright, counter-clockwise.
+                yield np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+        except av.FFmpegError as error:
+            raise UserError(f"{path}: cannot be decoded ({error.strerror})") from error
+
+
+def list_images(folder: Path) -> list[Path]:
+    """The image files of `folder` in natural order (2 before 10); UserError when there are none."""
+    images = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES]
+    if not images:
+        raise UserError(f"{folder}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return sorted(
+        images,
+        key=lambda p: [int(s) if s.isdecimal() else s for s in re.split(r"([0-9]+)", p.name)],
+    )
+
+
+def read_image(path: Path) -> np.ndarray:
+    """One image file as uint8 RGB (H, W, 3)."""
+    image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    if image is None:
+        raise UserError(f"{path}: cannot be decoded as an image")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def write_image(path: Path, frame: np.ndarray) -> None:
+    """Write uint8 RGB (H, W, 3) as an image file."""
+    if not cv2.imwrite(str(path), cv2.cvtColor(frame, cv2.COLOR_RGB2BGR)):
+        raise OSError(f"cannot write {path}")
+
+
+def frame_path(folder: Path, index: int) -> Path:
+    """Where frame `index` of a folder of frames lies."""
+    return folder / f"{index:05d}.png"
+
+
+def load_frames(folder: Path, indices: Iterable[int]) -> np.ndarray:
+    """Frames of a folder written by `save_frames`, as uint8 RGB (n, H, W, 3)."""
+    return np.stack([read_image(frame_path(folder, index)) for index in indices])
+
+
+def save_frames(folder: Path, start: int, frames: Iterable[np.ndarray]) -> None:
+    """Write uint8 RGB frames (H, W, 3) as PNG into `folder`, numbered from `start`."""
+    for index, frame in enumerate(frames, start):
+        write_image(frame_path(folder, index), frame)
+
+
+def fit_frame(frame: np.ndarray, height: int, width: int, mode: str) -> np.ndarray:
+    """Fit a frame (h, w, 3) into (height, width, 3).
+
+    `crop` keeps the aspect ratio and cuts the centre out, `pad` keeps it and adds black borders,
+    `stretch` does not keep it. A frame that has the size already is returned as it is.
+    """
+    h, w = frame.shape[:2]
+    if (h, w) == (height, width):
+        return frame
+    ratios = height / h, width / w
+    scale = {"crop": max(ratios), "pad": min(ratios), "stretch": None}[mode]
+    new_h, new_w = (height, width) if scale is None else (round(h * scale), round(w * scale))
+    shrinks = new_h * new_w < h * w
+    frame = cv2.resize(
+        frame, (new_w, new_h), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
+    )
+    top, left = max(0, (new_h - height) // 2), max(0, (new_w - width) // 2)
+    frame = frame[top : top + height, left : left + width]
+    above, before = (height - frame.shape[0]) // 2, (width - frame.shape[1]) // 2
+    return cv2.copyMakeBorder(
+        frame,
+        above,
+        height - frame.shape[0] - above,
+        before,
+        width - frame.shape[1] - before,
+        cv2.BORDER_CONSTANT,
+    )
+
+
+def write_video(path: Path, frames: Iterable[np.ndarray], fps: Fraction) -> None:
+    """Encode uint8 RGB frames (H, W, 3), H and W even, as H.264 as they come."""
+    with staged(path) as partial, av.open(str(partial), "w") as container:
+        stream = None
+        for frame in frames:
+            if stream is None:
+                stream = container.add_stream("libx264", rate=fps)
+                stream.height, stream.width = frame.shape[:2]
+                stream.pix_fmt = "yuv420p"
+                stream.options = {"crf": "12"}
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+
+
+def write_video_from_folders(path: Path, folders: list[Path], n_frames: int, fps: Fraction) -> None:
+    """Encode the first `n_frames` frames of `folders` side by side."""
+    frames = (
+        np.concatenate([read_image(frame_path(folder, i)) for folder in folders], axis=1)
+        for i in range(n_frames)
+    )
+    write_video(path, frames, fps)
+
+
+def fingerprint(path: Path) -> str:
+    """A short digest that tells two sources of the same name apart, without reading all of them."""
+    digest = hashlib.blake2b(digest_size=8)
+    if path.is_dir():
+        for image in list_images(path):
+            digest.update(f"{image.name} {image.stat().st_size}\n".encode())
+    else:
+        with path.open("rb") as file:
+            digest.update(str(path.stat().st_size).encode())
+            digest.update(file.read(1 << 20))
+    return digest.hexdigest()
+
+
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """Yield a path to write a file or folder to, which becomes `path` when the block succeeds.
+
+    When the block raises, nothing of it remains and what was at `path` before is untouched.
+    """
+    partial = path.with_name(f".partial-{path.name}")
+    with _made_folder(path.parent):
+        remove(partial)
+        try:
+            yield partial
+            if path.is_dir():  # a folder cannot be renamed over one that has files
+                replaced = path.with_name(f".replaced-{path.name}")
+                remove(replaced)
+                path.rename(replaced)
+                partial.rename(path)
+                remove(replaced)
+            else:
+                partial.replace(path)
+        except BaseException:
+            remove(partial)
+            raise
+
+
+@contextmanager
+def run_folder(parent: Path, name: str, config: str) -> Iterator[Path]:
+    """The folder `parent/name` for the run of this `config` text, which lies there as `config.yaml`.
+
+    A run of the same text gets the same folder again; another one gets `name_2`, `name_3`, ...
+    When the block raises, a folder that was not there before is removed.
+    """
+    with _made_folder(parent):
+        folder, new = _claim_folder(parent, name, config)
+        try:
+            yield folder
+        except BaseException:
+            if new:
+                remove(folder)
+            raise
+
+
+@contextmanager
+def _made_folder(folder: Path) -> Iterator[None]:
+    """`folder` exists in the block; what had to be made is removed when that raises, if empty."""
+    missing = [f for f in (folder, *folder.parents) if not f.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # not empty: another run uses it
+            for made in missing:
+                made.rmdir()
+        raise
+
+
+def _claim_folder(parent: Path, name: str, config: str) -> tuple[Path, bool]:
+    """A folder for `config`, and whether it is new; runs side by side get different ones."""
+    claim = parent / f".claim-{name}-{os.getpid()}"
+    claim.mkdir()
+    (claim / "config.yaml").write_text(config, encoding="utf-8")
+    try:
+        for number in itertools.count(1):
+            folder = parent / (name if number == 1 else f"{name}_{number}")
+            with suppress(OSError):  # renaming is atomic, and fails where a folder has files
+                claim.rename(folder)
+                return folder, True
+            existing = folder / "config.yaml"
+            if existing.is_file() and existing.read_text(encoding="utf-8") == config:
+                return folder, False
+    finally:
+        remove(claim)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _open_video(path: Path) -> Iterator[av.container.InputContainer]:
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    try:
+        container = av.open(str(path))
+    except av.FFmpegError as error:
+        raise UserError(f"{path}: is no video that can be decoded ({error.strerror})") from error
+    with container:
+        if not container.streams.video:
+            raise UserError(f"{path}: holds no video")
+        # Decoding on all cores; the default uses one for most codecs.
+        container.streams.video[0].thread_type = "AUTO"
+        yield container
