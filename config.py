@@ -97,8 +97,8 @@ class PreprocessConfig(ModelConfig, CannyConfig):
     start_frame: int = option("first frame used", 0, low=0)
     n_frames: int = option("frames used; 0: all", 40, low=0)
     stride: int = option("use every stride-th frame", 1, low=1)
-    steps: int = option("steps of the inversion", 500, low=1, high=1000)
-    save_steps: int = option("editing steps whose latents are saved", 50, low=1, high=1000)
+    steps: int = option("steps of the inversion", 500, low=1, high=999)
+    save_steps: int = option("editing steps whose latents are saved", 50, low=1, high=999)
     batch_size: int = option("frames in one UNet pass", 16, low=1)
     save_dir: str = option("folder of all inversions", "latents")
 
@@ -130,8 +130,8 @@ class EditConfig(ModelConfig):
     output_path: str = option("folder under which each edit gets a folder", "tokenflow-results")
     prompt: str = option("text that describes the edited video")
     negative_prompt: str = option("text that the edit is guided away from", "")
-    n_inversion_steps: int = option("steps of the inversion to use", 500, low=1, high=1000)
-    n_timesteps: int = option("steps of the edit", 50, low=1, high=1000)
+    n_inversion_steps: int = option("steps of the inversion to use", 500, low=1, high=999)
+    n_timesteps: int = option("steps of the edit", 50, low=1, high=999)
     n_frames: int = option("frames to edit, from the first; 0: all", 40, low=0)
     batch_size: int = option("frames in a chunk; each chunk has one keyframe", 8, low=1)
     guidance_scale: float = option("strength of classifier-free guidance", 7.5, low=0)
@@ -250,7 +250,7 @@ def command(main: typing.Callable[[], None]) -> typing.Callable[[], None]:
 
     @functools.wraps(main)
     def wrapper() -> None:
-        logging.basicConfig(format="%(message)s", stream=sys.stderr)
+        logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
         logging.getLogger("tokenflow").setLevel(logging.INFO)
         try:
             main()

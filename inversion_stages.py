@@ -42,7 +42,7 @@ def schedules(config: PreprocessConfig) -> tuple[Schedule, Schedule]:
         n_train = scheduler.config.num_train_timesteps
         fitting = [
             n
-            for n in range(config.save_steps, n_train + 1)
+            for n in range(config.save_steps, n_train)
             if set(editing.timesteps) <= set(Schedule.of(scheduler, n).timesteps)
         ]
         raise UserError(

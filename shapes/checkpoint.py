@@ -1,8 +1,9 @@
 """Build miniature Stable Diffusion checkpoints: SD's own structure at a fraction of its size.
 
-Nothing that loads one can tell it from a real checkpoint but by its numbers: four UNet levels of SD's
-block types with two layers a block, a KL autoencoder of scale factor 8, a CLIP text encoder with a
-byte-level CLIP tokenizer, SD's DDIM schedule, and a Canny ControlNet in the sub-folder `controlnet`.
+Nothing that loads one can tell it from a real checkpoint but by its numbers: four UNet levels of
+SD's block types with two layers a block, a KL autoencoder of scale factor 8, a CLIP text encoder
+with a byte-level CLIP tokenizer, SD's DDIM schedule, and a Canny ControlNet in the sub-folder
+`controlnet`.
 """
 
 import argparse
@@ -43,7 +44,7 @@ SHAPES = Size((16, 32, 64, 64), (64, 128, 192, 192), (2, 4, 6, 6), 128, 3, 32, (
 
 
 def build_tokenizer(words: list[str], prompt_tokens: int) -> CLIPTokenizer:
-    """CLIP tokenizer in which each of `words` is one token and any other text falls back to its bytes."""
+    """CLIP tokenizer with one token for each of `words`; other text falls back to its bytes."""
     symbols = sorted(ByteLevel.alphabet())
     vocab = symbols + [symbol + WORD_END for symbol in symbols]
     merges = []
@@ -119,7 +120,7 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def save(folder: Path, vae, text_encoder, tokenizer, unet, controlnet) -> None:
-    """Write a diffusers folder that `from_pretrained` loads, with the ControlNet in `controlnet/`."""
+    """Write a diffusers folder for `from_pretrained`, with the ControlNet in `controlnet/`."""
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -135,7 +136,7 @@ def save(folder: Path, vae, text_encoder, tokenizer, unet, controlnet) -> None:
 
 
 def build_random(folder: Path, size: Size = TINY, seed: int = 0) -> Path:
-    """Write a checkpoint of random weights, whose ControlNet has an effect too; returns `folder`."""
+    """Write a checkpoint of random weights, also in the ControlNet's outputs; returns `folder`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = build_tokenizer(["a", "red", "blue", "circle"], size.prompt_tokens)

@@ -1,0 +1,86 @@
+"""Measure a checkpoint of the world of shapes: do samples show what their captions say?
+
+Samples random captions by DDIM, and prints the part of them in which the judge reads each attribute
+as the caption has it. The judge's own accuracy and the autoencoder's PSNR are on held-out scenes.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from tqdm import tqdm
+
+from shapes.data import render_samples
+from shapes.judge import Judge, accuracies, names_of
+from shapes.vae import round_trip_psnr
+from shapes.world import attribute_indices, sample_attributes
+
+HELD_OUT_SEEDS = range(2_000_000, 2_000_256)
+BATCH = 25
+SHOWN = 40  # samples on the sheet
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Arguments of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--checkpoint", type=Path, default=Path("data/shapes-sd"))
+    parser.add_argument("--captions", type=int, default=200, help="number of captions")
+    parser.add_argument("--steps", type=int, default=50, help="DDIM steps")
+    parser.add_argument("--guidance", type=float, default=7.5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    parser.add_argument("--sheet", type=Path, help="write a picture of some samples to this file")
+    return parser.parse_args()
+
+
+def sample(pipeline: StableDiffusionPipeline, captions: list[str], args) -> np.ndarray:
+    """Samples of `captions`, uint8 (N, 128, 128, 3)."""
+    generator = torch.Generator().manual_seed(args.seed)
+    frames = []
+    for start in tqdm(range(0, len(captions), BATCH), desc="sample"):
+        images = pipeline(
+            captions[start : start + BATCH],
+            num_inference_steps=args.steps,
+            guidance_scale=args.guidance,
+            generator=generator,
+            output_type="np",
+        ).images
+        frames.append(np.round(images * 255).astype(np.uint8))
+    return np.concatenate(frames)
+
+
+def main() -> None:
+    """Sample, judge, and report."""
+    args = parse_arguments()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipeline = StableDiffusionPipeline.from_pretrained(args.checkpoint, dtype=torch.float32)
+    pipeline.to(device).set_progress_bar_config(disable=True)
+    judge = Judge.load(args.checkpoint / "judge.safetensors").to(device)
+
+    held_out, _, labels = render_samples(HELD_OUT_SEEDS)
+    rng = np.random.default_rng(args.seed)
+    wanted = [sample_attributes(rng) for _ in range(args.captions)]
+    samples = sample(pipeline, [attributes.caption() for attributes in wanted], args)
+    truth = names_of(np.array([attribute_indices(attributes) for attributes in wanted]))
+    results = {
+        "samples": accuracies(judge.read(samples), truth),
+        "judge": accuracies(judge.read(held_out), names_of(labels)),
+        "vae_psnr": round_trip_psnr(pipeline.vae, held_out[:64]),
+    }
+    print(json.dumps(results, indent=2))
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2) + "\n")
+    if args.sheet:
+        rows = np.split(samples[:SHOWN], 5)
+        sheet = np.concatenate([np.concatenate(row, axis=1) for row in rows])
+        cv2.imwrite(str(args.sheet), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
+
+
+if __name__ == "__main__":
+    main()

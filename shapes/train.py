@@ -1,0 +1,163 @@
+"""Train the miniature Stable Diffusion on the world of shapes and write it as a diffusers folder.
+
+Stages: VAE; judge; text encoder alone; text encoder and UNet together, on latents encoded once;
+Canny ControlNet. Each keeps its state in --work_dir: run the same command again after an
+interruption and it goes on. A budget is a number of steps, e.g. 4000, or of minutes, e.g. 12m;
+learning rates decay over it.
+"""
+
+import argparse
+import copy
+import shutil
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from torch import nn
+
+from shapes.checkpoint import (
+    SHAPES,
+    build_controlnet,
+    build_scheduler,
+    build_text_encoder,
+    build_tokenizer,
+    build_unet,
+    build_vae,
+    save,
+)
+from shapes.controlnet import controlnet_loss
+from shapes.data import load_samples, render_samples
+from shapes.fit import Budget, fit
+from shapes.judge import Judge, accuracies, judge_loss, names_of
+from shapes.text import text_loss, tokenize, vocabulary
+from shapes.unet import unet_loss
+from shapes.vae import encode, round_trip_psnr, vae_loss
+from shapes.world import VALUES
+
+TRAINING_SEEDS = range(16_000)
+HELD_OUT_SEEDS = range(1_000_000, 1_000_064)
+ENCODED = 10_000  # frames that the UNet learns from
+SHOWN = [
+    "a red striped circle on a green dotted background",
+    "a blue checkered square on a yellow striped background",
+    "a yellow dotted triangle on a blue checkered background",
+    "a green striped square on a red dotted background",
+    "a blue dotted circle on a red checkered background",
+    "a red checkered triangle on a blue striped background",
+    "a yellow striped circle on a green checkered background behind a grey bar",
+    "a green dotted triangle on a yellow striped background",
+]
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Arguments of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=Path("data/shapes-sd"))
+    parser.add_argument("--work_dir", type=Path, default=Path("runs/shapes"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vae", type=Budget.parse, default="1500", metavar="BUDGET")
+    parser.add_argument("--judge", type=Budget.parse, default="600", metavar="BUDGET")
+    parser.add_argument("--text", type=Budget.parse, default="400", metavar="BUDGET")
+    parser.add_argument("--unet", type=Budget.parse, default="4000", metavar="BUDGET")
+    parser.add_argument("--controlnet", type=Budget.parse, default="400", metavar="BUDGET")
+    return parser.parse_args()
+
+
+def scaled_latents(vae: AutoencoderKL, frames: np.ndarray, path: Path) -> torch.Tensor:
+    """Latents (N, 4, 16, 16) of unit variance, kept in the file `path`; sets `vae`'s factor."""
+    if not path.exists():
+        torch.save(encode(vae, frames), path)
+    latents = torch.load(path, map_location=vae.device, weights_only=True)
+    vae.register_to_config(scaling_factor=1 / latents.std().item())
+    return latents * vae.config.scaling_factor
+
+
+def write_checkpoint(folder: Path, modules: dict[str, nn.Module], tokenizer, judge: Judge) -> None:
+    """Write a half-precision checkpoint with the judge in it, replacing `folder` at once."""
+    partial_folder = folder.with_name(folder.name + ".part")
+    halves = {name: copy.deepcopy(module).half() for name, module in modules.items()}
+    save(partial_folder, tokenizer=tokenizer, **halves)
+    judge.save(partial_folder / "judge.safetensors")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial_folder.rename(folder)
+
+
+def write_samples(path: Path, pipeline: StableDiffusionPipeline) -> None:
+    """Write a PNG of one sample for each of a few fixed captions (`SHOWN`)."""
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(
+        SHOWN,
+        num_inference_steps=20,
+        generator=torch.Generator().manual_seed(0),
+        output_type="np",
+    ).images
+    sheet = np.concatenate([np.concatenate(images[row::2], 1) for row in range(2)])
+    cv2.imwrite(str(path), cv2.cvtColor((sheet * 255).astype(np.uint8), cv2.COLOR_RGB2BGR))
+
+
+def main() -> None:
+    """Train all stages and write the checkpoint."""
+    args = parse_arguments()
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    frames, captions, labels = load_samples(args.work_dir / "samples.npz", TRAINING_SEEDS)
+    held_out, _, held_out_labels = render_samples(HELD_OUT_SEEDS)
+    torch.manual_seed(args.seed)  # for the weights that training starts from
+    tokenizer = build_tokenizer(vocabulary(), SHAPES.prompt_tokens)
+    vae, unet = build_vae(SHAPES), build_unet(SHAPES)
+    text_encoder = build_text_encoder(tokenizer, SHAPES)
+    judge, heads = Judge(), nn.Linear(SHAPES.text_width, sum(map(len, VALUES.values())))
+    for module in (vae, unet, text_encoder, judge, heads):
+        module.to(device, memory_format=torch.channels_last)
+    train = partial(fit, work_dir=args.work_dir, seed=args.seed)
+
+    train("vae", {"vae": vae}, partial(vae_loss, vae, frames), args.vae, learning_rate=2e-3)
+    print(f"VAE round trip: {round_trip_psnr(vae, held_out):.2f} dB")
+    latents = scaled_latents(vae, frames[:ENCODED], args.work_dir / "latents.pt")
+
+    loss = partial(judge_loss, judge, frames, labels)
+    train("judge", {"judge": judge}, loss, args.judge, learning_rate=1e-3)
+    print("judge:", accuracies(judge.read(held_out), names_of(held_out_labels)))
+
+    token_ids, empty_ids = tokenize(tokenizer, captions[:ENCODED]), tokenize(tokenizer, [""])
+    loss = partial(text_loss, text_encoder, heads, token_ids, labels[:ENCODED])
+    train("text", {"text": text_encoder, "heads": heads}, loss, args.text, learning_rate=1e-3)
+
+    def preview(average: nn.ModuleDict) -> None:
+        """Keep a checkpoint and samples of the averaged weights so far."""
+        modules = {"vae": vae, **average}
+        pipeline = StableDiffusionPipeline(
+            **modules,
+            tokenizer=tokenizer,
+            scheduler=build_scheduler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        write_samples(args.work_dir / "samples.png", pipeline)
+        modules["controlnet"] = build_controlnet(average["unet"], SHAPES)
+        write_checkpoint(args.work_dir / "preview", modules, tokenizer, judge)
+
+    unet.compile()
+    scheduler = build_scheduler()
+    modules = {"text_encoder": text_encoder, "unet": unet}
+    loss = partial(unet_loss, unet, text_encoder, scheduler, latents, token_ids, empty_ids)
+    train("unet", modules, loss, args.unet, learning_rate=5e-4, look=preview)
+
+    controlnet = build_controlnet(unet, SHAPES).to(device, memory_format=torch.channels_last)
+    with torch.no_grad():
+        text = torch.cat([text_encoder(ids.to(device))[0] for ids in token_ids.split(500)])
+    loss = partial(controlnet_loss, controlnet, unet, scheduler, frames, latents, text)
+    train("controlnet", {"controlnet": controlnet}, loss, args.controlnet, learning_rate=2e-4)
+
+    modules |= {"vae": vae, "controlnet": controlnet}
+    write_checkpoint(args.output, modules, tokenizer, judge)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Fixtures: a tiny random checkpoint on disk, loaded as a user's is, and short clips."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import diffusion
+from shapes.checkpoint import build_random
+from util import write_video
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """A tiny Stable Diffusion of random weights, in diffusers layout."""
+    return build_random(tmp_path_factory.mktemp("checkpoints") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def sd(checkpoint) -> diffusion.StableDiffusion:
+    """The tiny checkpoint and its ControlNet, loaded on the CPU in fp32."""
+    controlnet = str(checkpoint / "controlnet")
+    return diffusion.load(str(checkpoint), controlnet, torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="session")
+def clip_frames() -> np.ndarray:
+    """A coloured square that moves over a gradient: uint8 RGB (7, 64, 64, 3)."""
+    row = np.linspace(40, 200, 64)
+    gradient = np.stack(np.broadcast_arrays(row, row[:, None], 90), -1)
+    frames = np.stack([gradient.astype(np.uint8)] * 7)
+    for index, frame in enumerate(frames):
+        frame[20:44, 8 + 5 * index : 30 + 5 * index] = (220, 60, 30)
+    return frames
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory, clip_frames) -> Path:
+    """The clip as an mp4 of 12 frames a second."""
+    path = tmp_path_factory.mktemp("clips") / "clip.mp4"
+    write_video(path, clip_frames, 12)
+    return path

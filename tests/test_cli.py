@@ -1,0 +1,269 @@
+"""The commands end to end: what they print and write, and every mistake a user can make."""
+
+import contextlib
+import importlib
+import io
+import json
+import shutil
+import subprocess
+import sys
+import unittest.mock
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import yaml
+
+import util
+from config import ControlNetConfig, PnPConfig, SDEditConfig
+
+ROOT = Path(__file__).parent.parent
+TECHNIQUES = {"pnp": PnPConfig, "sdedit": SDEditConfig, "controlnet": ControlNetConfig}
+
+
+@dataclass
+class Result:
+    """What a command left: exit status and the text of its two streams."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(script, *flags, cwd):
+    """Run a command in this process, which spares it the seconds of importing torch."""
+    module = importlib.import_module(script.removesuffix(".py"))
+    stdout, stderr, status = io.StringIO(), io.StringIO(), 0
+    argv = [script, *map(str, flags)]
+    with (
+        contextlib.chdir(cwd),
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+        unittest.mock.patch("sys.argv", argv),
+    ):
+        try:
+            module.main()
+        except SystemExit as end:
+            status = end.code or 0
+    return Result(status, stdout.getvalue(), stderr.getvalue())
+
+
+def run_process(script, *flags, cwd):
+    """Run a command as a user does."""
+    command = [sys.executable, ROOT / script, *map(str, flags)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+def last_line(result) -> Path:
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert len(lines) == 1, "nothing but the path belongs on stdout"
+    return Path(lines[0])
+
+
+def refusal(result, *words):
+    """The one line of a refusal; it must hold all of `words`."""
+    assert result.returncode == 2, result.stderr
+    assert result.stdout == "" and "Traceback" not in result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    for word in words:
+        assert str(word) in errors[0]
+    return errors[0]
+
+
+def video_of(path):
+    with av.open(str(path)) as container:
+        frames = sum(1 for _ in container.decode(video=0))
+        stream = container.streams.video[0]
+        return frames, stream.average_rate, stream.width, stream.height
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory, checkpoint, clip):
+    """A folder with a clip whose inversion (5 steps, 64x64) is in `latents`, with and without control."""
+    folder = tmp_path_factory.mktemp("work")
+    shutil.copy(clip, folder / "clip.mp4")
+    flags = ["--data_path", "clip.mp4", "--model", checkpoint, "--H", 64, "--W", 64]
+    flags += [
+        "--steps",
+        5,
+        "--save_steps",
+        5,
+        "--n_frames",
+        7,
+        "--inversion_prompt",
+        "a red square",
+    ]
+    results = [
+        run_process("preprocess.py", *flags, cwd=folder),
+        run("preprocess.py", *flags, "--controlnet", checkpoint / "controlnet", cwd=folder),
+    ]
+    return folder, flags, results
+
+
+def edit_flags(checkpoint, technique):
+    flags = ["--data_path", "clip.mp4", "--model", checkpoint, "--prompt", "a blue square"]
+    flags += ["--n_inversion_steps", 5, "--n_timesteps", 5, "--n_frames", 7, "--batch_size", 3]
+    flags += ["--output_path", "out"]
+    return flags + (
+        ["--controlnet", checkpoint / "controlnet"] if technique == "controlnet" else []
+    )
+
+
+def test_preprocess(work, checkpoint):
+    folder, flags, results = work
+    video = folder / last_line(results[0])
+    inversion = folder / "latents" / "sd_tiny" / "clip" / "steps_5" / "nframes_7"
+    assert video == inversion / "inverted.mp4" and video_of(video) == (7, 12, 64, 64)
+    assert (inversion / "inversion_prompt.txt").read_text() == "a red square"
+    for t in (1, 201, 401, 601, 801):
+        latents = np.load(inversion / "latents" / f"noisy_latents_{t}.npy", mmap_mode="r")
+        assert latents.shape == (7, 4, 8, 8) and latents.dtype == np.float32
+    for name in ("source", "vae", "frames"):
+        assert len(list((inversion / name).glob("*.png"))) == 7
+    manifest = json.loads((inversion / "manifest.json").read_text())
+    assert manifest["config"]["inversion_prompt"] == "a red square" and manifest["fps"] == "12"
+    assert "PSNR" in results[0].stderr and "SSIM" in results[0].stderr
+    assert last_line(results[1]).parts[1] == "sd_tiny_ControlNet"
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_edit(work, checkpoint, technique):
+    folder, _, _ = work
+    script, flags = f"run_tokenflow_{technique}.py", edit_flags(checkpoint, technique)
+    video = folder / last_line(run_process(script, *flags, cwd=folder))
+    assert video == folder / "out" / f"{technique}_clip" / "edited.mp4"
+    assert video_of(video) == (7, 12, 64, 64)
+    assert video_of(video.parent / "comparison.mp4") == (7, 12, 192, 64)
+    assert video_of(video.parent / "vae_reconstruction.mp4") == (7, 12, 64, 64)
+    if technique == "controlnet":
+        assert video_of(video.parent / "control.mp4") == (7, 12, 64, 64)
+    frames = util.load_frames(video.parent / "frames", range(7))
+    written = yaml.safe_load((video.parent / "config.yaml").read_text())
+    assert set(written) == {f.name for f in fields(TECHNIQUES[technique])}
+
+    # The same edit again: the same folder, the same bytes. Another prompt: another folder.
+    again = folder / last_line(run_process(script, *flags, cwd=folder))
+    assert again == video
+    assert np.array_equal(util.load_frames(video.parent / "frames", range(7)), frames)
+    other = folder / last_line(run(script, *flags, "--prompt", "a dog", cwd=folder))
+    assert other.parent.name == f"{technique}_clip_2"
+    assert not np.array_equal(util.load_frames(other.parent / "frames", range(7)), frames)
+
+
+def test_folder_input_with_stride(tmp_path, checkpoint, clip_frames):
+    (tmp_path / "images").mkdir()
+    util.save_frames(tmp_path / "images", 0, clip_frames)
+    flags = ["--data_path", "images", "--model", checkpoint, "--H", 64, "--W", 64, "--steps", 2]
+    flags += ["--save_steps", 2, "--n_frames", 0, "--start_frame", 1, "--stride", 2]
+    video = tmp_path / last_line(run("preprocess.py", *flags, cwd=tmp_path))
+    assert video.parent.name == "nframes_3" and video_of(video)[:2] == (3, 12)
+    source = util.load_frames(video.parent / "source", range(3))
+    assert np.array_equal(source, clip_frames[1::2])
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (["--data_path", "missing.mp4"], ["missing.mp4", "no such file"]),
+        (["--data_path", "notes.mp4"], ["notes.mp4", "decoded"]),
+        (["--n_frames", 9], ["n_frames", "only 7", "--n_frames 7"]),
+        (["--start_frame", 70], ["start_frame"]),
+        (["--H", 70], ["H: 70", "multiple of 64", "64"]),
+        (["--steps", 7], ["steps: 7", "these do: 5, 10"]),
+        (["--steps", 3], ["steps: 3"]),
+        (["--sd_version", "3"], ["sd_version", "1.5, 2.0, 2.1, ControlNet"]),
+        (["--stpes", 3], ["stpes", "did you mean 'steps'"]),
+        (["--steps", "many"], ["steps", "whole number"]),
+        (["--batch_size", 0], ["batch_size", "at least 1"]),
+        (["--device", "tpu"], ["device", "auto, cpu"]),
+        (["--model", "nobody/nothing"], ["nobody/nothing", "huggingface", "--model"]),
+        (["--model", "empty"], ["empty", "no such checkpoint"]),
+        (["--model", "xl"], ["xl", "down_block_types"]),
+    ],
+)
+def test_preprocess_refuses(tmp_path, checkpoint, clip, changes, words):
+    shutil.copy(clip, tmp_path / "clip.mp4")
+    (tmp_path / "notes.mp4").write_text("no video")
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(checkpoint / "unet", tmp_path / "xl" / "unet")
+    unet = json.loads((checkpoint / "unet" / "config.json").read_text())
+    unet["down_block_types"] = ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"]
+    (tmp_path / "xl" / "unet" / "config.json").write_text(json.dumps(unet))
+    flags = ["--data_path", "clip.mp4", "--model", checkpoint, "--H", 64, "--W", 64]
+    flags += ["--steps", 5, "--save_steps", 5, "--n_frames", 7]
+    refusal(run("preprocess.py", *flags, *changes, cwd=tmp_path), *words)
+    assert not (tmp_path / "latents").exists()
+
+
+def test_preprocess_protects_another_video_of_the_same_name(work, checkpoint, clip_frames):
+    folder, flags, _ = work
+    (folder / "other").mkdir()
+    util.write_video(folder / "other" / "clip.mp4", clip_frames[::-1], 12)
+    result = run("preprocess.py", *flags, "--data_path", "other/clip.mp4", cwd=folder)
+    refusal(result, "another video", "--save_dir")
+    edit = [*edit_flags(checkpoint, "pnp"), "--data_path", "other/clip.mp4"]
+    refusal(run("run_tokenflow_pnp.py", *edit, cwd=folder), "another video", "preprocess.py")
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (["--promt", "x"], ["promt", "did you mean 'prompt'"]),
+        (["--guidance_scale", "strong"], ["guidance_scale", "a number"]),
+        (["--pnp_f_t", 1.5], ["pnp_f_t", "between 0 and 1"]),
+        (["--propagation", "both"], ["propagation", "flanking, previous"]),
+        (["--config_path", "missing.yaml"], ["missing.yaml"]),
+        (["--config_path", "bad.yaml"], ["gidance_scale", "did you mean 'guidance_scale'"]),
+        (["--data_path", "missing.mp4"], ["missing.mp4", "no such file"]),
+        (
+            ["--n_inversion_steps", 10],
+            ["no latents", "preprocess.py --data_path clip.mp4 --steps 10"],
+        ),
+        (["--n_timesteps", 4], ["n_timesteps", "preprocess.py", "--save_steps 4"]),
+        (["--n_frames", 8], ["n_frames: 8", "7 frames", "preprocess.py"]),
+        (["--latents_path", "changed"], ["64x64", "preprocess.py"]),
+        (["--model", "copy/tiny"], ["another model", "preprocess.py"]),
+    ],
+)
+def test_edit_refuses(work, checkpoint, changes, words):
+    folder, _, _ = work
+    (folder / "bad.yaml").write_text("gidance_scale: 3\n")
+    if not (folder / "changed").exists():
+        shutil.copytree(folder / "latents", folder / "changed")
+        path = "sd_tiny/clip/steps_5/nframes_7/latents/noisy_latents_401.npy"
+        np.save(folder / "changed" / path, np.zeros((7, 4, 16, 16), np.float32))
+        shutil.copytree(checkpoint, folder / "copy" / "tiny")
+        weights = folder / "copy" / "tiny" / "unet" / "diffusion_pytorch_model.safetensors"
+        weights.write_bytes(weights.read_bytes() + b" ")
+    flags = [*edit_flags(checkpoint, "pnp"), "--output_path", "refused", *changes]
+    refusal(run("run_tokenflow_pnp.py", *flags, cwd=folder), *words)
+    assert not (folder / "refused").exists()
+
+
+def test_sdedit_that_runs_no_step(tmp_path):
+    flags = ["--data_path", "x", "--prompt", "y", "--start", 0.01]
+    refusal(run("run_tokenflow_sdedit.py", *flags, cwd=tmp_path), "start", "at least 0.02")
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_shipped_configs_are_the_defaults(technique):
+    """The YAML a user starts from and the code's defaults never drift apart."""
+    written = yaml.safe_load((ROOT / "configs" / f"config_{technique}.yaml").read_text())
+    defaults = {f.name: f.default for f in fields(TECHNIQUES[technique])}
+    assert set(written) == set(defaults)
+    for key in set(written) - {"data_path", "prompt"}:
+        assert written[key] == defaults[key], key
+
+
+def test_help_names_every_option(tmp_path):
+    result = run_process("run_tokenflow_pnp.py", "--help", cwd=tmp_path)
+    assert result.returncode == 0
+    assert all(f"--{f.name} " in result.stdout for f in fields(PnPConfig))
+
+
+def test_mistake_as_a_process(tmp_path):
+    refusal(run_process("run_tokenflow_pnp.py", "--promt", "x", cwd=tmp_path), "did you mean")

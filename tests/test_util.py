@@ -1,0 +1,139 @@
+"""Video and frame input and output."""
+
+import struct
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+
+import util
+from config import UserError
+from control import canny
+
+
+def mean_error(a, b):
+    return np.abs(a.astype(float) - b.astype(float)).mean()
+
+
+def test_video_round_trip(clip, clip_frames):
+    frames = np.stack(list(util.decode_frames(clip)))
+    assert frames.shape == clip_frames.shape and mean_error(frames, clip_frames) < 4
+    assert util.frame_rate(clip) == 12
+
+
+def test_fractional_frame_rate_is_kept(tmp_path, clip_frames):
+    ntsc = Fraction(30000, 1001)
+    util.write_video(tmp_path / "a.mp4", clip_frames, ntsc)
+    assert util.frame_rate(tmp_path / "a.mp4") == ntsc
+
+
+def test_phone_video_comes_out_upright(tmp_path, clip_frames):
+    """A mov whose display matrix says: turn me a quarter clockwise."""
+    turned = np.rot90(
+        clip_frames, 1, axes=(1, 2)
+    )  # what the sensor saw, a quarter counter-clockwise
+    path = tmp_path / "phone.mov"
+    util.write_video(path, turned[:, :, :48], 12)
+    data = bytearray(path.read_bytes())
+    # The matrix stands 40 bytes into the track header's fields, after its 8 bytes of box header.
+    matrix = data.index(b"tkhd") + 4 + 40
+    data[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    frames = np.stack(list(util.decode_frames(path)))
+    assert frames.shape == (7, 48, 64, 3)
+    assert mean_error(frames, clip_frames[:, :48]) < 5
+
+
+def test_gif_and_variable_frame_rate(tmp_path, clip_frames):
+    with av.open(str(tmp_path / "a.gif"), "w") as container:
+        stream = container.add_stream("gif", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 64, 64, "rgb8"
+        for time, frame in zip((0, 1, 5, 6, 7, 20, 21), clip_frames, strict=True):
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="rgb8")
+            picture.pts = time
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    frames = np.stack(list(util.decode_frames(tmp_path / "a.gif")))
+    assert frames.shape == (7, 64, 64, 3)
+    assert mean_error(frames[0], clip_frames[0]) < 25  # a gif of 256 colours
+    assert 1 < util.frame_rate(tmp_path / "a.gif") < 100
+
+
+def test_folder_in_natural_order(tmp_path, clip_frames):
+    for index in (10, 9, 2):
+        util.write_image(tmp_path / f"frame{index}.png", clip_frames[index % 7])
+    frames = list(util.decode_frames(tmp_path))
+    for frame, number in zip(frames, (2, 9, 10), strict=True):
+        assert np.array_equal(frame, clip_frames[number % 7])
+
+
+@pytest.mark.parametrize(
+    "size, mode, expected",
+    [
+        ((100, 50), "crop", (0, 255)),
+        ((50, 100), "crop", (0, 255)),
+        ((100, 50), "pad", (0, 255)),
+        ((33, 77), "stretch", (255, 255)),
+        ((64, 64), "crop", (255, 255)),
+    ],
+)
+def test_fitting_keeps_the_aspect_ratio(size, mode, expected):
+    """A white disc on grey stays as round as it was, unless stretched."""
+    y, x = np.mgrid[: size[0], : size[1]]
+    radius = min(size) / 4
+    disc = np.hypot(y - size[0] / 2 + 0.5, x - size[1] / 2 + 0.5) < radius
+    frame = np.where(disc[..., None], 255, 128).astype(np.uint8).repeat(3, -1)
+    fitted = util.fit_frame(frame, 64, 64, mode)
+    assert fitted.shape == (64, 64, 3) and fitted.dtype == np.uint8
+    white = fitted[..., 0] > 190
+    height, width = white.any(1).sum(), white.any(0).sum()
+    if mode == "stretch":
+        assert abs(height / width - size[1] / size[0]) < 0.3
+    else:
+        assert abs(height - width) <= 1
+    assert (fitted == 0).any() == (mode == "pad")
+
+
+def test_sources_that_are_no_video(tmp_path):
+    (tmp_path / "text.mp4").write_text("not a video")
+    (tmp_path / "empty").mkdir()
+    for path, message in [
+        (tmp_path / "text.mp4", "no video that can be decoded"),
+        (tmp_path / "missing.mp4", "no such file"),
+        (tmp_path / "empty", "holds no images"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            list(util.decode_frames(path))
+
+
+def test_staged_files_appear_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "new" / "folder"
+    with pytest.raises(KeyError), util.staged(target) as partial:
+        partial.mkdir()
+        (partial / "file").write_text("half")
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+    for content in ("first", "second"):
+        with util.staged(target) as partial:
+            partial.mkdir()
+            (partial / content).write_text(content)
+    assert [path.name for path in target.parent.rglob("*")] == ["folder", "second"]
+
+
+def test_run_folders_are_shared_by_equal_runs_only(tmp_path):
+    def folder_of(config):
+        with util.run_folder(tmp_path / "out", "pnp_clip", config) as folder:
+            return folder.name
+
+    names = [folder_of(config) for config in ("a", "b", "a", "c", "b")]
+    assert names == ["pnp_clip", "pnp_clip_2", "pnp_clip", "pnp_clip_3", "pnp_clip_2"]
+    with pytest.raises(KeyError), util.run_folder(tmp_path / "out", "pnp_clip", "d"):
+        raise KeyError
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(set(names))
+
+
+def test_canny_finds_the_outline(clip_frames):
+    edges = canny(clip_frames, 100, 200)
+    assert edges.shape == clip_frames.shape and set(np.unique(edges)) == {0, 255}
+    assert edges[0, 20:44, 7:10].any() and not edges[0, 50:].any()
