@@ -4,10 +4,11 @@ import contextlib
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import diffusers
 import numpy as np
@@ -38,6 +39,7 @@ diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
+T = TypeVar("T")
 NoisePredictor = Callable[[torch.Tensor, int], torch.Tensor]
 
 
@@ -192,6 +194,11 @@ def sample(
         latents = ddim_step(latents, noise, schedule.alphas[step], schedule.alphas[step + 1])
         check_finite(latents, f"the sampled latents at timestep {t} (step {step + 1})")
         yield latents
+
+
+def last(trajectory: Iterable[T]) -> T:
+    """Run a trajectory to its end and return only that."""
+    return deque(trajectory, maxlen=1).pop()
 
 
 def check_finite(values: torch.Tensor, what: str) -> None:

@@ -1,7 +1,6 @@
 """From an inversion on disk to an edited video on disk, with any technique."""
 
 import logging
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from diffusion import (
     StableDiffusion,
     check_checkpoint,
     choose_device,
+    last,
     load,
     load_scheduler,
 )
@@ -74,7 +74,7 @@ def run_edit(config: EditConfig, name: str, make_technique: Callable[[Edit], Tec
         prompts = (inversion.prompt, config.negative_prompt, config.prompt)
         steps = edit(sd, technique, job.source_latents, prompts, config)
         n_steps = len(technique.schedule.timesteps)
-        (latents,) = deque(tqdm(steps, "Editing", n_steps, unit="step"), maxlen=1)
+        latents = last(tqdm(steps, "Editing", n_steps, unit="step"))
         frames = folder / "frames"
         with staged(frames) as partial:
             partial.mkdir()

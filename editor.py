@@ -40,32 +40,18 @@ class Technique:
     control: Callable[[torch.Tensor], Control] | None = None
 
 
-def edit(
-    sd: StableDiffusion,
-    technique: Technique,
-    source_latents: Callable[[int, torch.Tensor], torch.Tensor],
-    prompts: tuple[str, str, str],
-    config: EditConfig,
-) -> Iterator[torch.Tensor]:
-    """Edit a video; yields the latents (N, 4, h, w) after each step.
-
-    source_latents: the inverted latents (n, 4, h, w) of a timestep for frame indices (n,).
-    prompts: of the source, uncond and cond streams.
-    """
-    with install_tokenflow(sd.unet) as flow:
-        denoiser = Denoiser(sd, flow, technique, source_latents, prompts, config)
-        yield from sample(technique.latents, technique.schedule, denoiser.predict_noise)
+SourceLatents = Callable[[int, torch.Tensor], torch.Tensor]
 
 
 class Denoiser:
-    """Predicts the guided noise of all frames of a video at one timestep with TokenFlow."""
+    """Predicts the guided noise of a video's frames at one timestep, in passes of three streams."""
 
     def __init__(
         self,
         sd: StableDiffusion,
         flow: TokenFlow,
         technique: Technique,
-        source_latents: Callable[[int, torch.Tensor], torch.Tensor],
+        source_latents: SourceLatents,
         prompts: tuple[str, str, str],
         config: EditConfig,
     ) -> None:
@@ -76,7 +62,24 @@ class Denoiser:
         timesteps = technique.schedule.timesteps
         self.attention_timesteps = frozenset(timesteps[: technique.attention_steps])
         self.feature_timesteps = frozenset(timesteps[: technique.feature_steps])
-        self.generator = torch.Generator().manual_seed(config.seed)  # draws keyframes, nothing else
+
+    def guided_noise(self, latents: torch.Tensor, t: int, frames: torch.Tensor) -> torch.Tensor:
+        """One UNet pass over the frames (n,) of latents (N, 4, h, w): guided noise (n, 4, h, w)."""
+        source = self.source_latents(t, frames).to(latents)
+        streams = torch.cat([source, latents[frames], latents[frames]])  # 3n 4 h w
+        text = self.text.repeat_interleave(len(frames), dim=0)  # 3n l d
+        control = self.control(frames) if self.control else None
+        noise = self.sd.predict_noise(streams, t, text, control).unflatten(0, (N_STREAMS, -1))
+        return noise[UNCOND] + self.config.guidance_scale * (noise[COND] - noise[UNCOND])
+
+
+class TokenFlowDenoiser(Denoiser):
+    """Joint edit of random keyframes, then propagation to every chunk of frames."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        # Draws keyframes and nothing else, so that a run can be repeated.
+        self.generator = torch.Generator().manual_seed(self.config.seed)
 
     def predict_noise(self, latents: torch.Tensor, t: int) -> torch.Tensor:
         """The guided noise (N, 4, h, w) of all frames' latents (N, 4, h, w) at timestep `t`."""
@@ -85,13 +88,11 @@ class Denoiser:
         weights = self._weights(frames, keyframes)  # N k
         inject_features = t in self.feature_timesteps
         self.flow.begin_joint_edit(t in self.attention_timesteps, inject_features)
-        self._predict_streams(latents, t, keyframes)  # for what the layers remember of it
+        self.guided_noise(latents, t, keyframes)  # for what the layers remember of it
         noise = torch.empty_like(latents)
         for chunk in frames.split(self.config.batch_size):
             self.flow.begin_propagation(weights[chunk], inject_features)
-            streams = self._predict_streams(latents, t, chunk)
-            guidance = self.config.guidance_scale * (streams[COND] - streams[UNCOND])
-            noise[chunk] = streams[UNCOND] + guidance
+            noise[chunk] = self.guided_noise(latents, t, chunk)
         return noise
 
     def _weights(self, frames: torch.Tensor, keyframes: torch.Tensor) -> torch.Tensor:
@@ -99,11 +100,21 @@ class Denoiser:
             return previous_weights(frames, keyframes, self.config.batch_size)
         return flanking_weights(frames, keyframes)
 
-    def _predict_streams(self, latents: torch.Tensor, t: int, frames: torch.Tensor) -> torch.Tensor:
-        """One UNet pass over the three streams of `frames` (n,): noise (3, n, 4, h, w)."""
-        source = self.source_latents(t, frames).to(latents)
-        streams = torch.cat([source, latents[frames], latents[frames]])  # 3n 4 h w
-        text = self.text.repeat_interleave(len(frames), dim=0)  # 3n l d
-        control = self.control(frames) if self.control else None
-        noise = self.sd.predict_noise(streams, t, text, control)
-        return noise.unflatten(0, (N_STREAMS, -1))
+
+def edit(
+    sd: StableDiffusion,
+    technique: Technique,
+    source_latents: SourceLatents,
+    prompts: tuple[str, str, str],
+    config: EditConfig,
+    denoiser: type[Denoiser] = TokenFlowDenoiser,
+) -> Iterator[torch.Tensor]:
+    """Edit a video; yields the latents (N, 4, h, w) after each step.
+
+    source_latents: the inverted latents (n, 4, h, w) of a timestep for frame indices (n,).
+    prompts: of the source, uncond and cond streams.
+    denoiser: how frames are made consistent; benchmarks put what they compare with here.
+    """
+    with install_tokenflow(sd.unet) as flow:
+        predictor = denoiser(sd, flow, technique, source_latents, prompts, config)
+        yield from sample(technique.latents, technique.schedule, predictor.predict_noise)

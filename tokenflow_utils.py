@@ -50,6 +50,14 @@ def extended_attention(
     return torch.cat([source[None], joint.view_as(query[UNCOND:])])  # 3 n s d
 
 
+def frame_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int
+) -> torch.Tensor:
+    """Plain self-attention, each frame within itself: (3, n, s, d) to (3, n, s, d)."""
+    output = attention(*(x.flatten(0, 1) for x in (query, key, value)), heads)
+    return output.view_as(query)
+
+
 def draw_keyframes(n_frames: int, batch_size: int, generator: torch.Generator) -> torch.Tensor:
     """One random frame of each chunk of `batch_size` frames: indices (n_chunks,), ascending."""
     n_chunks = -(-n_frames // batch_size)
@@ -138,12 +146,18 @@ class TokenFlow:
 
     def __init__(self) -> None:
         self.weights: torch.Tensor | None = None  # (n, k) in propagation, None in a joint edit
+        self.extended = True
         self.inject_attention = False
         self.inject_features = False
 
-    def begin_joint_edit(self, inject_attention: bool, inject_features: bool) -> None:
-        """The next pass edits all keyframes jointly and remembers their tokens."""
-        self.weights = None
+    def begin_joint_edit(
+        self, inject_attention: bool, inject_features: bool, extended: bool = True
+    ) -> None:
+        """The next pass edits all keyframes jointly and remembers their tokens.
+
+        Without `extended` attention each frame is edited by itself: what TokenFlow is compared with.
+        """
+        self.weights, self.extended = None, extended
         self.inject_attention, self.inject_features = inject_attention, inject_features
 
     def begin_propagation(self, weights: torch.Tensor, inject_features: bool) -> None:
@@ -183,8 +197,9 @@ class TokenFlowAttention:
         if self.injected and self.flow.inject_attention:
             query = query[SOURCE].expand_as(query)
             key = key[SOURCE].expand_as(key)
+        attend = extended_attention if self.flow.extended else frame_attention
         projection, dropout = attn.to_out
-        self.key_outputs = dropout(projection(extended_attention(query, key, value, attn.heads)))
+        self.key_outputs = dropout(projection(attend(query, key, value, attn.heads)))
         self.key_tokens = F.normalize(tokens[SOURCE].float(), dim=-1)
         return self.key_outputs
 

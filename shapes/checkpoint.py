@@ -85,7 +85,7 @@ def build_vae(size: Size) -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=size.vae_channels,
         layers_per_block=1,
-        norm_num_groups=size.vae_channels[0],
+        norm_num_groups=size.vae_channels[0] // 4,
         latent_channels=4,
     )
 

@@ -107,7 +107,7 @@ def judge_loss(
     images = torch.from_numpy(frames[chosen]).to(device).permute(0, 3, 1, 2) / 255
     truth = torch.from_numpy(labels[chosen]).to(device)
     with torch.autocast(device.type, torch.bfloat16):
-        answers = judge(augment(images, generator).contiguous(memory_format=torch.channels_last))
+        answers = judge(augment(images, generator))
     losses = [
         F.cross_entropy(logits.float(), truth[:, n], label_smoothing=0.02)
         for n, logits in enumerate(answers)

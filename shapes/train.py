@@ -113,7 +113,7 @@ def main() -> None:
     text_encoder = build_text_encoder(tokenizer, SHAPES)
     judge, heads = Judge(), nn.Linear(SHAPES.text_width, sum(map(len, VALUES.values())))
     for module in (vae, unet, text_encoder, judge, heads):
-        module.to(device, memory_format=torch.channels_last)
+        module.to(device)
     train = partial(fit, work_dir=args.work_dir, seed=args.seed)
 
     train("vae", {"vae": vae}, partial(vae_loss, vae, frames), args.vae, learning_rate=2e-3)
@@ -149,7 +149,7 @@ def main() -> None:
     loss = partial(unet_loss, unet, text_encoder, scheduler, latents, token_ids, empty_ids)
     train("unet", modules, loss, args.unet, learning_rate=5e-4, look=preview)
 
-    controlnet = build_controlnet(unet, SHAPES).to(device, memory_format=torch.channels_last)
+    controlnet = build_controlnet(unet, SHAPES).to(device)
     with torch.no_grad():
         text = torch.cat([text_encoder(ids.to(device))[0] for ids in token_ids.split(500)])
     loss = partial(controlnet_loss, controlnet, unet, scheduler, frames, latents, text)

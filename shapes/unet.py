@@ -48,7 +48,6 @@ def unet_loss(
     noised, noise, times, weights = add_noise(scheduler, latents[chosen], generator)
     empty = torch.rand(BATCH, 1, generator=generator) < EMPTY_CAPTIONS
     ids = torch.where(empty, empty_ids, token_ids[chosen]).to(device)
-    noised = noised.contiguous(memory_format=torch.channels_last)
     with torch.autocast(device.type, torch.bfloat16):
         text = text_encoder(ids)[0]
         predicted = unet(noised, times, text, return_dict=False)[0]

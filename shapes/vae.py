@@ -13,9 +13,9 @@ KL_WEIGHT = 1e-3
 
 
 def to_images(frames: np.ndarray, device: torch.device) -> Tensor:
-    """uint8 frames (B, H, W, 3) as channels-last images (B, 3, H, W) in [-1, 1]."""
+    """uint8 frames (B, H, W, 3) as images (B, 3, H, W) in [-1, 1]."""
     images = torch.from_numpy(frames).to(device).permute(0, 3, 1, 2)
-    return (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+    return (images.float() / 127.5 - 1).contiguous()
 
 
 def vae_loss(vae: AutoencoderKL, frames: np.ndarray, generator: torch.Generator) -> Tensor:

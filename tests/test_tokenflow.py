@@ -6,7 +6,7 @@ from reference import Reference
 
 from config import PnPConfig
 from diffusion import Schedule
-from editor import Denoiser, Technique
+from editor import Technique, TokenFlowDenoiser
 from tokenflow_utils import (
     TokenFlowAttention,
     draw_keyframes,
@@ -44,7 +44,7 @@ def test_equals_reference(sd, video, propagation, injects):
     technique = Technique(latents, schedule, int(injects[0]), int(injects[1]))
     prompts = "a circle", "ugly", "a red circle"
     with install_tokenflow(sd.unet) as flow:
-        denoiser = Denoiser(sd, flow, technique, lambda t, f: source[f], prompts, config)
+        denoiser = TokenFlowDenoiser(sd, flow, technique, lambda t, f: source[f], prompts, config)
         ours = denoiser.predict_noise(latents, t)
 
     keyframes = draw_keyframes(N_FRAMES, BATCH_SIZE, torch.Generator().manual_seed(SEED)).tolist()

@@ -1,0 +1,1 @@
+"""Measurements of quality and cost; `python -m benchmarks.NAME --help` tells each."""

@@ -1,0 +1,80 @@
+"""Held-out clips of the world of shapes, each with an edit and the exact truth about both."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from shapes.flow import flow
+from shapes.world import OBJECT, VALUES, Scene, pixel_centers, render, sample_scene, top_layer
+
+FIRST_SEED = 2_000_000  # far from the seeds that the checkpoint and the judge were trained on
+SIZE = 128  # pixels
+KINDS = {
+    "colour": ("color",),
+    "texture": ("texture",),
+    "background": ("background_color",),
+    "several": ("color", "background_texture"),
+}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A scene and the attributes that an edit gives it."""
+
+    kind: str
+    scene: Scene
+    changes: dict[str, str]
+    n_frames: int
+
+    @cached_property
+    def frames(self) -> np.ndarray:
+        """The source: uint8 RGB (N, H, W, 3)."""
+        return np.stack([render(self.scene, time, SIZE)[0] for time in range(self.n_frames)])
+
+    @property
+    def source_prompt(self) -> str:
+        """Caption of the source."""
+        return self.scene.attributes.caption()
+
+    @property
+    def prompt(self) -> str:
+        """Caption of the edited clip."""
+        return self.scene.with_attributes(**self.changes).attributes.caption()
+
+    def truth(self, edited: bool) -> dict[str, str]:
+        """The value that each edited, or each kept, attribute must have after the edit."""
+        attributes = self.scene.with_attributes(**self.changes).attributes
+        names = [name for name in VALUES if (name in self.changes) == edited]
+        return {name: getattr(attributes, name) for name in names}
+
+    def stays(self, time: int) -> np.ndarray:
+        """Pixels (H, W), bool, of the layers that the edit does not name."""
+        is_object = top_layer(self.scene, time, pixel_centers(SIZE)) == OBJECT
+        background_changes = any(name.startswith("background") for name in self.changes)
+        object_changes = any(not name.startswith("background") for name in self.changes)
+        return (is_object & (not object_changes)) | (~is_object & (not background_changes))
+
+    def flow(self, i: int, j: int) -> tuple[np.ndarray, np.ndarray]:
+        """Exact flow (H, W, 2) in pixels from frame i to frame j, and where it is valid (H, W)."""
+        return flow(self.scene, i, j, SIZE)
+
+
+def held_out_clips(n_clips: int, n_frames: int) -> list[Clip]:
+    """The first `n_clips` held-out clips; the kinds of edit take turns."""
+    return [
+        _clip(FIRST_SEED + index, list(KINDS)[index % len(KINDS)], n_frames)
+        for index in range(n_clips)
+    ]
+
+
+def _clip(seed: int, kind: str, n_frames: int) -> Clip:
+    rng = np.random.default_rng(seed)
+    scene = sample_scene(rng, barred=False)
+    changes = {}
+    for name in KINDS[kind]:
+        taken = {getattr(scene.attributes, name)}
+        if name in ("color", "background_color"):  # an object of its background's colour is unseen
+            taken |= {scene.attributes.color, scene.attributes.background_color}
+        changes[name] = str(rng.choice([value for value in VALUES[name] if value not in taken]))
+    return Clip(kind, scene, changes, n_frames)

@@ -1,0 +1,71 @@
+"""Tables, plots and contact sheets of the quality benchmark."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+COLUMNS = {
+    "warp_1": ("warp error, gap 1", "{:.2f}"),
+    "warp_8": ("gap 8", "{:.2f}"),
+    "edited_right": ("edited right", "{:.0%}"),
+    "kept_right": ("kept right", "{:.0%}"),
+    "kept_psnr": ("PSNR of what stays (dB)", "{:.1f}"),
+    "seconds_per_frame": ("seconds a frame", "{:.2f}"),
+}
+LABEL_HEIGHT = 18  # pixels
+
+
+def markdown_table(rows: list[dict], reconstruction: dict[int, float]) -> str:
+    """The benchmark's rows, and the reconstruction's PSNR by number of steps, as Markdown."""
+    titles = [title for title, _ in COLUMNS.values()]
+    lines = ["| method | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
+    for row in rows:
+        cells = [form.format(row[key]) for key, (_, form) in COLUMNS.items()]
+        lines.append(f"| {row['method']} | " + " | ".join(cells) + " |")
+    lines += ["", "| inversion steps | reconstruction PSNR (dB) |", "|---|---|"]
+    lines += [f"| {steps} | {psnr:.1f} |" for steps, psnr in reconstruction.items()]
+    return "\n".join(lines) + "\n"
+
+
+def plot(path: Path, rows: list[dict], reconstruction: dict[int, float]) -> None:
+    """Draw steadiness beside rightness for each method, and reconstruction against steps."""
+    import matplotlib.pyplot as plt  # only reports need it
+
+    figure, (errors, right, steps) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    y = np.arange(len(rows))
+    names = [row["method"] for row in rows]
+    for axes, keys, label in (
+        (errors, ("warp_1", "warp_8"), "warp error x 1e-3 (less is steadier)"),
+        (right, ("edited_right", "kept_right"), "share of attributes right"),
+    ):
+        for offset, key in zip((-0.2, 0.2), keys, strict=True):
+            axes.barh(y + offset, [row[key] for row in rows], 0.4, label=COLUMNS[key][0])
+        axes.set_yticks(y, names)
+        axes.invert_yaxis()
+        axes.set_xlabel(label)
+        axes.legend()
+    steps.plot(list(reconstruction), list(reconstruction.values()), marker="o")
+    steps.set_xscale("log")
+    steps.set_xlabel("inversion steps")
+    steps.set_ylabel("reconstruction PSNR (dB)")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def contact_sheet(videos: dict[str, np.ndarray], title: str, columns: int = 8) -> np.ndarray:
+    """Frames of videos (N, H, W, 3) as one picture: a row a video, a column a moment."""
+    rows = [_label(title, columns * next(iter(videos.values())).shape[2])]
+    for name, frames in videos.items():
+        chosen = np.linspace(0, len(frames) - 1, columns).round().astype(int)
+        strip = np.concatenate(frames[chosen], axis=1)
+        rows += [_label(name, strip.shape[1]), strip]
+    return np.concatenate(rows)
+
+
+def _label(text: str, width: int) -> np.ndarray:
+    label = np.full((LABEL_HEIGHT, width, 3), 255, np.uint8)
+    origin = (4, LABEL_HEIGHT - 5)
+    return cv2.putText(
+        label, text, origin, cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA
+    )
