@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import math
 import warnings
 from collections import deque
@@ -21,6 +22,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from config import UserError
 
 VAE_BATCH_SIZE = 8  # frames; the VAE works at full resolution and needs the most memory
+log = logging.getLogger("tokenflow")
+
 HUB_TIMEOUT = 10  # seconds
 
 # What makes a UNet Stable Diffusion's: the layers that TokenFlow and its injections name.
@@ -91,12 +94,11 @@ class StableDiffusion:
     @torch.no_grad()
     def encode_text(self, prompt: str) -> torch.Tensor:
         """Embedding (1, l, d) of a prompt, cut or padded to the tokenizer's length."""
+        length = self.tokenizer.model_max_length
+        if len(self.tokenizer(prompt).input_ids) > length:
+            log.warning("only the first %d tokens count of the prompt %r", length, prompt)
         tokens = self.tokenizer(
-            prompt,
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
+            prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
         return self.text_encoder(tokens.input_ids.to(self.device))[0]
 
@@ -263,6 +265,8 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
 
     Half precision is chosen on CUDA alone: CPUs are slower in it and MPS less exact.
     """
+    # The same seed must give the same bytes, so cuDNN may not choose algorithms by a race.
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     if device == "auto":
         has_mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"

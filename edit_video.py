@@ -19,7 +19,7 @@ from diffusion import (
     load_scheduler,
 )
 from editor import Technique, edit
-from inversion import CLEAN, Inversion, find_inversion, noisy
+from inversion import Inversion, find_inversion, noisy
 from util import run_folder, save_frames, staged, write_video_from_folders
 
 log = logging.getLogger("tokenflow")
@@ -42,12 +42,10 @@ class Edit:
         """The inversion's latents of that name, of the frames that are edited: (N, 4, h, w)."""
         return torch.tensor(self.inversion.latents(name)[: self.n_frames])
 
-    def inversion_noise(self) -> torch.Tensor:
-        """The noise (N, 4, h, w) that the inversion's end holds beyond the clean latents."""
-        manifest = self.inversion.manifest
-        alpha = self.sd.scheduler.alphas_cumprod[manifest.inverted_timestep]
-        beyond = self.latents(manifest.inverted) - alpha.sqrt() * self.latents(CLEAN)
-        return beyond / (1 - alpha).sqrt()
+    @property
+    def first_latents(self) -> torch.Tensor:
+        """The inverted latents (N, 4, h, w) of the first editing timestep."""
+        return self.latents(noisy(self.schedule.timesteps[0]))
 
     def source_latents(self, t: int, frames: torch.Tensor) -> torch.Tensor:
         """The inverted latents (n, 4, h, w) of timestep `t` for frame indices (n,)."""

@@ -98,10 +98,10 @@ def invert_video(
     clean = inversion.latents(CLEAN)
     for name in names.values():
         inversion.create_latents(name, clean.shape)
-    steps = len(schedule.timesteps)
+    text, steps = sd.encode_text(config.inversion_prompt), len(schedule.timesteps)
     for start, stop, bar in _progress("Inverting", len(clean), config.batch_size, steps):
         latents = torch.tensor(clean[start:stop], device=sd.device)
-        predict_noise = _noise_predictor(sd, inversion, config, start, stop)
+        predict_noise = _noise_predictor(sd, inversion, config, text, start, stop)
         for t, noisier in invert(latents, schedule, predict_noise):
             if t in names:
                 inversion.latents(names[t], "r+")[start:stop] = noisier.cpu().numpy()
@@ -118,10 +118,10 @@ def reconstruct(
     """Sample the video back from the latents named `inverted` and write its frames."""
     inversion.reconstruction.mkdir()
     noisiest = inversion.latents(inverted)
-    steps = len(schedule.timesteps)
+    text, steps = sd.encode_text(config.inversion_prompt), len(schedule.timesteps)
     for start, stop, bar in _progress("Reconstructing", len(noisiest), config.batch_size, steps):
         latents = torch.tensor(noisiest[start:stop], device=sd.device)
-        predict_noise = _noise_predictor(sd, inversion, config, start, stop)
+        predict_noise = _noise_predictor(sd, inversion, config, text, start, stop)
         for cleaner in sample(latents, schedule, predict_noise):
             latents = cleaner
             bar.update()
@@ -177,10 +177,15 @@ def _prompt_misleads(sd: StableDiffusion, inversion: Inversion, config: Preproce
 
 
 def _noise_predictor(
-    sd: StableDiffusion, inversion: Inversion, config: PreprocessConfig, start: int, stop: int
+    sd: StableDiffusion,
+    inversion: Inversion,
+    config: PreprocessConfig,
+    text: torch.Tensor,
+    start: int,
+    stop: int,
 ) -> NoisePredictor:
-    text = sd.encode_text(config.inversion_prompt).expand(stop - start, -1, -1)
     control = _control(sd, inversion, config, start, stop)
+    text = text.expand(stop - start, -1, -1)
     return lambda latents, t: sd.predict_noise(latents, t, text, control)
 
 

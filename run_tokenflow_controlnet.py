@@ -20,10 +20,9 @@ def main() -> None:
     import torch
 
     from control import canny
-    from diffusion import Control
     from edit_video import Edit, run_edit
     from editor import Technique
-    from inversion import noisy
+    from techniques import controlnet
     from util import load_frames, save_frames, write_video_from_folders
 
     def technique(job: Edit) -> Technique:
@@ -34,17 +33,12 @@ def main() -> None:
             save_frames(folder, index, canny(frame, config.canny_low, config.canny_high))
         video = job.folder / "control.mp4"
         write_video_from_folders(video, [folder], job.n_frames, job.inversion.fps)
-        # The source stream sees what the inversion saw.
-        scales = torch.tensor(
-            [job.inversion.control_scale, config.control_scale, config.control_scale]
-        )
 
-        def control(frames: torch.Tensor) -> Control:
-            images = job.sd.to_images(load_frames(folder, frames.tolist()))  # n 3 H W
-            return Control(images.repeat(3, 1, 1, 1), scales.repeat_interleave(len(frames)))
+        def images(frames: torch.Tensor) -> torch.Tensor:
+            return job.sd.to_images(load_frames(folder, frames.tolist()))
 
-        latents = job.latents(noisy(job.schedule.timesteps[0]))
-        return Technique(latents, job.schedule, control=control)
+        scales = job.inversion.control_scale, config.control_scale
+        return controlnet(job.schedule, job.first_latents, images, *scales)
 
     print(run_edit(config, "controlnet", technique))
 

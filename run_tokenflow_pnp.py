@@ -19,15 +19,10 @@ def main() -> None:
     # Slow imports, left until the configuration is known to be right.
     from edit_video import Edit, run_edit
     from editor import Technique
-    from inversion import noisy
+    from techniques import plug_and_play
 
     def technique(job: Edit) -> Technique:
-        return Technique(
-            latents=job.latents(noisy(job.schedule.timesteps[0])),
-            schedule=job.schedule,
-            attention_steps=int(config.n_timesteps * config.pnp_attn_t),
-            feature_steps=int(config.n_timesteps * config.pnp_f_t),
-        )
+        return plug_and_play(config, job.schedule, job.first_latents)
 
     print(run_edit(config, "pnp", technique))
 

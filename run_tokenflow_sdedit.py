@@ -17,22 +17,16 @@ def main() -> None:
     config = parse_with_yaml(SDEditConfig, __doc__, default)
 
     # Slow imports, left until the configuration is known to be right.
-    import torch
-
     from edit_video import Edit, run_edit
     from editor import Technique
     from inversion import CLEAN
+    from techniques import sdedit
 
     def technique(job: Edit) -> Technique:
-        schedule = job.schedule.last(int(config.n_timesteps * config.start))
-        clean = job.latents(CLEAN)
-        if config.use_ddim_noise:
-            noise = job.inversion_noise()
-        else:  # one noise for all frames, so that it does not flicker
-            generator = torch.Generator().manual_seed(config.seed)
-            noise = torch.randn(clean[:1].shape, generator=generator).expand_as(clean)
-        t = torch.tensor(schedule.timesteps[0])
-        return Technique(job.sd.scheduler.add_noise(clean, noise, t), schedule)
+        made = job.inversion.manifest
+        clean, inverted = job.latents(CLEAN), job.latents(made.inverted)
+        scheduler = job.sd.scheduler
+        return sdedit(config, job.schedule, scheduler, clean, inverted, made.inverted_timestep)
 
     print(run_edit(config, "sdedit", technique))
 

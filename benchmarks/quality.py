@@ -19,12 +19,13 @@ from tqdm import tqdm
 from benchmarks.baselines import ExtendedAttention, FrameByFrame
 from benchmarks.clips import Clip, held_out_clips
 from benchmarks.report import contact_sheet, markdown_table, plot
-from config import PnPConfig
+from config import PnPConfig, SDEditConfig
 from control import canny
-from diffusion import Control, Schedule, StableDiffusion, choose_device, invert, last, load, sample
+from diffusion import Schedule, StableDiffusion, choose_device, invert, last, load, sample
 from editor import Denoiser, Technique, TokenFlowDenoiser, edit
 from metrics import frame_psnr, warp_error
 from shapes.judge import Judge
+from techniques import controlnet, plug_and_play, sdedit
 from util import write_image
 
 GAPS = (1, 8)  # frames between the two that a warp error compares
@@ -67,34 +68,28 @@ class Job:
         )
         return self.sd.decode_latents(last(steps))
 
+    @property
+    def first_latents(self) -> torch.Tensor:
+        """The inverted latents (N, 4, h, w) of the first editing timestep."""
+        return self.inverted[self.schedule.timesteps[0]]
+
     def pnp(self) -> Technique:
         """Plug-and-Play."""
-        return Technique(
-            self.inverted[self.schedule.timesteps[0]],
-            self.schedule,
-            int(self.config.n_timesteps * self.config.pnp_attn_t),
-            int(self.config.n_timesteps * self.config.pnp_f_t),
-        )
+        return plug_and_play(self.config, self.schedule, self.first_latents)
 
     def sdedit(self) -> Technique:
         """SDEdit from the inversion's noise."""
-        schedule = self.schedule.last(int(self.config.n_timesteps * SDEDIT_START))
+        config = SDEditConfig(
+            data_path="", prompt="", n_timesteps=self.config.n_timesteps, start=SDEDIT_START
+        )
         first = self.schedule.timesteps[0]
-        alpha = self.sd.scheduler.alphas_cumprod[first]
-        noise = (self.inverted[first] - alpha.sqrt() * self.clean) / (1 - alpha).sqrt()
-        t = torch.tensor(schedule.timesteps[0])
-        return Technique(self.sd.scheduler.add_noise(self.clean, noise, t), schedule)
+        scheduler, inverted = self.sd.scheduler, self.first_latents
+        return sdedit(config, self.schedule, scheduler, self.clean, inverted, first)
 
     def controlnet(self) -> Technique:
         """A Canny ControlNet on an inversion without it."""
-        images = self.sd.to_images(canny(self.clip.frames, *CANNY_THRESHOLDS))
-        scales = torch.tensor([0.0, 1.0, 1.0])
-
-        def control(frames: torch.Tensor) -> Control:
-            return Control(images[frames].repeat(3, 1, 1, 1), scales.repeat_interleave(len(frames)))
-
-        latents = self.inverted[self.schedule.timesteps[0]]
-        return Technique(latents, self.schedule, control=control)
+        edges = self.sd.to_images(canny(self.clip.frames, *CANNY_THRESHOLDS))
+        return controlnet(self.schedule, self.first_latents, lambda frames: edges[frames], 0.0, 1.0)
 
 
 METHODS: dict[str, Callable[[Job], np.ndarray]] = {
