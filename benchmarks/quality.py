@@ -110,10 +110,12 @@ def plain_predictor(sd: StableDiffusion, clip: Clip) -> Callable[[torch.Tensor, 
     return lambda latents, t: sd.predict_noise(latents, t, text)
 
 
-def measure(clip: Clip, frames: np.ndarray, judge: Judge) -> dict[str, float]:
+def measure(
+    clip: Clip, frames: np.ndarray, judge: Judge, gaps: tuple[int, ...] = GAPS
+) -> dict[str, float]:
     """Warp errors (x 1e-3), share of attributes right, PSNR (dB) of what should stay the same."""
     row = {}
-    for gap in GAPS:
+    for gap in gaps:
         pairs = [(i, i + gap) for i in range(clip.n_frames - gap)]
         errors = [warp_error(frames[i], frames[j], *clip.flow(i, j)) for i, j in pairs]
         row[f"warp_{gap}"] = 1e3 * float(np.mean(errors))
