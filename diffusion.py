@@ -37,7 +37,8 @@ SD_LAYOUT = {
 
 # diffusers passes the hub a retired argument, which is no concern of the user's.
 warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks.*")
-diffusers.utils.logging.set_verbosity_error()
+# Files that are looked for in two places are no errors either; what is missing we say ourselves.
+diffusers.utils.logging.set_verbosity(logging.CRITICAL)
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
