@@ -20,7 +20,15 @@ from diffusion import (
 )
 from editor import Technique, edit
 from inversion import Inversion, find_inversion, noisy
-from util import run_folder, save_frames, staged, write_video_from_folders
+from sheets import contact_sheet, moments
+from util import (
+    load_frames,
+    run_folder,
+    save_frames,
+    staged,
+    write_image,
+    write_video_from_folders,
+)
 
 log = logging.getLogger("tokenflow")
 
@@ -55,7 +63,7 @@ class Edit:
 def run_edit(config: EditConfig, name: str, make_technique: Callable[[Edit], Technique]) -> Path:
     """Edit a video with the technique `name`; returns the path of the edited video.
 
-    Beside it lie its frames, the VAE's round trip, a comparison and the configuration.
+    Beside it lie its frames, the VAE's round trip, comparisons and the configuration.
     """
     check_checkpoint(config.model_id)
     schedule = Schedule.of(load_scheduler(config.model_id), config.n_timesteps)
@@ -79,9 +87,17 @@ def run_edit(config: EditConfig, name: str, make_technique: Callable[[Edit], Tec
             for start in tqdm(range(0, n_frames, DECODE_BATCH), "Decoding", unit="batch"):
                 decoded = sd.decode_latents(latents[start : start + DECODE_BATCH])
                 save_frames(partial, start, decoded)
-        shown = [inversion.source, inversion.reconstruction, frames]
-        write_video_from_folders(folder / "comparison.mp4", shown, n_frames, inversion.fps)
+        shown = {
+            "source": inversion.source,
+            "reconstruction": inversion.reconstruction,
+            config.prompt: frames,
+        }
+        comparison = folder / "comparison.mp4"
+        write_video_from_folders(comparison, list(shown.values()), n_frames, inversion.fps)
+        rows = {label: load_frames(f, moments(n_frames)) for label, f in shown.items()}
+        write_image(folder / "contact_sheet.png", contact_sheet(rows))
         round_trip = folder / "vae_reconstruction.mp4"
         write_video_from_folders(round_trip, [inversion.vae], n_frames, inversion.fps)
         write_video_from_folders(folder / "edited.mp4", [frames], n_frames, inversion.fps)
+    log.info("to compare: %s and %s", comparison, folder / "contact_sheet.png")
     return folder / "edited.mp4"

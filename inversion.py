@@ -10,6 +10,7 @@
 - `inversion_prompt.txt` and `manifest.json`, all that made them.
 """
 
+import itertools
 import json
 import shlex
 from dataclasses import asdict, dataclass
@@ -145,23 +146,31 @@ def find_inversion(config: EditConfig, timesteps: tuple[int, ...]) -> tuple[Inve
     if config.n_frames > manifest.n_frames:
         raise UserError(
             f"n_frames: {config.n_frames} asked, but the latents in {inversion.folder} are of "
-            f"{manifest.n_frames} frames; ask for fewer, or run: {preprocess_command(config)}"
+            f"{manifest.n_frames} frames; ask for fewer, or run: "
+            f"{preprocess_command(config, manifest.config)}"
         )
     _check_fits(config, inversion, timesteps)
     return inversion, config.n_frames or manifest.n_frames
 
 
-def preprocess_command(config: EditConfig) -> str:
-    """The command that makes the inversion an edit needs."""
-    words = ["python", "preprocess.py", "--data_path", config.data_path]
-    words += ["--steps", str(config.n_inversion_steps), "--save_steps", str(config.n_timesteps)]
-    words += ["--n_frames", str(config.n_frames), "--save_dir", config.latents_path]
-    words += ["--sd_version", config.sd_version]
-    if config.model:
-        words += ["--model", config.model]
-    if isinstance(config, ControlNetConfig):
-        words += ["--controlnet", config.controlnet_id]
-    return shlex.join(words) + ' --inversion_prompt "what the video shows"'
+def preprocess_command(config: EditConfig, made: dict | None = None) -> str:
+    """The command that makes the inversion an edit needs; like `made` (a manifest's), if there is one."""
+    options = {
+        "data_path": config.data_path,
+        "steps": config.n_inversion_steps,
+        "save_steps": config.n_timesteps,
+        "n_frames": config.n_frames,
+        "save_dir": config.latents_path,
+        "sd_version": config.sd_version,
+        "model": config.model,
+        "controlnet": config.controlnet_id if isinstance(config, ControlNetConfig) else None,
+        "inversion_prompt": "what the video shows",
+    }
+    if made:
+        options |= {key: made[key] for key in ("H", "W", "resize", "start_frame", "stride")}
+        options["inversion_prompt"] = made["inversion_prompt"]
+    flags = [(f"--{key}", str(value)) for key, value in options.items() if value is not None]
+    return shlex.join(["python", "preprocess.py", *itertools.chain(*flags)])
 
 
 def _list(config: EditConfig, name: str) -> list[Inversion]:
@@ -185,7 +194,7 @@ def _no_latents(config: EditConfig) -> str:
 def _check_fits(config: EditConfig, inversion: Inversion, timesteps: tuple[int, ...]) -> None:
     manifest, folder = inversion.manifest, inversion.folder
     made = manifest.config
-    remake = f"make them again with: {preprocess_command(config)}"
+    remake = f"make them again with: {preprocess_command(config, made)}"
     if Path(config.data_path).exists() and fingerprint(Path(config.data_path)) != manifest.source:
         raise UserError(f"the latents in {folder} were made from another video; {remake}")
     if checkpoint_identity(config.model_id) != manifest.checkpoint:
@@ -198,7 +207,7 @@ def _check_fits(config: EditConfig, inversion: Inversion, timesteps: tuple[int, 
             f"n_timesteps: {config.n_timesteps} steps visit timestep {missing[0]}, whose latents "
             f"are not among the {len(manifest.timesteps)} saved in {folder}; {remake}"
         )
-    shape = (manifest.n_frames, 4, made["H"] // 8, made["W"] // 8)
+    shape = inversion.latents(CLEAN).shape
     for t in timesteps:
         if inversion.latents(noisy(t)).shape != shape:
             raise UserError(

@@ -18,13 +18,14 @@ from tqdm import tqdm
 
 from benchmarks.baselines import ExtendedAttention, FrameByFrame
 from benchmarks.clips import Clip, held_out_clips
-from benchmarks.report import contact_sheet, markdown_table, plot
+from benchmarks.report import markdown_table, plot
 from config import PnPConfig, SDEditConfig
 from control import canny
 from diffusion import Schedule, StableDiffusion, choose_device, invert, last, load, sample
 from editor import Denoiser, Technique, TokenFlowDenoiser, edit
 from metrics import frame_psnr, warp_error
 from shapes.judge import Judge
+from sheets import contact_sheet, moments
 from techniques import controlnet, plug_and_play, sdedit
 from util import write_image
 
@@ -196,7 +197,8 @@ def main() -> None:
         path.write_text(json.dumps(report, indent=2))
     plot(args.output / "quality.png", rows, reconstruction)
     for index, (clip, edits) in enumerate(zip(clips, videos, strict=True)):
-        sheet = contact_sheet(edits, f"{clip.source_prompt} -> {clip.prompt}")
+        shown = {name: frames[moments(n_frames)] for name, frames in edits.items()}
+        sheet = contact_sheet(shown, f"{clip.source_prompt} -> {clip.prompt}")
         write_image(args.output / f"clip_{index:02d}.png", sheet)
     print(table)
 

@@ -1,8 +1,7 @@
-"""Tables, plots and contact sheets of the quality benchmark."""
+"""The table and the plot of the quality benchmark."""
 
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 COLUMNS = {
@@ -13,7 +12,6 @@ COLUMNS = {
     "kept_psnr": ("PSNR of what stays (dB)", "{:.1f}"),
     "seconds_per_frame": ("seconds a frame", "{:.2f}"),
 }
-LABEL_HEIGHT = 18  # pixels
 
 
 def markdown_table(rows: list[dict], reconstruction: dict[int, float]) -> str:
@@ -51,21 +49,3 @@ def plot(path: Path, rows: list[dict], reconstruction: dict[int, float]) -> None
     steps.set_ylabel("reconstruction PSNR (dB)")
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def contact_sheet(videos: dict[str, np.ndarray], title: str, columns: int = 8) -> np.ndarray:
-    """Frames of videos (N, H, W, 3) as one picture: a row a video, a column a moment."""
-    rows = [_label(title, columns * next(iter(videos.values())).shape[2])]
-    for name, frames in videos.items():
-        chosen = np.linspace(0, len(frames) - 1, columns).round().astype(int)
-        strip = np.concatenate(frames[chosen], axis=1)
-        rows += [_label(name, strip.shape[1]), strip]
-    return np.concatenate(rows)
-
-
-def _label(text: str, width: int) -> np.ndarray:
-    label = np.full((LABEL_HEIGHT, width, 3), 255, np.uint8)
-    origin = (4, LABEL_HEIGHT - 5)
-    return cv2.putText(
-        label, text, origin, cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA
-    )

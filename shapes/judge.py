@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from shapes.world import VALUES
 
-BATCH = 32
+BATCH = 48
 
 
 class Judge(nn.Module):
@@ -18,21 +18,22 @@ class Judge(nn.Module):
 
     def __init__(self):
         super().__init__()
-        layers = []
-        for channels_in, channels_out in ((3, 32), (32, 48), (48, 64), (64, 96), (96, 128)):
+        layers = [nn.AvgPool2d(2)]
+        for channels_in, channels_out in ((3, 32), (32, 48), (48, 96), (96, 128)):
             layers += [
-                nn.Conv2d(channels_in, channels_out, 3, stride=2, padding=1),
+                nn.Conv2d(channels_in, channels_out, 3, padding=1),
                 nn.GroupNorm(8, channels_out),
                 nn.SiLU(),
-                nn.Conv2d(channels_out, channels_out, 3, padding=1),
+                nn.Conv2d(channels_out, channels_out, 3, stride=2, padding=1),
                 nn.SiLU(),
             ]
         self.features = nn.Sequential(*layers)
-        self.heads = nn.Linear(128 * 4 * 4, sum(map(len, VALUES.values())))
+        self.heads = nn.Linear(2 * channels_out, sum(map(len, VALUES.values())))
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Logits (B, values) of each attribute for `images` (B, 3, 128, 128) in [0, 1]."""
-        logits = self.heads(self.features(2 * images - 1).flatten(1))
+        features = self.features(2 * images - 1)
+        logits = self.heads(torch.cat([features.mean((2, 3)), features.amax((2, 3))], dim=1))
         return logits.split([len(values) for values in VALUES.values()], dim=1)
 
     @torch.no_grad()

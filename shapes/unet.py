@@ -5,7 +5,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel
 
-BATCH = 24
+BATCH = 16
 EMPTY_CAPTIONS = 0.1  # what guidance steers away from
 SNR_CAP = 5.0  # of min-SNR weighting
 

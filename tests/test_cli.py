@@ -139,6 +139,8 @@ def test_edit(work, checkpoint, technique):
     assert video_of(video) == (7, 12, 64, 64)
     assert video_of(video.parent / "comparison.mp4") == (7, 12, 192, 64)
     assert video_of(video.parent / "vae_reconstruction.mp4") == (7, 12, 64, 64)
+    sheet = util.read_image(video.parent / "contact_sheet.png")
+    assert sheet.shape == (3 * (64 + 18), 7 * 64, 3)
     if technique == "controlnet":
         assert video_of(video.parent / "control.mp4") == (7, 12, 64, 64)
     frames = util.load_frames(video.parent / "frames", range(7))

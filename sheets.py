@@ -1,0 +1,27 @@
+"""Contact sheets: videos as one picture that a person can judge."""
+
+import cv2
+import numpy as np
+
+LABEL_HEIGHT = 18  # pixels
+
+
+def moments(n_frames: int, columns: int = 8) -> list[int]:
+    """Indices of at most `columns` frames spread evenly over a video."""
+    return np.unique(np.linspace(0, n_frames - 1, columns).round().astype(int)).tolist()
+
+
+def contact_sheet(rows: dict[str, np.ndarray], title: str = "") -> np.ndarray:
+    """A picture of stacks of uint8 RGB frames (n, H, W, 3): a labelled row each, a column a frame."""
+    strips = {label: np.concatenate(frames, axis=1) for label, frames in rows.items()}
+    width = next(iter(strips.values())).shape[1]
+    sheet = [_label(title, width)] if title else []
+    for label, strip in strips.items():
+        sheet += [_label(label, width), strip]
+    return np.concatenate(sheet)
+
+
+def _label(text: str, width: int) -> np.ndarray:
+    label = np.full((LABEL_HEIGHT, width, 3), 255, np.uint8)
+    at, font = (4, LABEL_HEIGHT - 5), cv2.FONT_HERSHEY_SIMPLEX
+    return cv2.putText(label, text, at, font, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
