@@ -88,9 +88,13 @@ class TokenFlowDenoiser(Denoiser):
         weights = self._weights(frames, keyframes)  # N k
         inject_features = t in self.feature_timesteps
         self.flow.begin_joint_edit(t in self.attention_timesteps, inject_features)
-        self.guided_noise(latents, t, keyframes)  # for what the layers remember of it
+        joint = self.guided_noise(latents, t, keyframes)  # and the layers remember their tokens
         noise = torch.empty_like(latents)
-        for chunk in frames.split(self.config.batch_size):
+        noise[keyframes] = joint
+        # A keyframe that takes itself whole would only repeat its joint pass.
+        repeated = keyframes[weights[keyframes, torch.arange(len(keyframes))] == 1]
+        rest = frames[~torch.isin(frames, repeated)]
+        for chunk in rest.split(self.config.batch_size):
             self.flow.begin_propagation(weights[chunk], inject_features)
             noise[chunk] = self.guided_noise(latents, t, chunk)
         return noise

@@ -38,9 +38,8 @@ from shapes.unet import unet_loss
 from shapes.vae import encode, round_trip_psnr, vae_loss
 from shapes.world import VALUES
 
-TRAINING_SEEDS = range(16_000)
+TRAINING_SEEDS = range(8_000)
 HELD_OUT_SEEDS = range(1_000_000, 1_000_064)
-ENCODED = 8_000  # frames that the UNet learns from
 SHOWN = [
     "a red striped circle on a green dotted background",
     "a blue checkered square on a yellow striped background",
@@ -120,14 +119,14 @@ def main() -> None:
 
     train("vae", {"vae": vae}, partial(vae_loss, vae, frames), args.vae, learning_rate=2e-3)
     print(f"VAE round trip: {round_trip_psnr(vae, held_out):.2f} dB")
-    latents = scaled_latents(vae, frames[:ENCODED], args.work_dir / "latents.pt")
+    latents = scaled_latents(vae, frames, args.work_dir / "latents.pt")
 
     loss = partial(judge_loss, judge, frames, labels)
     train("judge", {"judge": judge}, loss, args.judge, learning_rate=1e-3)
     print("judge:", accuracies(judge.read(held_out), names_of(held_out_labels)))
 
-    token_ids, empty_ids = tokenize(tokenizer, captions[:ENCODED]), tokenize(tokenizer, [""])
-    loss = partial(text_loss, text_encoder, heads, token_ids, labels[:ENCODED])
+    token_ids, empty_ids = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
+    loss = partial(text_loss, text_encoder, heads, token_ids, labels)
     train("text", {"text": text_encoder, "heads": heads}, loss, args.text, learning_rate=1e-3)
 
     def preview(average: nn.ModuleDict) -> None:

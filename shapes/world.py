@@ -229,7 +229,7 @@ def _sample_surface(rng: np.random.Generator) -> Surface:
         brightness=rng.uniform(0.85, 0.98),
         contrast=rng.uniform(0.5, 0.62),
         angle=rng.uniform(0, 2 * math.pi),
-        period=rng.uniform(20, 28),
+        period=rng.uniform(24, 32),
         phase=complex(*rng.uniform(0, 100, 2)),
         grain=tuple(zip(2 * np.pi / lengths * directions, rng.uniform(0, 7, 4), strict=True)),
     )
