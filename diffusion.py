@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DCondi
 from huggingface_hub import constants, model_info
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from config import UserError
+from cli import UserError
 
 VAE_BATCH_SIZE = 8  # frames; the VAE works at full resolution and needs the most memory
 log = logging.getLogger("tokenflow")

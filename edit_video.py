@@ -1,5 +1,6 @@
 """From an inversion on disk to an edited video on disk, with any technique."""
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +9,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from config import ControlNetConfig, EditConfig, dump
+from cli import dump
+from config import ControlNetConfig, EditConfig
 from diffusion import (
     Schedule,
     StableDiffusion,
@@ -74,7 +76,8 @@ def run_edit(config: EditConfig, name: str, make_technique: Callable[[Edit], Tec
     sd = load(config.model_id, controlnet, device, dtype)
 
     run_name = f"{name}_{Path(config.data_path).stem}"
-    with run_folder(Path(config.output_path), run_name, dump(config)) as folder:
+    made = f"{dump(config)}# of the inversion {json.dumps(inversion.manifest.config)}\n"
+    with run_folder(Path(config.output_path), run_name, made) as folder:
         job = Edit(config, sd, inversion, schedule, n_frames, folder)
         technique = make_technique(job)
         prompts = (inversion.prompt, config.negative_prompt, config.prompt)

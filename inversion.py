@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from config import ControlNetConfig, EditConfig, PreprocessConfig, UserError, inversion_name
+from cli import UserError
+from config import ControlNetConfig, EditConfig, PreprocessConfig, inversion_name
 from util import fingerprint
 
 CLEAN = "clean_latents"

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import PreprocessConfig, UserError
+from cli import UserError
+from config import PreprocessConfig
 from control import canny
 from diffusion import (
     Control,

@@ -8,7 +8,8 @@ import logging
 from dataclasses import asdict
 from pathlib import Path
 
-from config import PreprocessConfig, UserError, command, parse
+from cli import UserError, command, parse
+from config import PreprocessConfig
 
 log = logging.getLogger("tokenflow")
 

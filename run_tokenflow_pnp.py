@@ -7,7 +7,8 @@ The last line on stdout is the path of the edited video.
 
 from pathlib import Path
 
-from config import PnPConfig, command, parse_with_yaml
+from cli import command, parse_with_yaml
+from config import PnPConfig
 
 
 @command

@@ -14,7 +14,7 @@ import av
 import cv2
 import numpy as np
 
-from config import UserError
+from cli import UserError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 FOLDER_FPS = Fraction(24)  # a folder of images does not say how fast it plays

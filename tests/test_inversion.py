@@ -8,7 +8,8 @@ import torch
 from diffusers import DDIMScheduler
 
 import inversion_stages as stages
-from config import PreprocessConfig, UserError
+from cli import UserError
+from config import PreprocessConfig
 from diffusion import Schedule, check_finite, ddim_step, invert, sample
 from inversion import CLEAN, Inversion, noisy
 from shapes.checkpoint import build_scheduler

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import util
-from config import UserError
+from cli import UserError
 from control import canny
 
 

@@ -1,0 +1,195 @@
+"""Commands: flags and YAML become one validated dataclass, and mistakes become one line.
+
+Nothing slow is imported here, so that `--help` and mistakes are answered at once.
+"""
+
+import argparse
+import difflib
+import functools
+import logging
+import math
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, Field, asdict, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+C = TypeVar("C")
+
+
+class UserError(Exception):
+    """A mistake of the user's: its text is one line that says what is wrong and what to do."""
+
+
+def option(
+    help: str,
+    default: Any = MISSING,
+    low: float = -math.inf,
+    high: float = math.inf,
+    choices: tuple[str, ...] = (),
+    aliases: Mapping[str, str] = types.MappingProxyType({}),
+) -> Any:
+    """A dataclass field that is also a YAML key and a flag.
+
+    `low` and `high` are inclusive; `aliases` are other spellings of the choices.
+    """
+    metadata = {"help": help, "low": low, "high": high, "choices": choices, "aliases": aliases}
+    return (
+        field(metadata=metadata)
+        if default is MISSING
+        else field(default=default, metadata=metadata)
+    )
+
+
+def parse(cls: type[C], description: str, argv: list[str] | None = None) -> C:
+    """Read a configuration of class `cls` from flags alone (default: the command line's)."""
+    return build(cls, _parse_flags(cls, description, None, argv))
+
+
+def parse_with_yaml(
+    cls: type[C], description: str, default_yaml: Path, argv: list[str] | None = None
+) -> C:
+    """Read a configuration of class `cls` from `--config_path` and from flags, which win."""
+    flags = _parse_flags(cls, description, default_yaml, argv)
+    return build(cls, {**_read_yaml(Path(flags.pop("config_path"))), **flags})
+
+
+def build(cls: type[C], values: dict[str, Any]) -> C:
+    """Check `values` (from YAML, or strings from flags) and make a configuration of class `cls`.
+
+    Raises UserError for an unknown key, a missing one, a wrong type and a value out of range.
+    """
+    known = {f.name: f for f in fields(cls)}
+    for key in values:
+        if key not in known:
+            raise UserError(f"unknown key {key!r}{_nearest(key, known)}")
+    for name, f in known.items():
+        if name not in values and f.default is MISSING:
+            raise UserError(f"{name}: missing ({f.metadata['help']})")
+    return cls(**{key: _convert(known[key], value) for key, value in values.items()})
+
+
+def dump(config: Any) -> str:
+    """The full configuration as YAML; the same configuration always gives the same text."""
+    return yaml.safe_dump(asdict(config), sort_keys=True, allow_unicode=True)
+
+
+def command(main: Callable[[], None]) -> Callable[[], None]:
+    """Make `main` a command: mistakes of the user's end it with one line and exit status 2."""
+
+    @functools.wraps(main)
+    def wrapper() -> None:
+        logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
+        logging.getLogger("tokenflow").setLevel(logging.INFO)
+        try:
+            main()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except FloatingPointError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
+
+    return wrapper
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(message)
+
+
+def _parse_flags(
+    cls: type, description: str, default_yaml: Path | None, argv: list[str] | None
+) -> dict[str, Any]:
+    parser = _Parser(
+        description=description, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+    )
+    if default_yaml is not None:
+        parser.add_argument(
+            "--config_path",
+            default=str(default_yaml),
+            help=f"YAML file; flags win over it (default: {default_yaml})",
+        )
+    for f in fields(cls):
+        help = f.metadata["help"]
+        if f.metadata["choices"]:
+            help += f"; one of {', '.join(f.metadata['choices'])}"
+        if f.default is not MISSING:
+            help += f" (default: {f.default})"
+        parser.add_argument(
+            f"--{f.name}", default=argparse.SUPPRESS, metavar="X", help=help.replace("%", "%%")
+        )
+    flags, unknown = parser.parse_known_args(argv)
+    if unknown:
+        key = unknown[0].removeprefix("--").partition("=")[0]
+        raise UserError(
+            f"unknown flag {unknown[0]!r}{_nearest(key, [f.name for f in fields(cls)])}"
+        )
+    return vars(flags)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"config_path: cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"config_path: {path} is not YAML: {' '.join(str(error).split())}"
+        ) from error
+    if not isinstance(values, dict):
+        raise UserError(f"config_path: {path} must hold `key: value` lines")
+    return {str(key): value for key, value in values.items()}
+
+
+def _nearest(key: str, known: Iterable[str]) -> str:
+    match = difflib.get_close_matches(key, list(known), n=1)
+    return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(known)}"
+
+
+def _convert(f: Field, value: Any) -> Any:
+    """The value of field `f` in its declared type, from YAML or from a flag's text."""
+    kind, optional = f.type, isinstance(f.type, types.UnionType)
+    if optional:
+        if value is None or value in ("", "None", "null"):
+            return None
+        kind = typing.get_args(f.type)[0]
+    wrong = UserError(f"{f.name}: {value!r} is not {_KINDS[kind]}")
+    if kind is bool:
+        if str(value).lower() not in ("true", "false"):
+            raise wrong
+        return str(value).lower() == "true"
+    # YAML reads 2.1 as a number: a version or a prompt may look like one.
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise wrong
+    try:
+        converted = kind(value)
+    except (ValueError, OverflowError):
+        raise wrong from None
+    if kind is int and isinstance(value, float) and value != converted:
+        raise wrong
+    if kind is str:
+        return _checked_choice(f, converted)
+    low, high = f.metadata["low"], f.metadata["high"]
+    if not (math.isfinite(converted) and low <= converted <= high):
+        bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+        raise UserError(f"{f.name}: {value} is out of range; it must be {bounds}")
+    return converted
+
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
+
+def _checked_choice(f: Field, value: str) -> str:
+    value = f.metadata["aliases"].get(value, value)
+    choices = f.metadata["choices"]
+    if choices and value not in choices:
+        raise UserError(f"{f.name}: {value!r} is none of {', '.join(choices)}")
+    return value
