@@ -15,18 +15,12 @@ DEMO := demo
 	@$(BIN)/pip install -q -r requirements-dev.txt >&2
 	@touch $@
 
-# Until a trained checkpoint is shipped the demo runs on random weights: it shows that everything
-# works, not what an edit looks like.
-$(DEMO)/checkpoint: | .venv/demo
-	@echo "no trained checkpoint here: building a tiny one of random weights, whose edits are noise" >&2
-	@$(BIN)/python -m shapes.checkpoint $@ >&2
-
-demo: .venv/demo $(DEMO)/checkpoint
-	$(BIN)/python preprocess.py --data_path data/shapes.mp4 --model $(DEMO)/checkpoint \
+demo: .venv/demo
+	$(BIN)/python preprocess.py --data_path data/shapes.mp4 --model data/shapes-sd \
 		--inversion_prompt "a red striped circle on a green dotted background" \
 		--H 128 --W 128 --n_frames 24 --steps 50 --save_steps 50 --save_dir $(DEMO)/latents
-	$(BIN)/python run_tokenflow_pnp.py --data_path data/shapes.mp4 --model $(DEMO)/checkpoint \
-		--prompt "a blue striped circle on a green dotted background" \
+	$(BIN)/python run_tokenflow_pnp.py --data_path data/shapes.mp4 --model data/shapes-sd \
+		--prompt "a blue striped circle on a green dotted background" --guidance_scale 3 \
 		--n_frames 24 --n_inversion_steps 50 --latents_path $(DEMO)/latents --output_path $(DEMO)
 
 test: .venv/dev

@@ -29,7 +29,7 @@ from shapes.checkpoint import (
     build_vae,
     save,
 )
-from shapes.controlnet import controlnet_loss
+from shapes.controlnet import controlnet_loss, open_embedding
 from shapes.data import load_samples, render_samples
 from shapes.fit import Budget, fit
 from shapes.judge import Judge, accuracies, judge_loss, names_of
@@ -40,6 +40,14 @@ from shapes.world import VALUES
 
 TRAINING_SEEDS = range(8_000)
 HELD_OUT_SEEDS = range(1_000_000, 1_000_064)
+BUDGETS = {
+    "vae": "4500",
+    "judge": "2500",
+    "text": "400",
+    "unet": "3250",
+    "controlnet": "600",
+    "decoder": "9000",
+}
 SHOWN = [
     "a red striped circle on a green dotted background",
     "a blue checkered square on a yellow striped background",
@@ -57,15 +65,13 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--output", type=Path, default=Path("data/shapes-sd"))
-    parser.add_argument("--work_dir", type=Path, default=Path("runs/shapes"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vae", type=Budget.parse, default="1500", metavar="BUDGET")
-    parser.add_argument("--judge", type=Budget.parse, default="600", metavar="BUDGET")
-    parser.add_argument("--text", type=Budget.parse, default="400", metavar="BUDGET")
-    parser.add_argument("--unet", type=Budget.parse, default="4000", metavar="BUDGET")
-    parser.add_argument("--controlnet", type=Budget.parse, default="400", metavar="BUDGET")
-    parser.add_argument("--decoder", type=Budget.parse, default="4000", metavar="BUDGET")
+    parser.add_argument("--output", type=Path, default="data/shapes-sd", help="folder to write")
+    parser.add_argument("--work_dir", type=Path, default="runs/shapes", help="folder of the state")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and noise")
+    for stage, budget in BUDGETS.items():
+        parser.add_argument(
+            f"--{stage}", type=Budget.parse, default=budget, metavar="BUDGET", help="to spend on it"
+        )
     return parser.parse_args()
 
 
@@ -122,7 +128,7 @@ def main() -> None:
     latents = scaled_latents(vae, frames, args.work_dir / "latents.pt")
 
     loss = partial(judge_loss, judge, frames, labels)
-    train("judge", {"judge": judge}, loss, args.judge, learning_rate=1e-3)
+    train("judge", {"judge": judge}, loss, args.judge, learning_rate=2e-3)
     print("judge:", accuracies(judge.read(held_out), names_of(held_out_labels)))
 
     token_ids, empty_ids = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
@@ -152,10 +158,11 @@ def main() -> None:
 
     controlnet = build_controlnet(unet, SHAPES).to(device)
     controlnet.set_attn_processor(AttnProcessor())
+    open_embedding(controlnet)
     with torch.no_grad():
         text = torch.cat([text_encoder(ids.to(device))[0] for ids in token_ids.split(500)])
     loss = partial(controlnet_loss, controlnet, unet, scheduler, frames, latents, text)
-    train("controlnet", {"controlnet": controlnet}, loss, args.controlnet, learning_rate=2e-4)
+    train("controlnet", {"controlnet": controlnet}, loss, args.controlnet, learning_rate=1e-3)
 
     decoder = {"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}
     for parts in decoder.values():

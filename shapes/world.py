@@ -8,13 +8,13 @@ whatever its size in pixels. Times are in frames and need not be whole.
 """
 
 import math
-from colorsys import hsv_to_rgb
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
+from shapes.layers import HUES, STILL, Motion, Surface, Wave, outline
+
 EXTENT = 128.0
-HUES = {"red": 0.0, "green": 125.0, "blue": 225.0, "yellow": 54.0}  # degrees
 VALUES = {
     "shape": ("circle", "square", "triangle"),
     "color": tuple(HUES),
@@ -44,61 +44,6 @@ class Attributes:
             f" on a {self.background_color} {self.background_texture} background"
         )
         return text + " behind a grey bar" if self.barred else text
-
-
-@dataclass(frozen=True)
-class Wave:
-    """The oscillation amplitude * sin(2 pi time / period + phase)."""
-
-    amplitude: float
-    period: float
-    phase: float
-
-    def __call__(self, time: float) -> float:
-        return self.amplitude * math.sin(2 * math.pi * time / self.period + self.phase)
-
-
-STILL = Wave(0.0, 1.0, 0.0)
-
-
-@dataclass(frozen=True)
-class Motion:
-    """Motion of a layer: swinging translation and zoom, steady rotation (radians a frame)."""
-
-    center: complex
-    x: Wave
-    y: Wave
-    log_scale: Wave = STILL
-    angle: float = 0.0
-    spin: float = 0.0
-
-    def pose(self, time: float) -> tuple[complex, complex]:
-        """(a, b) of the transform p -> a * p + b from layer to frame coordinates at `time`."""
-        turn = np.exp(self.log_scale(time) + 1j * (self.angle + self.spin * time))
-        return complex(turn), self.center + complex(self.x(time), self.y(time))
-
-
-@dataclass(frozen=True)
-class Surface:
-    """What a caption leaves open of a layer's look: its shades, and how its texture lies."""
-
-    hue_shift: float  # degrees
-    saturation: float
-    brightness: float
-    contrast: float  # brightness of the dark tone relative to the light one
-    angle: float  # radians
-    period: float  # world units
-    phase: complex  # world units
-    grain: tuple[tuple[complex, float], ...]  # wave vectors (radians / unit), phases
-
-    def paint(self, points: np.ndarray, color: str, texture: str, blur: float) -> np.ndarray:
-        """Colours (..., 3) in [0, 1] at `points` of the layer; edges are `blur` units wide."""
-        tone = _pattern(points * np.exp(1j * self.angle) + self.phase, texture, self.period, blur)
-        shade = self.brightness * (self.contrast + (1 - self.contrast) * tone)
-        for vector, phase in self.grain:
-            shade = shade * (1 + 0.02 * np.sin((points * vector.conjugate()).real + phase))
-        hue = (HUES[color] + self.hue_shift) / 360 % 1
-        return shade[..., None] * np.array(hsv_to_rgb(hue, self.saturation, 1.0))
 
 
 @dataclass(frozen=True)
@@ -182,11 +127,11 @@ def pixel_centers(size: int) -> np.ndarray:
 def distances(scene: Scene, time: float, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Signed distances (negative inside) of frame `points` to the object and to the bar."""
     a, b = scene.object_motion.pose(time)
-    outline = _outline((points - b) / a, scene.attributes.shape, scene.radius) * abs(a)
+    object_distance = outline((points - b) / a, scene.attributes.shape, scene.radius) * abs(a)
     if not scene.attributes.barred:
-        return outline, np.full(points.shape, np.inf)
+        return object_distance, np.full(points.shape, np.inf)
     a, b = scene.bar_motion.pose(time)
-    return outline, np.abs(((points - b) / a).real) - scene.bar_width / 2
+    return object_distance, np.abs(((points - b) / a).real) - scene.bar_width / 2
 
 
 def top_layer(scene: Scene, time: float, points: np.ndarray) -> np.ndarray:
@@ -233,34 +178,3 @@ def _sample_surface(rng: np.random.Generator) -> Surface:
         phase=complex(*rng.uniform(0, 100, 2)),
         grain=tuple(zip(2 * np.pi / lengths * directions, rng.uniform(0, 7, 4), strict=True)),
     )
-
-
-def _outline(points: np.ndarray, shape: str, radius: float) -> np.ndarray:
-    """Signed distance to the outline; the shapes of one radius have about the same size."""
-    if shape == "circle":
-        return np.abs(points) - radius
-    if shape == "square":
-        return np.maximum(np.abs(points.real), np.abs(points.imag)) - 0.85 * radius
-    if shape == "triangle":
-        normals = np.exp(2j * np.pi * np.arange(3) / 3)
-        sides = [(points * normal.conjugate()).real for normal in normals]
-        return np.maximum.reduce(sides) - 0.66 * radius
-    raise ValueError(f"unknown shape {shape!r}")
-
-
-def _pattern(points: np.ndarray, texture: str, period: float, blur: float) -> np.ndarray:
-    """Tone in [0, 1] (dark, light) of a texture of two tones whose edges are `blur` wide."""
-    if texture == "checkered":
-        period = 1.25 * period  # two edges a period in both directions: finer than stripes
-    # Distances to the middle of the nearest light stripe, and of the nearest light row.
-    across = np.abs((points.real / period) % 1 - 0.5) * period
-    along = np.abs((points.imag / period) % 1 - 0.5) * period
-    if texture == "dotted":
-        return np.clip(0.5 + (0.34 * period - np.hypot(across, along)) / blur, 0, 1)
-    stripes = np.clip(0.5 + (period / 4 - across) / blur, 0, 1)
-    if texture == "striped":
-        return stripes
-    if texture == "checkered":
-        rows = np.clip(0.5 + (period / 4 - along) / blur, 0, 1)
-        return stripes * rows + (1 - stripes) * (1 - rows)
-    raise ValueError(f"unknown texture {texture!r}")
