@@ -94,7 +94,8 @@ class TokenFlowDenoiser(Denoiser):
         # A keyframe that takes itself whole would only repeat its joint pass.
         repeated = keyframes[weights[keyframes, torch.arange(len(keyframes))] == 1]
         rest = frames[~torch.isin(frames, repeated)]
-        for chunk in rest.split(self.config.batch_size):
+        for start in range(0, len(rest), self.config.batch_size):
+            chunk = rest[start : start + self.config.batch_size]
             self.flow.begin_propagation(weights[chunk], inject_features)
             noise[chunk] = self.guided_noise(latents, t, chunk)
         return noise

@@ -24,6 +24,7 @@ from control import canny
 from diffusion import Schedule, StableDiffusion, choose_device, invert, last, load, sample
 from editor import Denoiser, Technique, TokenFlowDenoiser, edit
 from metrics import frame_psnr, warp_error
+from shapes.controlnet import CANNY_THRESHOLDS
 from shapes.judge import Judge
 from sheets import contact_sheet, moments
 from techniques import controlnet, plug_and_play, sdedit
@@ -32,7 +33,6 @@ from util import write_image
 GAPS = (1, 8)  # frames between the two that a warp error compares
 RECONSTRUCTION_STEPS = (10, 20, 50, 100)
 SDEDIT_START = 0.7
-CANNY_THRESHOLDS = 100, 200
 
 
 @dataclass(frozen=True)

@@ -51,9 +51,6 @@ def test_scenes_repeat_and_keep_their_motion_when_edited():
     assert not np.array_equal(render(scene, 7)[0], render(other, 7)[0])
 
 
-needs_checkpoint = pytest.mark.skipif(not CHECKPOINT.exists(), reason="no trained checkpoint")
-
-
 @pytest.fixture(scope="module")
 def trained():
     """The shapes checkpoint with its ControlNet."""
@@ -61,7 +58,6 @@ def trained():
     return load(folder, f"{folder}/controlnet", device, torch.float32)
 
 
-@needs_checkpoint
 def test_judge_reads_renderings():
     judge, scenes = Judge.load(CHECKPOINT / "judge.safetensors"), range(3_000_000, 3_000_040)
     truth = [sample_scene(seed).attributes for seed in scenes]
@@ -71,7 +67,6 @@ def test_judge_reads_renderings():
         assert right >= 0.9, name
 
 
-@needs_checkpoint
 def test_round_trip_and_reconstruction(trained):
     (clip,) = held_out_clips(1, n_frames=3)
     round_trip = trained.decode_latents(trained.encode_frames(clip.frames))
@@ -79,7 +74,6 @@ def test_round_trip_and_reconstruction(trained):
     assert reconstruction_psnr(trained, clip, n_steps=50) > 25
 
 
-@needs_checkpoint
 def test_tokenflow_is_steadier_than_editing_frame_by_frame(trained):
     (clip,) = held_out_clips(1, n_frames=8)
     config = PnPConfig(data_path="", prompt="", n_timesteps=10, batch_size=4)

@@ -91,6 +91,19 @@ def test_single_frame_is_the_untouched_unet(sd, video):
     torch.testing.assert_close(propagated[2:], plain, atol=1e-5, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_every_frame_may_be_a_keyframe(sd, video):
+    """With chunks of one frame nothing is left to propagate to."""
+    source, latents = video[0][:2], video[1][:2]
+    config = PnPConfig(data_path="", prompt="", batch_size=1)
+    technique = Technique(latents, Schedule.of(sd.scheduler, 10))
+    with install_tokenflow(sd.unet) as flow:
+        denoiser = TokenFlowDenoiser(
+            sd, flow, technique, lambda t, f: source[f], ("", "", ""), config
+        )
+        assert torch.isfinite(denoiser.predict_noise(latents, 901)).all()
+
+
 def test_unet_is_restored(sd, video):
     latents, text = video[1][:1], sd.encode_text("a red circle")
     before = sd.predict_noise(latents, 500, text)
