@@ -124,7 +124,11 @@ def _parse_flags(
         if f.default is not MISSING:
             help += f" (default: {f.default})"
         parser.add_argument(
-            f"--{f.name}", default=argparse.SUPPRESS, metavar="X", help=help.replace("%", "%%")
+            f"--{f.name}",
+            default=argparse.SUPPRESS,
+            metavar="X",
+            help=help.replace("%", "%%"),
+            **({"nargs": "?", "const": "true"} if f.type is bool else {}),
         )
     flags, unknown = parser.parse_known_args(argv)
     if unknown:

@@ -75,8 +75,16 @@ class PreprocessConfig(ModelConfig, CannyConfig):
     start_frame: int = option("first frame used", 0, low=0)
     n_frames: int = option("frames used; 0: all", 40, low=0)
     stride: int = option("use every stride-th frame", 1, low=1)
-    steps: int = option("steps of the inversion", 500, low=1, high=999)
+    inversion: str = option(
+        "fixed_point solves each step exactly, ddim is the published approximation",
+        "fixed_point",
+        choices=("fixed_point", "ddim"),
+    )
+    steps: int = option("steps of the inversion", 50, low=1, high=999)
     save_steps: int = option("editing steps whose latents are saved", 50, low=1, high=999)
+    keep_source: bool = option("keep the source's features, which makes edits faster", True)
+    keyframe_interval: int = option("as in the edits that the kept features serve", 8, low=1)
+    no_reconstruction: bool = option("do not sample the video back from its noise", False)
     batch_size: int = option("frames in one UNet pass", 16, low=1)
     save_dir: str = option("folder of all inversions", "latents")
 
@@ -108,14 +116,23 @@ class EditConfig(ModelConfig):
     output_path: str = option("folder under which each edit gets a folder", "tokenflow-results")
     prompt: str = option("text that describes the edited video")
     negative_prompt: str = option("text that the edit is guided away from", "")
-    n_inversion_steps: int = option("steps of the inversion to use", 500, low=1, high=999)
+    n_inversion_steps: int = option("steps of the inversion to use", 50, low=1, high=999)
     n_timesteps: int = option("steps of the edit", 50, low=1, high=999)
     n_frames: int = option("frames to edit, from the first; 0: all", 40, low=0)
-    batch_size: int = option("frames in a chunk; each chunk has one keyframe", 8, low=1)
+    batch_size: int = option("frames in one UNet pass", 8, low=1)
+    keyframe_interval: int | None = option(
+        "frames, of which one is a keyframe; None: as many as batch_size", None, low=1
+    )
+    reuse_source: bool = option("use the source's features that preprocess.py kept", True)
     guidance_scale: float = option("strength of classifier-free guidance", 7.5, low=0)
     propagation: str = option(
         "which keyframes a frame blends", "flanking", choices=("flanking", "previous")
     )
+
+    @property
+    def interval(self) -> int:
+        """Frames, of which one is a keyframe."""
+        return self.keyframe_interval or self.batch_size
 
     @property
     def inversions(self) -> tuple[str, ...]:

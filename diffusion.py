@@ -26,6 +26,10 @@ log = logging.getLogger("tokenflow")
 
 HUB_TIMEOUT = 10  # seconds
 
+# A latent is of unit variance. Most steps come to rest at their first evaluation (2e-3 is typical).
+FIXED_POINT_TOLERANCE = 3e-3  # root mean square of a latent's last movement
+FIXED_POINT_ITERATIONS = 5  # at most, of a frame at a step
+
 # What makes a UNet Stable Diffusion's: the layers that TokenFlow and its injections name.
 SD_LAYOUT = {
     "_class_name": "UNet2DConditionModel",
@@ -45,6 +49,8 @@ transformers.utils.logging.disable_progress_bar()
 
 T = TypeVar("T")
 NoisePredictor = Callable[[torch.Tensor, int], torch.Tensor]
+# The latents (n, 4, h, w) of some frames, a timestep, and which frames of the video (n,) they are.
+FramesNoisePredictor = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,12 @@ class Control:
 
     images: torch.Tensor
     scale: torch.Tensor
+
+    @classmethod
+    def cat(cls, controls: Sequence["Control"]) -> "Control":
+        """The conditions of several batches as those of one."""
+        images, scales = zip(*((c.images, c.scale) for c in controls), strict=True)
+        return cls(torch.cat(images), torch.cat(scales))
 
 
 @dataclass(frozen=True)
@@ -175,17 +187,59 @@ def ddim_step(
 
 
 def invert(
-    latents: torch.Tensor, schedule: Schedule, predict_noise: NoisePredictor
+    latents: torch.Tensor,
+    schedule: Schedule,
+    predict_noise: FramesNoisePredictor,
+    fixed_point: bool = False,
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Naive DDIM inversion: from clean latents to noise; yields each timestep and its latents.
+    """DDIM inversion: from clean latents (N, 4, h, w) to noise; yields each timestep and its latents.
 
-    Each step predicts the noise at the timestep it moves to, from the latents it comes from.
+    A sampling step uses the noise predicted at the latents it comes from, which an inversion does not
+    know yet. Naive inversion predicts it at those it has; with `fixed_point` it is found by
+    `fixed_point_noise`.
     """
+    frames, noise, before = torch.arange(len(latents)), None, None
     for step, t in reversed(list(enumerate(schedule.timesteps))):
-        noise = predict_noise(latents, t)
-        latents = ddim_step(latents, noise, schedule.alphas[step + 1], schedule.alphas[step])
+        alphas = schedule.alphas[step + 1], schedule.alphas[step]
+        if fixed_point and noise is not None:
+            # The noise changes smoothly along a trajectory, so that its line is a close guess.
+            guess = noise if before is None else 2 * noise - before
+            before = noise
+            noise = fixed_point_noise(latents, guess, t, alphas, predict_noise)
+        else:
+            noise = predict_noise(latents, t, frames)
+        latents = ddim_step(latents, noise, *alphas)
         check_finite(latents, f"the latents of the inversion at timestep {t}")
         yield t, latents
+
+
+def fixed_point_noise(
+    latents: torch.Tensor,
+    guess: torch.Tensor,
+    t: int,
+    alphas: tuple[float, float],
+    predict_noise: FramesNoisePredictor,
+) -> torch.Tensor:
+    """The noise (N, 4, h, w) that moves latents to where just that noise is predicted.
+
+    Iterates noise = predict_noise(ddim_step(latents, noise), t) from a `guess` (Pan et al., AIDI,
+    arXiv 2309.04907; Garibi et al., ReNoise, arXiv 2403.14602) until the latents move by less than
+    FIXED_POINT_TOLERANCE. Frames at rest cost nothing more, and neither do those that an iteration
+    leads further away.
+    """
+    noise, frames = guess.clone(), torch.arange(len(latents))
+    least = torch.full((len(latents),), math.inf)
+    for _ in range(FIXED_POINT_ITERATIONS):
+        before = ddim_step(latents[frames], noise[frames], *alphas)
+        predicted = predict_noise(before, t, frames)
+        change = ddim_step(latents[frames], predicted, *alphas) - before
+        movement = change.square().mean((1, 2, 3)).sqrt()
+        nearer = movement < least[frames]
+        noise[frames[nearer]], least[frames] = predicted[nearer], movement
+        frames = frames[nearer & (movement > FIXED_POINT_TOLERANCE)]
+        if not len(frames):
+            break
+    return noise
 
 
 def sample(

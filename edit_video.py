@@ -20,9 +20,10 @@ from diffusion import (
     load,
     load_scheduler,
 )
-from editor import Technique, edit
+from editor import Source, Technique, edit, keyframes_of
 from inversion import Inversion, find_inversion, noisy
 from sheets import contact_sheet, moments
+from tokenflow_utils import SourceFeatures
 from util import (
     load_frames,
     run_folder,
@@ -57,9 +58,35 @@ class Edit:
         """The inverted latents (N, 4, h, w) of the first editing timestep."""
         return self.latents(noisy(self.schedule.timesteps[0]))
 
-    def source_latents(self, t: int, frames: torch.Tensor) -> torch.Tensor:
-        """The inverted latents (n, 4, h, w) of timestep `t` for frame indices (n,)."""
+    @property
+    def source(self) -> Source:
+        """What the inversion knows of the source; its features too, if it kept them for this edit."""
+        missed = self._why_no_features()
+        if missed:
+            log.info("the source is denoised along with the edit: %s", missed)
+            return Source(self._source_latents)
+        return Source(self._source_latents, self._source_features)
+
+    def _why_no_features(self) -> str:
+        """Why the source's features cannot be taken from the inversion; empty if they can."""
+        kept = self.inversion.manifest.keyframes
+        wanted = keyframes_of(self.config, self.sd.scheduler, self.n_frames)
+        if not self.config.reuse_source:
+            return "reuse_source is false"
+        if self.config.propagation != "flanking":
+            return f"nothing is kept for propagation {self.config.propagation}"
+        if kept is None:
+            return f"{self.inversion.folder} holds no source features (keep_source)"
+        for name in ("n_frames", "interval", "seed", "timesteps"):
+            if getattr(kept, name) != getattr(wanted, name):
+                return f"the inversion kept its features for other keyframes ({name})"
+        return ""
+
+    def _source_latents(self, t: int, frames: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(self.inversion.latents(noisy(t))[frames.numpy()])
+
+    def _source_features(self, t: int, frames: torch.Tensor) -> SourceFeatures:
+        return self.inversion.source_store.read(t, frames, self.sd.device)
 
 
 def run_edit(config: EditConfig, name: str, make_technique: Callable[[Edit], Technique]) -> Path:
@@ -81,7 +108,7 @@ def run_edit(config: EditConfig, name: str, make_technique: Callable[[Edit], Tec
         job = Edit(config, sd, inversion, schedule, n_frames, folder)
         technique = make_technique(job)
         prompts = (inversion.prompt, config.negative_prompt, config.prompt)
-        steps = edit(sd, technique, job.source_latents, prompts, config)
+        steps = edit(sd, technique, job.source, prompts, config)
         n_steps = len(technique.schedule.timesteps)
         latents = last(tqdm(steps, "Editing", n_steps, unit="step"))
         frames = folder / "frames"
@@ -90,11 +117,10 @@ def run_edit(config: EditConfig, name: str, make_technique: Callable[[Edit], Tec
             for start in tqdm(range(0, n_frames, DECODE_BATCH), "Decoding", unit="batch"):
                 decoded = sd.decode_latents(latents[start : start + DECODE_BATCH])
                 save_frames(partial, start, decoded)
-        shown = {
-            "source": inversion.source,
-            "reconstruction": inversion.reconstruction,
-            config.prompt: frames,
-        }
+        shown = {"source": inversion.source}
+        if inversion.reconstruction.exists():
+            shown["reconstruction"] = inversion.reconstruction
+        shown[config.prompt] = frames
         comparison = folder / "comparison.mp4"
         write_video_from_folders(comparison, list(shown.values()), n_frames, inversion.fps)
         rows = {label: load_frames(f, moments(n_frames)) for label, f in shown.items()}

@@ -5,21 +5,24 @@ condition; nothing here knows which technique it is.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from diffusers import DDIMScheduler
 
 from config import EditConfig
 from diffusion import Control, Schedule, StableDiffusion, sample
 from tokenflow_utils import (
-    COND,
     N_STREAMS,
+    SOURCE,
     UNCOND,
+    Blend,
+    Keyframes,
+    SourceFeatures,
     TokenFlow,
-    draw_keyframes,
-    flanking_weights,
+    flanking_blend,
     install_tokenflow,
-    previous_weights,
+    previous_blend,
 )
 
 
@@ -30,96 +33,127 @@ class Technique:
     latents: (N, 4, h, w) at the schedule's first timestep.
     attention_steps, feature_steps: how many steps, from the first, inject the source's attention
     and features.
-    control: for frame indices (n,), what conditions the ControlNet for their three streams (3n).
+    control: for frame indices (n,), what conditions the ControlNet in each stream: three times (n).
     """
 
     latents: torch.Tensor
     schedule: Schedule
     attention_steps: int = 0
     feature_steps: int = 0
-    control: Callable[[torch.Tensor], Control] | None = None
+    control: Callable[[torch.Tensor], tuple[Control, Control, Control]] | None = None
 
 
-SourceLatents = Callable[[int, torch.Tensor], torch.Tensor]
+@dataclass(frozen=True)
+class Source:
+    """What an inversion knows of the source video.
+
+    latents: the inverted latents (n, 4, h, w) of a timestep for frame indices (n,).
+    features: for frames that are no keyframes, likewise, what propagation needs of the source stream;
+    without it that stream is denoised along with the others.
+    """
+
+    latents: Callable[[int, torch.Tensor], torch.Tensor]
+    features: Callable[[int, torch.Tensor], SourceFeatures] | None = None
 
 
 class Denoiser:
-    """Predicts the guided noise of a video's frames at one timestep, in passes of three streams."""
+    """Predicts the guided noise of a video's frames at one timestep, in passes of some streams."""
 
     def __init__(
         self,
         sd: StableDiffusion,
         flow: TokenFlow,
         technique: Technique,
-        source_latents: SourceLatents,
+        source: Source,
         prompts: tuple[str, str, str],
         config: EditConfig,
     ) -> None:
         self.sd, self.flow, self.config = sd, flow, config
-        self.source_latents = source_latents
+        self.source = source
         self.control = technique.control
         self.text = torch.cat([sd.encode_text(prompt) for prompt in prompts])  # 3 l d
         timesteps = technique.schedule.timesteps
         self.attention_timesteps = frozenset(timesteps[: technique.attention_steps])
         self.feature_timesteps = frozenset(timesteps[: technique.feature_steps])
 
-    def guided_noise(self, latents: torch.Tensor, t: int, frames: torch.Tensor) -> torch.Tensor:
-        """One UNet pass over the frames (n,) of latents (N, 4, h, w): guided noise (n, 4, h, w)."""
-        source = self.source_latents(t, frames).to(latents)
-        streams = torch.cat([source, latents[frames], latents[frames]])  # 3n 4 h w
-        text = self.text.repeat_interleave(len(frames), dim=0)  # 3n l d
-        control = self.control(frames) if self.control else None
-        noise = self.sd.predict_noise(streams, t, text, control).unflatten(0, (N_STREAMS, -1))
-        return noise[UNCOND] + self.config.guidance_scale * (noise[COND] - noise[UNCOND])
+    def guided_noise(
+        self, latents: torch.Tensor, t: int, frames: torch.Tensor, first_stream: int = SOURCE
+    ) -> torch.Tensor:
+        """One UNet pass over the frames (n,) of latents (N, 4, h, w): guided noise (n, 4, h, w).
+
+        The pass has the streams from `first_stream` on, SOURCE or UNCOND.
+        """
+        streams = [latents[frames]] * 2
+        if first_stream == SOURCE:
+            streams.insert(SOURCE, self.source.latents(t, frames).to(latents))
+        text = self.text[first_stream:].repeat_interleave(len(frames), dim=0)
+        control = Control.cat(self.control(frames)[first_stream:]) if self.control else None
+        noise = self.sd.predict_noise(torch.cat(streams), t, text, control)
+        uncond, cond = noise.unflatten(0, (len(streams), -1))[UNCOND - N_STREAMS :]
+        return uncond + self.config.guidance_scale * (cond - uncond)
 
 
 class TokenFlowDenoiser(Denoiser):
-    """Joint edit of random keyframes, then propagation to every chunk of frames."""
+    """Joint edit of random keyframes, then propagation to all other frames."""
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        # Draws keyframes and nothing else, so that a run can be repeated.
-        self.generator = torch.Generator().manual_seed(self.config.seed)
+    def __init__(
+        self,
+        sd: StableDiffusion,
+        flow: TokenFlow,
+        technique: Technique,
+        source: Source,
+        prompts: tuple[str, str, str],
+        config: EditConfig,
+    ) -> None:
+        super().__init__(sd, flow, technique, source, prompts, config)
+        keyframes = keyframes_of(config, sd.scheduler, len(technique.latents))
+        if config.propagation == "previous":  # the authors' code draws none at skipped steps
+            keyframes = replace(keyframes, timesteps=technique.schedule.timesteps)
+        self.plan = keyframes.plan()
 
     def predict_noise(self, latents: torch.Tensor, t: int) -> torch.Tensor:
         """The guided noise (N, 4, h, w) of all frames' latents (N, 4, h, w) at timestep `t`."""
-        frames = torch.arange(len(latents))
-        keyframes = draw_keyframes(len(latents), self.config.batch_size, self.generator)
-        weights = self._weights(frames, keyframes)  # N k
+        keyframes, frames = self.plan[t], torch.arange(len(latents))
+        blend = self._blend(frames, keyframes)
         inject_features = t in self.feature_timesteps
         self.flow.begin_joint_edit(t in self.attention_timesteps, inject_features)
-        joint = self.guided_noise(latents, t, keyframes)  # and the layers remember their tokens
         noise = torch.empty_like(latents)
-        noise[keyframes] = joint
-        # A keyframe that takes itself whole would only repeat its joint pass.
-        repeated = keyframes[weights[keyframes, torch.arange(len(keyframes))] == 1]
-        rest = frames[~torch.isin(frames, repeated)]
+        # The layers remember their tokens. A keyframe that takes itself whole is done with this.
+        noise[keyframes] = self.guided_noise(latents, t, keyframes)
+        done = keyframes[blend.of(keyframes).whole == torch.arange(len(keyframes))]
+        rest = frames[~torch.isin(frames, done)]
         for start in range(0, len(rest), self.config.batch_size):
             chunk = rest[start : start + self.config.batch_size]
-            self.flow.begin_propagation(weights[chunk], inject_features)
-            noise[chunk] = self.guided_noise(latents, t, chunk)
+            source = self.source.features(t, chunk) if self.source.features else None
+            self.flow.begin_propagation(blend.of(chunk), inject_features, source)
+            noise[chunk] = self.guided_noise(latents, t, chunk, UNCOND if source else SOURCE)
         return noise
 
-    def _weights(self, frames: torch.Tensor, keyframes: torch.Tensor) -> torch.Tensor:
+    def _blend(self, frames: torch.Tensor, keyframes: torch.Tensor) -> Blend:
         if self.config.propagation == "previous":
-            return previous_weights(frames, keyframes, self.config.batch_size)
-        return flanking_weights(frames, keyframes)
+            return previous_blend(frames, self.config.interval)
+        return flanking_blend(frames, keyframes)
+
+
+def keyframes_of(config: EditConfig, scheduler: DDIMScheduler, n_frames: int) -> Keyframes:
+    """The keyframes of an edit; steps that a technique skips have theirs too."""
+    timesteps = Schedule.of(scheduler, config.n_timesteps).timesteps
+    return Keyframes(n_frames, config.interval, timesteps, config.seed)
 
 
 def edit(
     sd: StableDiffusion,
     technique: Technique,
-    source_latents: SourceLatents,
+    source: Source,
     prompts: tuple[str, str, str],
     config: EditConfig,
     denoiser: type[Denoiser] = TokenFlowDenoiser,
 ) -> Iterator[torch.Tensor]:
     """Edit a video; yields the latents (N, 4, h, w) after each step.
 
-    source_latents: the inverted latents (n, 4, h, w) of a timestep for frame indices (n,).
     prompts: of the source, uncond and cond streams.
     denoiser: how frames are made consistent; benchmarks put what they compare with here.
     """
     with install_tokenflow(sd.unet) as flow:
-        predictor = denoiser(sd, flow, technique, source_latents, prompts, config)
+        predictor = denoiser(sd, flow, technique, source, prompts, config)
         yield from sample(technique.latents, technique.schedule, predictor.predict_noise)

@@ -7,6 +7,7 @@
   inversion where that is no editing timestep; of the same shape;
 - `source/`, `vae/` and `frames/`: the frames as they were encoded, after the VAE's round trip, and
   reconstructed from the noisiest latents; `inverted.mp4`, the latter as a video;
+- `source_features/`: what edits need of the source stream (see `source_store`), where it was kept;
 - `inversion_prompt.txt` and `manifest.json`, all that made them.
 """
 
@@ -21,6 +22,8 @@ import numpy as np
 
 from cli import UserError
 from config import ControlNetConfig, EditConfig, PreprocessConfig, inversion_name
+from source_store import SourceStore
+from tokenflow_utils import Keyframes
 from util import fingerprint
 
 CLEAN = "clean_latents"
@@ -39,6 +42,7 @@ class Manifest:
     timesteps: tuple[int, ...]  # editing timesteps whose latents are saved, the noisiest first
     inverted: str  # name of the latents that the inversion ended with,
     inverted_timestep: int  # and their timestep
+    keyframes: Keyframes | None = None  # for which the source's features are kept
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,11 @@ class Inversion:
         return self.folder / "frames"
 
     @property
+    def source_store(self) -> SourceStore:
+        """The source's features, where they are kept."""
+        return SourceStore(self.folder / "source_features")
+
+    @property
     def exists(self) -> bool:
         """Whether there is a finished inversion."""
         return (self.folder / "manifest.json").is_file()
@@ -78,7 +87,11 @@ class Inversion:
     @property
     def manifest(self) -> Manifest:
         """What made the inversion; without it there is none."""
-        return Manifest(**json.loads((self.folder / "manifest.json").read_text(encoding="utf-8")))
+        stored = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+        if stored.get("keyframes"):
+            timesteps = tuple(stored["keyframes"].pop("timesteps"))
+            stored["keyframes"] = Keyframes(**stored["keyframes"], timesteps=timesteps)
+        return Manifest(**stored)
 
     @property
     def prompt(self) -> str:
@@ -103,15 +116,15 @@ class Inversion:
         text = json.dumps(asdict(manifest), indent=2, ensure_ascii=False)
         (self.folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
 
-    def create_latents(self, name: str, shape: tuple[int, ...]) -> np.memmap:
-        """A new memory-mapped fp32 array (N, 4, h, w) on disk."""
+    def save_latents(self, name: str, latents: np.ndarray) -> None:
+        """Write fp32 latents (N, 4, h, w)."""
         path = self._latents_file(name)
         path.parent.mkdir(exist_ok=True)
-        return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+        np.save(path, latents)
 
-    def latents(self, name: str, mode: str = "r") -> np.memmap:
+    def latents(self, name: str) -> np.memmap:
         """Saved latents (N, 4, h, w), memory-mapped; `noisy(t)`, `CLEAN` or `INVERTED` names them."""
-        return np.load(self._latents_file(name), mmap_mode=mode, allow_pickle=False)
+        return np.load(self._latents_file(name), mmap_mode="r", allow_pickle=False)
 
     def _latents_file(self, name: str) -> Path:
         return self.folder / "latents" / f"{name}.npy"

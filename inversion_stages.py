@@ -2,7 +2,10 @@
 
 import itertools
 import logging
+import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +17,19 @@ from config import PreprocessConfig
 from control import canny
 from diffusion import (
     Control,
-    NoisePredictor,
     Schedule,
     StableDiffusion,
     invert,
+    last,
     load_scheduler,
     sample,
 )
-from inversion import CLEAN, Inversion
+from inversion import CLEAN, Inversion, noisy
 from metrics import frame_psnr, frame_ssim
+from predictor import FramesPredictor
+from source_recorder import SourceRecorder, install_recorder
+from source_store import MAX_TOKENS, bytes_needed
+from tokenflow_utils import Keyframes
 from util import decode_frames, fit_frame, frame_path, load_frames, save_frames, write_image
 
 log = logging.getLogger("tokenflow")
@@ -78,14 +85,27 @@ def read_source(config: PreprocessConfig, folder: Path, n_frames: int) -> None:
 def encode(sd: StableDiffusion, inversion: Inversion, n_frames: int, batch_size: int) -> None:
     """Encode the source frames to the clean latents, and decode those: the VAE's round trip."""
     inversion.vae.mkdir()
-    clean = None
-    for start, stop, bar in _progress("Encoding", n_frames, batch_size, steps=1):
-        latents = sd.encode_frames(load_frames(inversion.source, range(start, stop)))
-        if clean is None:
-            clean = inversion.create_latents(CLEAN, (n_frames, *latents.shape[1:]))
-        clean[start:stop] = latents.numpy()
-        save_frames(inversion.vae, start, sd.decode_latents(latents))
-        bar.update()
+    clean = []
+    for start, stop in tqdm(_batches(n_frames, batch_size), "Encoding", unit="batch"):
+        clean.append(sd.encode_frames(load_frames(inversion.source, range(start, stop))))
+        save_frames(inversion.vae, start, sd.decode_latents(clean[-1]))
+    inversion.save_latents(CLEAN, torch.cat(clean).numpy())
+
+
+def kept_keyframes(
+    sd: StableDiffusion, inversion: Inversion, config: PreprocessConfig, editing: Schedule
+) -> Keyframes | None:
+    """The keyframes for which the source's features are kept; None if they are not. Says what it takes."""
+    if not config.keep_source or config.inversion != "fixed_point":
+        return None  # naive inversion looks at every frame before it is at the timestep
+    shape = inversion.latents(CLEAN).shape
+    needed = bytes_needed(sd.unet, shape, len(editing.timesteps))
+    free = shutil.disk_usage(inversion.folder).free
+    log.info("source features, which make edits faster, take %.0f MB of disk", needed / 1e6)
+    if shape[-2] * shape[-1] > MAX_TOKENS or needed > free:
+        log.warning("which is more than there is: edits will denoise the source as well")
+        return None
+    return Keyframes(shape[0], config.keyframe_interval, editing.timesteps, config.seed)
 
 
 def invert_video(
@@ -94,19 +114,24 @@ def invert_video(
     config: PreprocessConfig,
     schedule: Schedule,
     names: dict[int, str],
+    keyframes: Keyframes | None,
 ) -> None:
-    """Invert the clean latents; save those of the timesteps in `names`, under those names."""
-    clean = inversion.latents(CLEAN)
-    for name in names.values():
-        inversion.create_latents(name, clean.shape)
-    text, steps = sd.encode_text(config.inversion_prompt), len(schedule.timesteps)
-    for start, stop, bar in _progress("Inverting", len(clean), config.batch_size, steps):
-        latents = torch.tensor(clean[start:stop], device=sd.device)
-        predict_noise = _noise_predictor(sd, inversion, config, text, start, stop)
-        for t, noisier in invert(latents, schedule, predict_noise):
+    """Invert the clean latents; save those of the timesteps in `names`, under those names.
+
+    With `keyframes` the source's features are kept on the way, for edits with those keyframes.
+    """
+    clean = torch.tensor(inversion.latents(CLEAN))
+    fixed_point = config.inversion == "fixed_point"
+    with (
+        install_recorder(sd.unet, keyframes, inversion.source_store)
+        if keyframes
+        else nullcontext() as recorder
+    ):
+        predict_noise = _predictor(sd, inversion, config, recorder)
+        steps = invert(clean, schedule, predict_noise, fixed_point)
+        for t, noisier in tqdm(steps, "Inverting", len(schedule.timesteps), unit="step"):
             if t in names:
-                inversion.latents(names[t], "r+")[start:stop] = noisier.cpu().numpy()
-            bar.update()
+                inversion.save_latents(names[t], noisier.numpy())
 
 
 def reconstruct(
@@ -114,19 +139,14 @@ def reconstruct(
     inversion: Inversion,
     config: PreprocessConfig,
     schedule: Schedule,
-    inverted: str,
 ) -> None:
-    """Sample the video back from the latents named `inverted` and write its frames."""
+    """Sample the video back on the schedule of an edit and write its frames."""
     inversion.reconstruction.mkdir()
-    noisiest = inversion.latents(inverted)
-    text, steps = sd.encode_text(config.inversion_prompt), len(schedule.timesteps)
-    for start, stop, bar in _progress("Reconstructing", len(noisiest), config.batch_size, steps):
-        latents = torch.tensor(noisiest[start:stop], device=sd.device)
-        predict_noise = _noise_predictor(sd, inversion, config, text, start, stop)
-        for cleaner in sample(latents, schedule, predict_noise):
-            latents = cleaner
-            bar.update()
-        save_frames(inversion.reconstruction, start, sd.decode_latents(latents))
+    latents = torch.tensor(inversion.latents(noisy(schedule.timesteps[0])))
+    steps = sample(latents, schedule, _predictor(sd, inversion, config))
+    latents = last(tqdm(steps, "Reconstructing", len(schedule.timesteps), unit="step"))
+    for start, stop in _batches(len(latents), config.batch_size):
+        save_frames(inversion.reconstruction, start, sd.decode_latents(latents[start:stop]))
 
 
 def report(
@@ -142,6 +162,8 @@ def report(
         return tuple(np.mean(scores, axis=0))
 
     vae = compare(inversion.vae, inversion.source)
+    if not inversion.reconstruction.exists():
+        return f"the VAE's round trip: PSNR {vae[0]:.2f} dB, SSIM {vae[1]:.3f} against the source"
     whole = compare(inversion.reconstruction, inversion.source)
     inverted = compare(inversion.reconstruction, inversion.vae)
     text = (
@@ -168,7 +190,8 @@ def _prompt_misleads(sd: StableDiffusion, inversion: Inversion, config: Preproce
     noise = torch.randn(clean.shape, generator=generator).to(sd.device)
     t = sd.scheduler.config.num_train_timesteps // 2  # where the prompt matters most
     noisy = sd.scheduler.add_noise(clean, noise, torch.tensor(t))
-    control = _control(sd, inversion, config, 0, len(clean))
+    frames = torch.arange(len(clean))
+    control = _control(sd, inversion, config, frames) if sd.controlnet else None
 
     def error(prompt: str) -> float:
         text = sd.encode_text(prompt).expand(len(clean), -1, -1)
@@ -177,27 +200,22 @@ def _prompt_misleads(sd: StableDiffusion, inversion: Inversion, config: Preproce
     return error(config.inversion_prompt) > error("")
 
 
-def _noise_predictor(
+def _predictor(
     sd: StableDiffusion,
     inversion: Inversion,
     config: PreprocessConfig,
-    text: torch.Tensor,
-    start: int,
-    stop: int,
-) -> NoisePredictor:
-    control = _control(sd, inversion, config, start, stop)
-    text = text.expand(stop - start, -1, -1)
-    return lambda latents, t: sd.predict_noise(latents, t, text, control)
+    recorder: SourceRecorder | None = None,
+) -> FramesPredictor:
+    control = partial(_control, sd, inversion, config) if sd.controlnet else None
+    return FramesPredictor(sd, config.inversion_prompt, config.batch_size, control, recorder)
 
 
 def _control(
-    sd: StableDiffusion, inversion: Inversion, config: PreprocessConfig, start: int, stop: int
-) -> Control | None:
-    if sd.controlnet is None:
-        return None
-    frames = load_frames(inversion.source, range(start, stop))
-    edges = canny(frames, config.canny_low, config.canny_high)
-    return Control(sd.to_images(edges), torch.full((stop - start,), config.control_scale))
+    sd: StableDiffusion, inversion: Inversion, config: PreprocessConfig, frames: torch.Tensor
+) -> Control:
+    shown = load_frames(inversion.source, frames.tolist())
+    edges = canny(shown, config.canny_low, config.canny_high)
+    return Control(sd.to_images(edges), torch.full((len(frames),), config.control_scale))
 
 
 def _used_frames(config: PreprocessConfig) -> Iterator[np.ndarray]:
@@ -206,16 +224,6 @@ def _used_frames(config: PreprocessConfig) -> Iterator[np.ndarray]:
     return itertools.islice(frames, config.start_frame, stop, config.stride)
 
 
-def _batches(n_frames: int, batch_size: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, n_frames, batch_size):
-        yield start, min(start + batch_size, n_frames)
-
-
-def _progress(
-    stage: str, n_frames: int, batch_size: int, steps: int
-) -> Iterator[tuple[int, int, tqdm]]:
-    """The batches of a stage, with a progress bar that counts `steps` for each."""
-    batches = list(_batches(n_frames, batch_size))
-    with tqdm(desc=stage, total=len(batches) * steps, unit="step") as bar:
-        for start, stop in batches:
-            yield start, stop, bar
+def _batches(n_frames: int, batch_size: int) -> list[tuple[int, int]]:
+    starts = range(0, n_frames, batch_size)
+    return [(start, min(start + batch_size, n_frames)) for start in starts]

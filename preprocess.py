@@ -1,7 +1,7 @@
 """Invert a video: encode its frames, run DDIM inversion, save the latents, reconstruct the video.
 
-The last line on stdout is the path of the reconstruction, inverted.mp4. Look at it: an edit can be no
-better than it is.
+The last line on stdout is the path of the reconstruction, inverted.mp4, or, without one, of the folder.
+Look at it: an edit can be no better than it is.
 """
 
 import logging
@@ -12,6 +12,8 @@ from cli import UserError, command, parse
 from config import PreprocessConfig
 
 log = logging.getLogger("tokenflow")
+
+VIDEO = "inverted.mp4"
 
 
 @command
@@ -46,10 +48,12 @@ def main() -> None:
         log.info("loading %s on %s in %s", config.model_id, device, dtype)
         sd = load(config.model_id, config.controlnet_id, device, dtype)
         stages.encode(sd, inversion, n_frames, config.batch_size)
-        stages.invert_video(sd, inversion, config, schedule, names)
-        stages.reconstruct(sd, inversion, config, schedule, inverted)
-        video = partial / "inverted.mp4"
-        write_video_from_folders(video, [inversion.reconstruction], n_frames, fps)
+        keyframes = stages.kept_keyframes(sd, inversion, config, editing)
+        stages.invert_video(sd, inversion, config, schedule, names, keyframes)
+        if not config.no_reconstruction:
+            stages.reconstruct(sd, inversion, config, editing)
+            frames = [inversion.reconstruction]
+            write_video_from_folders(partial / VIDEO, frames, n_frames, fps)
         inversion.write_manifest(
             Manifest(
                 config=asdict(config) | {"conditioned": config.controlnet_id is not None},
@@ -60,10 +64,11 @@ def main() -> None:
                 timesteps=editing.timesteps,
                 inverted=inverted,
                 inverted_timestep=schedule.timesteps[0],
+                keyframes=keyframes,
             )
         )
         log.info(stages.report(sd, inversion, config, n_frames))
-    print(final.folder / video.name)
+    print(final.folder if config.no_reconstruction else final.folder / VIDEO)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from diffusers import DDIMScheduler
 from config import PnPConfig, SDEditConfig
 from diffusion import Control, Schedule
 from editor import Technique
-from tokenflow_utils import N_STREAMS
 
 
 def plug_and_play(config: PnPConfig, schedule: Schedule, latents: torch.Tensor) -> Technique:
@@ -61,10 +60,13 @@ def controlnet(
     source_scale, edit_scale: factors on the residuals; the source stream must see what the inversion
     saw, which is 0 where that was not conditioned.
     """
-    scales = torch.tensor([source_scale, edit_scale, edit_scale])
 
-    def control(frames: torch.Tensor) -> Control:
-        streams = images(frames).repeat(N_STREAMS, 1, 1, 1)
-        return Control(streams, scales.repeat_interleave(len(frames)))
+    def control(frames: torch.Tensor) -> tuple[Control, Control, Control]:
+        shown = images(frames)
+        source, edited = (
+            Control(shown, torch.full((len(frames),), scale))
+            for scale in (source_scale, edit_scale)
+        )
+        return source, edited, edited
 
     return Technique(latents, schedule, control=control)

@@ -7,8 +7,9 @@ Shapes: (3, n, s, d) = streams (source, uncond, cond), frames, tokens, channels.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -58,52 +59,74 @@ def frame_attention(
     return output.view_as(query)
 
 
-def draw_keyframes(n_frames: int, batch_size: int, generator: torch.Generator) -> torch.Tensor:
-    """One random frame of each chunk of `batch_size` frames: indices (n_chunks,), ascending."""
-    n_chunks = -(-n_frames // batch_size)
-    offsets = torch.randint(batch_size, (n_chunks,), generator=generator)
-    # A short last chunk has fewer frames than the draw may name.
-    return (offsets + batch_size * torch.arange(n_chunks)).clamp(max=n_frames - 1)
+@dataclass(frozen=True)
+class Blend:
+    """Which two keyframes each frame blends: their positions among the keyframes, and weights, (n, 2).
+
+    The weights of a frame sum to 1; where the second is 0, the first keyframe counts alone.
+    """
+
+    keyframes: torch.Tensor
+    weights: torch.Tensor
+
+    def of(self, frames: torch.Tensor) -> "Blend":
+        """The blend of some of the frames."""
+        return Blend(self.keyframes[frames], self.weights[frames])
+
+    @property
+    def whole(self) -> torch.Tensor:
+        """For each frame the one keyframe that it takes whole, else -1: (n,)."""
+        return torch.where(self.weights[:, 0] == 1, self.keyframes[:, 0], -1)
 
 
-def flanking_weights(frames: torch.Tensor, keyframes: torch.Tensor) -> torch.Tensor:
-    """How much of each keyframe a frame blends, as in the paper (section 4.2): (n, k), rows sum to 1.
+@dataclass(frozen=True)
+class Keyframes:
+    """All that decides which frames are keyframes at which timestep."""
 
-    The nearest keyframe on each side counts in proportion to its closeness; a keyframe takes itself
-    whole; frames outside the outermost keyframes take the outermost.
+    n_frames: int
+    interval: int  # frames, of which one is a keyframe
+    timesteps: tuple[int, ...]  # the noisiest first
+    seed: int
+
+    def plan(self) -> dict[int, torch.Tensor]:
+        """The keyframes of each timestep: one random frame of each interval, ascending (k,)."""
+        generator = torch.Generator().manual_seed(self.seed)  # draws nothing else
+        starts = torch.arange(0, self.n_frames, self.interval)
+        last = self.n_frames - 1  # a short last interval has fewer frames than the draw may name
+        return {
+            t: (starts + torch.randint(self.interval, starts.shape, generator=generator)).clamp(
+                max=last
+            )
+            for t in self.timesteps
+        }
+
+
+def flanking_blend(frames: torch.Tensor, keyframes: torch.Tensor) -> Blend:
+    """The paper's blend (section 4.2): the nearest keyframe on each side, in proportion to closeness.
+
+    A keyframe takes itself whole; frames outside the outermost keyframes take the outermost.
     `frames` (n,) and `keyframes` (k,), ascending, are indices in the video.
     """
     last = len(keyframes) - 1
-    right = torch.searchsorted(keyframes, frames)  # first keyframe at or after the frame
-    left = torch.searchsorted(keyframes, frames, right=True) - 1  # last one at or before it
-    left, right = left.clamp(min=0), right.clamp(max=last)
+    right = torch.searchsorted(keyframes, frames).clamp(max=last)  # the first at or after the frame
+    left = (torch.searchsorted(keyframes, frames, right=True) - 1).clamp(min=0)  # the last up to it
     d_left, d_right = (frames - keyframes[left]).abs(), (frames - keyframes[right]).abs()
-    w_left = torch.where(left == right, 0.5, d_right / (d_left + d_right).clamp(min=1))
-    return _blend_weights(left, right, w_left, len(keyframes))
+    w_left = torch.where(left == right, 1.0, d_right / (d_left + d_right).clamp(min=1))
+    return Blend(torch.stack([left, right], dim=1), torch.stack([w_left, 1 - w_left], dim=1))
 
 
-def previous_weights(
-    frames: torch.Tensor, keyframes: torch.Tensor, batch_size: int
-) -> torch.Tensor:
-    """How much of each keyframe a frame blends, as in the authors' code: (n, k), rows sum to 1.
+def previous_blend(frames: torch.Tensor, interval: int) -> Blend:
+    """The authors' code's blend: the keyframes of the frame's own interval and of the one before.
 
-    The keyframes of the frame's own and of the previous chunk, weighted by a sigmoid of the
-    distances to the chunks' midpoints; the first chunk takes its own alone.
+    They are weighted by a sigmoid of the distances to the intervals' midpoints; the first interval
+    takes its own alone.
     """
-    own = frames // batch_size
+    own = frames // interval
     previous = (own - 1).clamp(min=0)
-    d_own = (frames - own * batch_size - batch_size // 2).abs()
-    d_previous = (frames - (own - 1) * batch_size - batch_size // 2).abs()
-    w_own = torch.sigmoid(d_previous / (d_own + d_previous))
-    return _blend_weights(own, previous, w_own, len(keyframes))
-
-
-def _blend_weights(
-    first: torch.Tensor, second: torch.Tensor, w_first: torch.Tensor, n_keyframes: int
-) -> torch.Tensor:
-    weights = torch.zeros(len(first), n_keyframes)
-    weights.scatter_add_(1, first[:, None], w_first[:, None])
-    return weights.scatter_add_(1, second[:, None], 1 - w_first[:, None])
+    d_own = (frames - own * interval - interval // 2).abs()
+    d_previous = (frames - (own - 1) * interval - interval // 2).abs()
+    w_own = torch.where(own == 0, 1.0, torch.sigmoid(d_previous / (d_own + d_previous)))
+    return Blend(torch.stack([own, previous], dim=1), torch.stack([w_own, 1 - w_own], dim=1))
 
 
 def nearest_tokens(tokens: torch.Tensor, key_tokens: torch.Tensor) -> torch.Tensor:
@@ -118,34 +141,56 @@ def nearest_tokens(tokens: torch.Tensor, key_tokens: torch.Tensor) -> torch.Tens
     return torch.cat(nearest).view(tokens.shape[:2])
 
 
-def propagate(
-    tokens: torch.Tensor,
-    key_tokens: torch.Tensor,
-    key_outputs: torch.Tensor,
-    weights: torch.Tensor,
-) -> torch.Tensor:
-    """Propagate the keyframes' self-attention outputs to other frames (equations 3 and 4).
+def correspondences(tokens: torch.Tensor, key_tokens: torch.Tensor, blend: Blend) -> torch.Tensor:
+    """The nearest tokens (equation 3) in the two keyframes that each frame blends: (n, 2, s).
 
-    tokens: (n, s, d), the source tokens of the frames.
-    key_tokens: (k, s, d), the source tokens of the keyframes, of unit length.
-    key_outputs: (3, k, s, d), the keyframes' self-attention outputs.
-    weights: (n, k), how much of each keyframe a frame blends.
-    Returns (3, n, s, d).
+    tokens: (n, s, d), the source tokens of the frames. key_tokens: (k, s, d), those of the
+    keyframes, of unit length. Indices are 0 where a keyframe has no weight.
     """
-    output = key_outputs.new_zeros(N_STREAMS, *tokens.shape)
-    for keyframe in weights.any(0).nonzero().flatten().tolist():
-        frames = weights[:, keyframe].nonzero().flatten()  # m
-        nearest = nearest_tokens(tokens[frames], key_tokens[keyframe])  # m s
-        share = weights[frames, keyframe].to(output)[:, None, None]  # m 1 1
-        output[:, frames] += share * key_outputs[:, keyframe][:, nearest]  # 3 m s d
-    return output
+    n_frames, n_tokens, _ = tokens.shape
+    nearest = torch.zeros(n_frames, 2, n_tokens, dtype=torch.long, device=tokens.device)
+    for keyframe in blend.keyframes.unique().tolist():
+        used = (blend.keyframes == keyframe) & (blend.weights > 0)  # n 2
+        frames, sides = used.nonzero(as_tuple=True)
+        nearest[frames, sides] = nearest_tokens(tokens[frames], key_tokens[keyframe])
+    return nearest
+
+
+def propagate(key_outputs: torch.Tensor, nearest: torch.Tensor, blend: Blend) -> torch.Tensor:
+    """Propagate the keyframes' self-attention outputs to other frames (equation 4).
+
+    key_outputs: (streams, k, s, d). nearest: (n, 2, s), from `correspondences`.
+    Returns (streams, n, s, d).
+    """
+    n_tokens = key_outputs.shape[2]
+    # Gathered from all keyframes' tokens in one row.
+    rows = nearest + n_tokens * blend.keyframes.to(nearest.device)[..., None]  # n 2 s
+    outputs = key_outputs.flatten(1, 2)  # streams ks d
+    first, second = (
+        outputs.index_select(1, rows[:, side].flatten()).unflatten(1, (-1, n_tokens))
+        for side in (0, 1)
+    )  # streams n s d
+    return first.lerp_(second, blend.weights[:, 1].to(outputs)[:, None, None])
+
+
+@dataclass(frozen=True)
+class SourceFeatures:
+    """What propagation needs of the source stream at one timestep, for n frames.
+
+    nearest: for each self-attention layer, by name, its `correspondences` (n, 2, s).
+    features: (n, c, h, w), what Plug-and-Play injects in the residual block.
+    """
+
+    nearest: dict[str, torch.Tensor]
+    features: torch.Tensor
 
 
 class TokenFlow:
     """What the layers of one UNet do in its next pass, and what they remember between passes."""
 
     def __init__(self) -> None:
-        self.weights: torch.Tensor | None = None  # (n, k) in propagation, None in a joint edit
+        self.blend: Blend | None = None  # in propagation, None in a joint edit
+        self.source: SourceFeatures | None = None
         self.extended = True
         self.inject_attention = False
         self.inject_features = False
@@ -157,82 +202,122 @@ class TokenFlow:
 
         Without `extended` attention each frame is edited by itself: what TokenFlow is compared with.
         """
-        self.weights, self.extended = None, extended
+        self.blend, self.source, self.extended = None, None, extended
         self.inject_attention, self.inject_features = inject_attention, inject_features
 
-    def begin_propagation(self, weights: torch.Tensor, inject_features: bool) -> None:
-        """The next pass takes its self-attention outputs from the keyframes, by `weights` (n, k)."""
-        self.weights = weights
+    def begin_propagation(
+        self, blend: Blend, inject_features: bool, source: SourceFeatures | None = None
+    ) -> None:
+        """The next pass takes its self-attention outputs from the keyframes, by `blend`.
+
+        With the `source`'s features the pass has two streams, (2n, 4, h, w): uncond and cond.
+        """
+        self.blend, self.source = blend, source
         self.inject_features = inject_features
 
     def _feature_hook(self, module, args, output: torch.Tensor) -> torch.Tensor | None:
-        """Give uncond and cond the source's features (Plug-and-Play): (3n, c, h, w) to the same."""
+        """Give uncond and cond the source's features (Plug-and-Play)."""
         if not self.inject_features:
             return None
-        return output.chunk(N_STREAMS)[SOURCE].repeat(N_STREAMS, 1, 1, 1)
+        if self.source is not None:
+            return self.source.features.to(output).repeat(N_STREAMS - 1, 1, 1, 1)  # 2n c h w
+        return output.chunk(N_STREAMS)[SOURCE].repeat(N_STREAMS, 1, 1, 1)  # 3n c h w
 
 
-class TokenFlowAttention:
-    """Attention processor of one self-attention layer: joint edit or propagation, as told."""
+class LayerProcessor:
+    """Attention processor of one self-attention layer, which remembers the keyframes' tokens."""
 
-    def __init__(self, flow: TokenFlow, injected: bool) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.key_tokens: torch.Tensor | None = None  # k s d, of unit length
+
+
+class TokenFlowAttention(LayerProcessor):
+    """Joint edit or propagation, as told."""
+
+    def __init__(self, flow: TokenFlow, name: str) -> None:
+        super().__init__(name)
         self.flow = flow
-        self.injected = injected
-        self.key_tokens: torch.Tensor | None = None  # k s d
+        self.injected = bool(INJECTED_ATTENTION.match(name))
         self.key_outputs: torch.Tensor | None = None  # 3 k s d
 
     def __call__(
         self, attn: Attention, hidden_states: torch.Tensor, *args, **kwargs
     ) -> torch.Tensor:
-        """Input of the layer (3n, s, d), which is `norm1`'s output, to its output (3n, s, d)."""
-        tokens = hidden_states.unflatten(0, (N_STREAMS, -1))  # 3 n s d
-        if self.flow.weights is None:
-            output = self._joint_edit(attn, tokens)
-        else:
-            output = propagate(tokens[SOURCE], self.key_tokens, self.key_outputs, self.flow.weights)
-        return output.flatten(0, 1)
+        """Input of the layer, which is `norm1`'s output, to its output; (3n, s, d) or (2n, s, d)."""
+        if self.flow.blend is None:
+            return self._joint_edit(attn, hidden_states).flatten(0, 1)
+        return self._propagation(hidden_states, self.flow.blend).flatten(0, 1)
 
-    def _joint_edit(self, attn: Attention, tokens: torch.Tensor) -> torch.Tensor:
-        query, key, value = attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)  # 3 n s d
+    def _joint_edit(self, attn: Attention, hidden_states: torch.Tensor) -> torch.Tensor:
+        tokens = hidden_states.unflatten(0, (N_STREAMS, -1))  # 3 n s d
+        query, key, value = attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)
         if self.injected and self.flow.inject_attention:
             query = query[SOURCE].expand_as(query)
             key = key[SOURCE].expand_as(key)
         attend = extended_attention if self.flow.extended else frame_attention
-        projection, dropout = attn.to_out
-        self.key_outputs = dropout(projection(attend(query, key, value, attn.heads)))
+        self.key_outputs = output_projection(attn, attend(query, key, value, attn.heads))
         self.key_tokens = F.normalize(tokens[SOURCE].float(), dim=-1)
         return self.key_outputs
+
+    def _propagation(self, hidden_states: torch.Tensor, blend: Blend) -> torch.Tensor:
+        if self.flow.source is not None:
+            return propagate(self.key_outputs[UNCOND:], self.flow.source.nearest[self.name], blend)
+        source = hidden_states.chunk(N_STREAMS)[SOURCE]  # n s d
+        nearest = correspondences(source, self.key_tokens, blend)
+        return propagate(self.key_outputs, nearest, blend)
+
+
+def output_projection(attn: Attention, output: torch.Tensor) -> torch.Tensor:
+    """What a layer does to its attention's output (..., d)."""
+    projection, dropout = attn.to_out
+    return dropout(projection(output))
 
 
 @contextmanager
 def install_tokenflow(unet: UNet2DConditionModel) -> Iterator[TokenFlow]:
     """Install TokenFlow in every self-attention of `unet`, and take it out again at the end.
 
-    Yields the handle that says what the next pass does. Passes take the three streams concatenated:
-    (3n, 4, h, w). Raises ValueError when the UNet is not of Stable Diffusion's layout and
-    RuntimeError when TokenFlow is installed already; the UNet is left as it was in every case.
+    Yields the handle that says what the next pass does. Passes take the streams concatenated:
+    (3n, 4, h, w), or (2n, 4, h, w) where the source's features are given. Raises as
+    `self_attentions_replaced` does.
+    """
+    flow = TokenFlow()
+    with self_attentions_replaced(
+        unet, lambda name: TokenFlowAttention(flow, name), flow._feature_hook
+    ):
+        yield flow
+
+
+@contextmanager
+def self_attentions_replaced(
+    unet: UNet2DConditionModel,
+    make_processor: Callable[[str], LayerProcessor],
+    feature_hook: Callable,
+) -> Iterator[None]:
+    """Replace the processor of every self-attention and hook into the injected residual block.
+
+    Raises ValueError when the UNet is not of Stable Diffusion's layout and RuntimeError when this was
+    done already; the UNet is left as it was in every case.
     """
     before = dict(unet.attn_processors)
-    if any(isinstance(processor, TokenFlowAttention) for processor in before.values()):
+    if any(isinstance(processor, LayerProcessor) for processor in before.values()):
         raise RuntimeError("TokenFlow is already installed in this UNet")
-    flow = TokenFlow()
+    if not any(INJECTED_ATTENTION.match(name) for name in before):
+        raise ValueError("no self-attention of Stable Diffusion's decoder in this UNet")
     processors = {
-        name: TokenFlowAttention(flow, injected=bool(INJECTED_ATTENTION.match(name)))
-        if name.endswith(".attn1.processor")
-        else processor
+        name: make_processor(name) if name.endswith(".attn1.processor") else processor
         for name, processor in before.items()
     }
-    if not any(isinstance(p, TokenFlowAttention) and p.injected for p in processors.values()):
-        raise ValueError("no self-attention of Stable Diffusion's decoder in this UNet")
     block, resnet = INJECTED_RESNET
     try:
         convolution = unet.up_blocks[block].resnets[resnet].conv2
     except (AttributeError, IndexError) as error:
         raise ValueError("no residual block of Stable Diffusion's decoder in this UNet") from error
-    hook = convolution.register_forward_hook(flow._feature_hook)
+    hook = convolution.register_forward_hook(feature_hook)
     try:
         unet.set_attn_processor(dict(processors))  # a copy, because the setter empties its argument
-        yield flow
+        yield
     finally:
         hook.remove()
         unet.set_attn_processor(dict(before))

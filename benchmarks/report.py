@@ -14,19 +14,26 @@ COLUMNS = {
 }
 
 
-def markdown_table(rows: list[dict], reconstruction: dict[int, float]) -> str:
+Reconstruction = dict[str, dict[int, float]]  # PSNR (dB) by inversion and number of steps
+
+
+def markdown_table(rows: list[dict], reconstruction: Reconstruction) -> str:
     """The benchmark's rows, and the reconstruction's PSNR by number of steps, as Markdown."""
     titles = [title for title, _ in COLUMNS.values()]
     lines = ["| method | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
     for row in rows:
         cells = [form.format(row[key]) for key, (_, form) in COLUMNS.items()]
         lines.append(f"| {row['method']} | " + " | ".join(cells) + " |")
-    lines += ["", "| inversion steps | reconstruction PSNR (dB) |", "|---|---|"]
-    lines += [f"| {steps} | {psnr:.1f} |" for steps, psnr in reconstruction.items()]
+    steps = next(iter(reconstruction.values()))
+    lines += ["", "| reconstruction PSNR (dB) | " + " | ".join(f"{n} steps" for n in steps) + " |"]
+    lines.append("|---" * (len(steps) + 1) + "|")
+    for inversion, values in reconstruction.items():
+        cells = [f"{psnr:.1f}" for psnr in values.values()]
+        lines.append(f"| {inversion} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def plot(path: Path, rows: list[dict], reconstruction: dict[int, float]) -> None:
+def plot(path: Path, rows: list[dict], reconstruction: Reconstruction) -> None:
     """Draw steadiness beside rightness for each method, and reconstruction against steps."""
     import matplotlib.pyplot as plt  # only reports need it
 
@@ -43,7 +50,9 @@ def plot(path: Path, rows: list[dict], reconstruction: dict[int, float]) -> None
         axes.invert_yaxis()
         axes.set_xlabel(label)
         axes.legend()
-    steps.plot(list(reconstruction), list(reconstruction.values()), marker="o")
+    for inversion, values in reconstruction.items():
+        steps.plot(list(values), list(values.values()), marker="o", label=inversion)
+    steps.legend()
     steps.set_xscale("log")
     steps.set_xlabel("inversion steps")
     steps.set_ylabel("reconstruction PSNR (dB)")

@@ -12,6 +12,8 @@ from util import write_video
 
 torch.set_num_threads(2)
 
+SHAPES_CHECKPOINT = Path(__file__).parent.parent / "data" / "shapes-sd"
+
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
@@ -24,6 +26,13 @@ def sd(checkpoint) -> diffusion.StableDiffusion:
     """The tiny checkpoint and its ControlNet, loaded on the CPU in fp32."""
     controlnet = str(checkpoint / "controlnet")
     return diffusion.load(str(checkpoint), controlnet, torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="session")
+def trained() -> diffusion.StableDiffusion:
+    """The shapes checkpoint with its ControlNet."""
+    folder, device = str(SHAPES_CHECKPOINT), torch.device("cpu")
+    return diffusion.load(folder, f"{folder}/controlnet", device, torch.float32)
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,9 @@ import torch
 class Reference:
     """Predicts the noise of all frames of a video for one timestep, as the design says."""
 
-    def __init__(self, unet, batch_size, propagation, attention_layers):
+    def __init__(self, unet, batch_size, propagation, attention_layers, own_attention=False):
         self.unet, self.batch_size, self.propagation = unet, batch_size, propagation
+        self.own_attention = own_attention  # of the source stream, while the others are propagated
         self.attention_layers = attention_layers
         self.memory = {}
         self.keyframes, self.chunk = None, None
@@ -69,6 +70,8 @@ class Reference:
                 self.memory[name] = streams[0], out
             else:
                 out = self._propagated(streams[0], *self.memory[name])
+                if self.own_attention:
+                    out[0] = self._extended(attn, streams, False)[0]
             return torch.cat(out)
 
         return forward

@@ -57,7 +57,7 @@ def test_sampling_undoes_inversion():
     errors, ends = [], []
     for n_steps in (20, 200):
         schedule = Schedule.of(build_scheduler(), n_steps)
-        *_, (t, noisiest) = invert(latents, schedule, predict)
+        *_, (t, noisiest) = invert(latents, schedule, lambda x, t, frames: predict(x, t))
         *_, back = sample(noisiest, schedule, predict)
         errors.append((back - latents).abs().max().item())
         a, b = schedule.alphas[0], schedule.alphas[-1]
@@ -65,6 +65,30 @@ def test_sampling_undoes_inversion():
         ends.append((noisiest - exact).abs().max().item())
     # DDIM is of first order: with a tenth of the step size, about a tenth of the error.
     assert errors[1] < errors[0] / 6 and ends[1] < ends[0] / 6 and errors[1] < 0.05
+
+
+def test_fixed_point_inversion_is_undone_by_sampling():
+    """Where naive inversion is of first order, this is exact to its tolerance, at few evaluations."""
+    alphas = build_scheduler().alphas_cumprod
+    s, latents = 2.0, 2 * torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    latents[5] = 0  # has nothing to move: its first evaluation of a step is its last
+    evaluations = torch.zeros(6)
+
+    def predict(x, t):
+        return (1 - alphas[t]).sqrt() * x / (alphas[t] * s**2 + 1 - alphas[t])
+
+    def counted(x, t, frames):
+        evaluations[frames] += 1
+        return predict(x, t)
+
+    schedule = Schedule.of(build_scheduler(), 20)
+    errors = []
+    for fixed_point in (False, True):
+        *_, (_, noisiest) = invert(latents, schedule, counted, fixed_point)
+        *_, back = sample(noisiest, schedule, predict)
+        errors.append((back - latents).square().mean().sqrt().item())
+    assert errors[1] < errors[0] / 15 and errors[1] < 0.005
+    assert evaluations[5] == 20 + 20 and 20 + 20 < evaluations[0] < 20 + 25
 
 
 def test_v_prediction_is_turned_into_noise(sd):
@@ -77,29 +101,38 @@ def test_v_prediction_is_turned_into_noise(sd):
     torch.testing.assert_close(sd.predict_noise(latents, t, text), expected)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_latents_do_not_depend_on_the_batch_size(sd, clip, tmp_path, batch_size):
-    schedule = Schedule.of(sd.scheduler, 5)
-    results = []
-    for size in (batch_size, 7):
-        config = PreprocessConfig(data_path=str(clip), H=128, W=128, batch_size=size)
-        inversion = Inversion(tmp_path / f"batch_{size}")
-        stages.read_source(config, inversion.source, 7)
-        stages.encode(sd, inversion, 7, size)
-        names = {t: noisy(t) for t in schedule.timesteps}
-        stages.invert_video(sd, inversion, config, schedule, names)
-        results.append([inversion.latents(name) for name in (CLEAN, *names.values())])
-    for some, whole in zip(*results, strict=True):
-        assert some.shape == (7, 4, 16, 16) and some.dtype == np.float32
-        # Random weights amplify rounding; frames that were mixed up would differ by about 1.
-        np.testing.assert_allclose(some, whole, atol=5e-3)
+def inverted(sd, clip, folder, inversion, batch_size):
+    """The latents of all timesteps, inverted from disk to disk in batches of that size."""
+    config = PreprocessConfig(
+        data_path=str(clip), H=128, W=128, batch_size=batch_size, inversion=inversion
+    )
+    schedule, made = Schedule.of(sd.scheduler, 5), Inversion(folder)
+    stages.read_source(config, made.source, 7)
+    stages.encode(sd, made, 7, batch_size)
+    names = {t: noisy(t) for t in schedule.timesteps}
+    keyframes = stages.kept_keyframes(sd, made, config, schedule)
+    stages.invert_video(sd, made, config, schedule, names, keyframes)
+    return [made.latents(name) for name in (CLEAN, *names.values())]
+
+
+@pytest.mark.parametrize("inversion", ["ddim", "fixed_point"])
+def test_latents_do_not_depend_on_the_batch_size(sd, trained, clip, tmp_path, inversion):
+    # Random weights amplify rounding, and what is not trained has no fixed point to find.
+    sd = trained if inversion == "fixed_point" else sd
+    whole = inverted(sd, clip, tmp_path / "whole", inversion, 7)
+    for batch_size in (1, 3):
+        parts = inverted(sd, clip, tmp_path / f"by_{batch_size}", inversion, batch_size)
+        for some, all_at_once in zip(parts, whole, strict=True):
+            assert some.shape == (7, 4, 16, 16) and some.dtype == np.float32
+            # Frames that were mixed up would differ by about 1.
+            np.testing.assert_allclose(some, all_at_once, atol=5e-3)
 
 
 def test_non_finite_values_stop_the_run(sd):
     schedule = Schedule.of(sd.scheduler, 5)
     with pytest.raises(FloatingPointError, match=r"timestep 201 .*--dtype"):
         for _ in invert(
-            latents_of(sd), schedule, lambda x, t: x * (float("inf") if t > 200 else 1)
+            latents_of(sd), schedule, lambda x, t, _: x * (float("inf") if t > 200 else 1)
         ):
             pass
     check_finite(torch.ones(1), "ones")

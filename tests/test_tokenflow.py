@@ -6,15 +6,19 @@ from reference import Reference
 
 from config import PnPConfig
 from diffusion import Schedule
-from editor import Technique, TokenFlowDenoiser
+from editor import Source, Technique, TokenFlowDenoiser
+from predictor import FramesPredictor
+from source_recorder import install_recorder
+from source_store import SourceStore, bytes_needed
 from tokenflow_utils import (
+    Blend,
+    Keyframes,
     TokenFlowAttention,
-    draw_keyframes,
     extended_attention,
-    flanking_weights,
+    flanking_blend,
     install_tokenflow,
     nearest_tokens,
-    previous_weights,
+    previous_blend,
 )
 
 INJECTED_LAYERS = {
@@ -22,6 +26,7 @@ INJECTED_LAYERS = {
     for block, index in [(1, 1), (1, 2), (2, 0), (2, 1), (2, 2), (3, 0), (3, 1), (3, 2)]
 }
 N_FRAMES, BATCH_SIZE, SEED = 7, 3, 5  # the last chunk is short
+PROMPTS = "a circle", "ugly", "a red circle"
 
 
 @pytest.fixture(scope="module")
@@ -39,30 +44,75 @@ def test_equals_reference(sd, video, propagation, injects):
     schedule = Schedule.of(sd.scheduler, 10)
     t = schedule.timesteps[0]
     config = PnPConfig(
-        data_path="", prompt="", batch_size=BATCH_SIZE, propagation=propagation, seed=SEED
+        data_path="",
+        prompt="",
+        batch_size=BATCH_SIZE,
+        propagation=propagation,
+        seed=SEED,
+        n_timesteps=10,
     )
     technique = Technique(latents, schedule, int(injects[0]), int(injects[1]))
-    prompts = "a circle", "ugly", "a red circle"
+    known = Source(lambda t, f: source[f])
     with install_tokenflow(sd.unet) as flow:
-        denoiser = TokenFlowDenoiser(sd, flow, technique, lambda t, f: source[f], prompts, config)
+        denoiser = TokenFlowDenoiser(sd, flow, technique, known, PROMPTS, config)
         ours = denoiser.predict_noise(latents, t)
 
-    keyframes = draw_keyframes(N_FRAMES, BATCH_SIZE, torch.Generator().manual_seed(SEED)).tolist()
-    text = torch.cat([sd.encode_text(prompt) for prompt in prompts])
+    keyframes = Keyframes(N_FRAMES, BATCH_SIZE, schedule.timesteps, SEED).plan()[t].tolist()
     reference = Reference(sd.unet, BATCH_SIZE, propagation, INJECTED_LAYERS)
+    assert_same_noise(ours, reference, sd, source, latents, t, keyframes, injects)
+
+
+@pytest.mark.parametrize("batch_size", [2, 7])
+@torch.no_grad()
+def test_two_streams_equal_the_reference(sd, video, tmp_path, batch_size):
+    """With the source's features noted in the inversion's passes, its stream is not needed."""
+    source, latents = video
+    schedule, store = Schedule.of(sd.scheduler, 10), SourceStore(tmp_path / "source")
+    t = schedule.timesteps[0]
+    keyframes = Keyframes(N_FRAMES, BATCH_SIZE, schedule.timesteps, SEED)
+    with install_recorder(sd.unet, keyframes, store) as recorder:
+        predict_noise = FramesPredictor(sd, PROMPTS[0], batch_size, None, recorder)
+        noted = predict_noise(source, t)
+    plain = sd.predict_noise(source, t, sd.encode_text(PROMPTS[0]).expand(N_FRAMES, -1, -1))
+    torch.testing.assert_close(noted, plain, atol=1e-3, rtol=1e-3)
+
+    config = PnPConfig(
+        data_path="",
+        prompt="",
+        batch_size=2,
+        keyframe_interval=BATCH_SIZE,
+        n_timesteps=10,
+        seed=SEED,
+    )
+    known = Source(lambda t, f: source[f], lambda t, f: store.read(t, f, sd.device))
+    technique = Technique(latents, schedule, 1, 1)
+    with install_tokenflow(sd.unet) as flow:
+        denoiser = TokenFlowDenoiser(sd, flow, technique, known, PROMPTS, config)
+        ours = denoiser.predict_noise(latents, t)
+    reference = Reference(sd.unet, BATCH_SIZE, "flanking", INJECTED_LAYERS, own_attention=True)
+    plan = keyframes.plan()[t].tolist()
+    # Injected features are kept in half precision.
+    assert_same_noise(ours, reference, sd, source, latents, t, plan, (True, True), tolerance=1e-2)
+    files = [path for path in store.folder.glob("*.npy") if str(t) in path.name]
+    written = sum(path.stat().st_size - 128 for path in files)
+    assert written == bytes_needed(sd.unet, source.shape, 1)
+
+
+def assert_same_noise(ours, reference, sd, source, latents, t, keyframes, injects, tolerance=1e-3):
+    """Guided noise as the reference predicts it, but for tokens whose nearest neighbours tie."""
+    text = torch.cat([sd.encode_text(prompt) for prompt in PROMPTS])
     _, uncond, cond = reference.predict(source, latents, t, text, keyframes, *injects)
-    theirs = uncond + config.guidance_scale * (cond - uncond)
-    # Similarities that tie to the last bit may choose another token here and there.
-    close = torch.isclose(ours, theirs, atol=1e-4, rtol=1e-3)
+    theirs = uncond + 7.5 * (cond - uncond)
+    close = torch.isclose(ours, theirs, atol=tolerance / 10, rtol=tolerance)
     assert close.float().mean() > 0.999
-    assert (ours - theirs).square().mean() < 1e-6 * theirs.square().mean()
+    assert (ours - theirs).square().mean() < tolerance**2 * theirs.square().mean()
 
 
 @torch.no_grad()
 def test_the_reference_tells_the_modes_apart(sd, video):
     """What the test above compares differs between modes and injections, or it would show nothing."""
     source, latents = video
-    text = torch.cat([sd.encode_text(prompt) for prompt in ("a circle", "ugly", "a red circle")])
+    text = torch.cat([sd.encode_text(prompt) for prompt in PROMPTS])
     outputs = [
         Reference(sd.unet, BATCH_SIZE, mode, INJECTED_LAYERS).predict(
             source, latents, 901, text, [1, 3, 6], attention, features
@@ -85,7 +135,8 @@ def test_single_frame_is_the_untouched_unet(sd, video):
     with install_tokenflow(sd.unet) as flow:
         flow.begin_joint_edit(inject_attention=False, inject_features=False)
         joint = sd.predict_noise(streams, 500, text.expand(3, -1, -1))
-        flow.begin_propagation(torch.ones(1, 1), inject_features=False)
+        alone = Blend(torch.zeros(1, 2, dtype=torch.long), torch.tensor([[1.0, 0.0]]))
+        flow.begin_propagation(alone, inject_features=False)
         propagated = sd.predict_noise(streams, 500, text.expand(3, -1, -1))
     torch.testing.assert_close(joint[2:], plain, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(propagated[2:], plain, atol=1e-5, rtol=1e-4)
@@ -95,12 +146,11 @@ def test_single_frame_is_the_untouched_unet(sd, video):
 def test_every_frame_may_be_a_keyframe(sd, video):
     """With chunks of one frame nothing is left to propagate to."""
     source, latents = video[0][:2], video[1][:2]
-    config = PnPConfig(data_path="", prompt="", batch_size=1)
+    config = PnPConfig(data_path="", prompt="", batch_size=1, n_timesteps=10)
     technique = Technique(latents, Schedule.of(sd.scheduler, 10))
     with install_tokenflow(sd.unet) as flow:
-        denoiser = TokenFlowDenoiser(
-            sd, flow, technique, lambda t, f: source[f], ("", "", ""), config
-        )
+        known = Source(lambda t, f: source[f])
+        denoiser = TokenFlowDenoiser(sd, flow, technique, known, PROMPTS, config)
         assert torch.isfinite(denoiser.predict_noise(latents, 901)).all()
 
 
@@ -153,18 +203,22 @@ def test_extended_attention_sees_all_frames_but_in_the_source():
     assert change[0, 0] == 0 and (change[1:, 0] > 0.1).all()
 
 
-def test_weights_of_the_paper():
-    weights = flanking_weights(torch.arange(7), torch.tensor([1, 4]))
+def test_blend_of_the_paper():
+    blend = flanking_blend(torch.arange(7), torch.tensor([1, 4]))
     third = 1 / 3
-    expected = [[1, 0], [1, 0], [2 * third, third], [third, 2 * third], [0, 1], [0, 1], [0, 1]]
-    torch.testing.assert_close(weights, torch.tensor(expected))
+    weights = [[1, 0], [1, 0], [2 * third, third], [third, 2 * third], [1, 0], [1, 0], [1, 0]]
+    torch.testing.assert_close(blend.weights, torch.tensor(weights))
+    assert blend.keyframes[:, 0].tolist() == [0, 0, 0, 0, 1, 1, 1]
+    assert blend.keyframes[2:4, 1].tolist() == [1, 1]
+    assert blend.whole.tolist() == [0, 0, -1, -1, 1, 1, 1]
 
 
-def test_weights_of_the_authors_code():
-    weights = previous_weights(torch.arange(8), torch.tensor([1, 6]), batch_size=4)
-    assert weights[:4].tolist() == [[1, 0]] * 4
+def test_blend_of_the_authors_code():
+    blend = previous_blend(torch.arange(8), interval=4)
+    assert blend.weights[:4].tolist() == [[1, 0]] * 4 and blend.keyframes[:4, 0].tolist() == [0] * 4
     own = torch.sigmoid(torch.tensor([2 / 4, 3 / 4, 4 / 4, 5 / 6]))  # d2 / (d1 + d2)
-    torch.testing.assert_close(weights[4:], torch.stack([1 - own, own], dim=1))
+    torch.testing.assert_close(blend.weights[4:], torch.stack([own, 1 - own], dim=1))
+    assert blend.keyframes[4:].tolist() == [[1, 0]] * 4
 
 
 def test_nearest_tokens_in_blocks(monkeypatch):
@@ -178,8 +232,11 @@ def test_nearest_tokens_in_blocks(monkeypatch):
     assert torch.equal(whole, similarity.argmax(-1))
 
 
-def test_keyframes_are_one_a_chunk_and_repeatable():
-    draws = [draw_keyframes(11, 4, torch.Generator().manual_seed(s)) for s in range(50)]
+def test_keyframes_are_one_an_interval_and_repeatable():
+    plans = [Keyframes(11, 4, (9, 5), seed).plan() for seed in range(50)]
+    draws = [keyframes for plan in plans for keyframes in plan.values()]
     assert all((draw // 4).tolist() == [0, 1, 2] and draw[-1] <= 10 for draw in draws)
     assert {draw[0].item() for draw in draws} == {0, 1, 2, 3}
-    assert torch.equal(draws[3], draw_keyframes(11, 4, torch.Generator().manual_seed(3)))
+    assert any(not torch.equal(plan[9], plan[5]) for plan in plans)
+    again = Keyframes(11, 4, (9, 5), 3).plan()
+    assert all(torch.equal(again[t], plans[3][t]) for t in again)
