@@ -34,11 +34,12 @@ class ModelConfig:
     model: str | None = option("hub id or diffusers folder; overrides the version's id", None)
     device: str = option("auto, cpu, mps, cuda or cuda:N", "auto")
     dtype: str = option(
-        "precision of the networks; auto: half on CUDA",
+        "precision of the networks; auto: half where that is faster",
         "auto",
         choices=DTYPES,
         aliases=SHORT_DTYPES,
     )
+    cpu_offload: bool = option("keep only the network that runs on the device", False)
     seed: int = option("seed of every random draw", 1, low=0, high=2**63 - 1)
 
     def __post_init__(self) -> None:

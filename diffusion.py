@@ -15,13 +15,14 @@ import diffusers
 import numpy as np
 import torch
 import transformers
+from accelerate import cpu_offload_with_hook
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from huggingface_hub import constants, model_info
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from cli import UserError
 
-VAE_BATCH_SIZE = 8  # frames; the VAE works at full resolution and needs the most memory
+VAE_PIXELS = 1 << 20  # at once: the VAE works at full resolution and needs the most memory
 log = logging.getLogger("tokenflow")
 
 HUB_TIMEOUT = 10  # seconds
@@ -119,7 +120,9 @@ class StableDiffusion:
     def encode_frames(self, frames: np.ndarray) -> torch.Tensor:
         """Latents (n, 4, h, w), fp32 on the CPU, of uint8 RGB frames (n, H, W, 3): posterior means."""
         latents = []
-        for images in self.to_images(frames).split(VAE_BATCH_SIZE):
+        height, width = frames.shape[1:3]
+        for start in range(0, len(frames), size := vae_batch_size(height, width)):
+            images = self.to_images(frames[start : start + size])
             posterior = self.vae.encode(2 * images - 1).latent_dist
             latents.append(posterior.mean.float().cpu() * self.vae.config.scaling_factor)
         return torch.cat(latents)
@@ -128,7 +131,9 @@ class StableDiffusion:
     def decode_latents(self, latents: torch.Tensor) -> np.ndarray:
         """Uint8 RGB frames (n, H, W, 3) of latents (n, 4, h, w)."""
         frames = []
-        for batch in (latents / self.vae.config.scaling_factor).split(VAE_BATCH_SIZE):
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        size = vae_batch_size(*(factor * n for n in latents.shape[2:]))
+        for batch in (latents / self.vae.config.scaling_factor).split(size):
             images = self.vae.decode(batch.to(self.device, self.dtype)).sample.float()
             check_finite(images, "the VAE's decoded frames")
             frames.append((images / 2 + 0.5).clamp(0, 1).mul(255).round().byte().cpu())
@@ -173,6 +178,11 @@ class StableDiffusion:
             "down_block_additional_residuals": [scale * residual for residual in down],
             "mid_block_additional_residual": scale * mid,
         }
+
+
+def vae_batch_size(height: int, width: int) -> int:
+    """How many frames of that size (pixels) pass the VAE at once."""
+    return max(1, VAE_PIXELS // (height * width))
 
 
 def ddim_step(
@@ -294,31 +304,48 @@ def load_scheduler(model_id: str) -> DDIMScheduler:
 
 
 def load(
-    model_id: str, controlnet_id: str | None, device: torch.device, dtype: torch.dtype
+    model_id: str,
+    controlnet_id: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    cpu_offload: bool = False,
 ) -> StableDiffusion:
-    """Load a checkpoint, and a ControlNet, from a hub id or a folder in diffusers layout."""
+    """Load a checkpoint, and a ControlNet, from a hub id or a folder in diffusers layout.
+
+    With `cpu_offload` of the VAE, the text encoder and the UNet only one is on the device at a time.
+    """
 
     def network(cls: type, model: str, subfolder: str | None, dtype_key: str) -> torch.nn.Module:
-        return _load_weights(cls, model, subfolder, dtype, dtype_key).to(device).eval()
+        return _load_weights(cls, model, subfolder, dtype, dtype_key).eval()
 
-    return StableDiffusion(
+    sd = StableDiffusion(
         vae=network(AutoencoderKL, model_id, "vae", "torch_dtype"),
         tokenizer=_find(CLIPTokenizer.from_pretrained, model_id, "tokenizer"),
         text_encoder=network(CLIPTextModel, model_id, "text_encoder", "dtype"),
         unet=network(UNet2DConditionModel, model_id, "unet", "torch_dtype"),
         scheduler=load_scheduler(model_id),
-        controlnet=network(ControlNetModel, controlnet_id, None, "torch_dtype")
+        controlnet=network(ControlNetModel, controlnet_id, None, "torch_dtype").to(device)
         if controlnet_id
         else None,
         device=device,
         dtype=dtype,
     )
+    networks = sd.vae, sd.text_encoder, sd.unet
+    if cpu_offload:
+        hooks = [cpu_offload_with_hook(part, device)[1] for part in networks]
+        # In the order of a run, and round again: whichever begins sends the one before away.
+        for hook, before in zip(hooks, hooks[-1:] + hooks[:-1], strict=True):
+            hook.hook.prev_module_hook = before
+    else:
+        for part in networks:
+            part.to(device)
+    return sd
 
 
 def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     """The device and precision that the configuration's `device` and `dtype` stand for.
 
-    Half precision is chosen on CUDA alone: CPUs are slower in it and MPS less exact.
+    Half precision is chosen where it is faster and safe: on CUDA, and on CPUs with units for bfloat16.
     """
     # The same seed must give the same bytes, so cuDNN may not choose algorithms by a race.
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
@@ -334,8 +361,17 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     if (chosen.index or 0) >= available:
         raise UserError(f"device: {device} is not to be had on this machine; use auto or cpu")
     if dtype == "auto":
-        return chosen, torch.float16 if chosen.type == "cuda" else torch.float32
+        return chosen, _natural_dtype(chosen)
     return chosen, getattr(torch, dtype)
+
+
+def _natural_dtype(device: torch.device) -> torch.dtype:
+    if device.type == "cuda":
+        return torch.float16
+    # Without such units bfloat16 is emulated, which is slower; no public function tells them apart.
+    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
 
 
 def _load_weights(

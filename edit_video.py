@@ -100,7 +100,7 @@ def run_edit(config: EditConfig, name: str, make_technique: Callable[[Edit], Tec
     device, dtype = choose_device(config.device, config.dtype)
     log.info("loading %s on %s in %s", config.model_id, device, dtype)
     controlnet = config.controlnet_id if isinstance(config, ControlNetConfig) else None
-    sd = load(config.model_id, controlnet, device, dtype)
+    sd = load(config.model_id, controlnet, device, dtype, config.cpu_offload)
 
     run_name = f"{name}_{Path(config.data_path).stem}"
     made = f"{dump(config)}# of the inversion {json.dumps(inversion.manifest.config)}\n"

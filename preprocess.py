@@ -46,7 +46,7 @@ def main() -> None:
         inversion = Inversion(partial)
         stages.read_source(config, inversion.source, n_frames)
         log.info("loading %s on %s in %s", config.model_id, device, dtype)
-        sd = load(config.model_id, config.controlnet_id, device, dtype)
+        sd = load(config.model_id, config.controlnet_id, device, dtype, config.cpu_offload)
         stages.encode(sd, inversion, n_frames, config.batch_size)
         keyframes = stages.kept_keyframes(sd, inversion, config, editing)
         stages.invert_video(sd, inversion, config, schedule, names, keyframes)

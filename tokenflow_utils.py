@@ -16,6 +16,11 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
+try:
+    import nearest_cuda
+except ImportError:  # triton comes with CUDA builds of torch only
+    nearest_cuda = None
+
 SOURCE, UNCOND, COND = range(3)
 N_STREAMS = 3
 
@@ -133,11 +138,18 @@ def nearest_tokens(tokens: torch.Tensor, key_tokens: torch.Tensor) -> torch.Tens
     """For each of `tokens` (n, s, d) the index of the most similar of `key_tokens` (k, d): (n, s).
 
     Cosine similarity, for which the `key_tokens` must have unit length; the length of a token itself
-    changes no order. Only a block of the similarities exists at any time.
+    changes no order.
     """
+    if tokens.is_cuda and nearest_cuda and nearest_cuda.runs_on(tokens.device):
+        return nearest_cuda.nearest_fused(tokens, key_tokens)
+    return nearest_in_blocks(tokens, key_tokens)
+
+
+def nearest_in_blocks(tokens: torch.Tensor, key_tokens: torch.Tensor) -> torch.Tensor:
+    """As `nearest_tokens`, on any device: only a block of the similarities exists at any time."""
     rows = max(1, SIMILARITY_BLOCK // len(key_tokens))
-    blocks = tokens.float().flatten(0, 1).split(rows)
-    nearest = [(block @ key_tokens.T).argmax(-1) for block in blocks]
+    blocks = tokens.flatten(0, 1).split(rows)
+    nearest = [(block.float() @ key_tokens.T).argmax(-1) for block in blocks]
     return torch.cat(nearest).view(tokens.shape[:2])
 
 

@@ -48,46 +48,46 @@ class Job:
         config = dataclasses.replace(config, prompt=clip.prompt)
         return cls(sd, clip, clean, inverted, store, schedule, config)
 
-    def edit(
-        self,
-        technique: Technique,
-        denoiser: type[Denoiser] = TokenFlowDenoiser,
-        **changes: str,
-    ) -> np.ndarray:
-        """Edited frames (N, H, W, 3), with other values of the configuration in `changes`."""
-        config = dataclasses.replace(self.config, **changes)
-        prompts = (self.clip.source_prompt, config.negative_prompt, config.prompt)
-        steps = edit(self.sd, technique, self.source(config), prompts, config, denoiser)
-        return self.sd.decode_latents(last(steps))
+    def with_settings(self, **changes) -> "Job":
+        """The same job with other values in its configuration."""
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, **changes))
 
-    def source(self, config: PnPConfig) -> Source:
-        """What the inversion knows of the source, as an edit with that configuration takes it."""
-        features = partial(self.store.read, device=self.sd.device)
-        reused = config.reuse_source and config.propagation == "flanking"
-        return Source(lambda t, f: self.inverted[t][f], features if reused else None)
+    def edit_pnp(self, denoiser: type[Denoiser] = TokenFlowDenoiser) -> np.ndarray:
+        """Frames (N, H, W, 3) edited with Plug-and-Play."""
+        return self._edit(plug_and_play(self.config, self.schedule, self.first_latents), denoiser)
+
+    def edit_sdedit(self) -> np.ndarray:
+        """Frames (N, H, W, 3) edited with SDEdit from the inversion's noise."""
+        first = self.schedule.timesteps[0]
+        steps = self.config.n_timesteps
+        config = SDEditConfig(data_path="", prompt="", n_timesteps=steps, start=SDEDIT_START)
+        scheduler, inverted = self.sd.scheduler, self.first_latents
+        return self._edit(sdedit(config, self.schedule, scheduler, self.clean, inverted, first))
+
+    def edit_controlnet(self) -> np.ndarray:
+        """Frames (N, H, W, 3) edited with a Canny ControlNet, on an inversion without it."""
+        edges = self.sd.to_images(canny(self.clip.frames, *CANNY_THRESHOLDS))
+        scales = 0.0, 1.0
+        return self._edit(
+            controlnet(self.schedule, self.first_latents, lambda frames: edges[frames], *scales)
+        )
 
     @property
     def first_latents(self) -> torch.Tensor:
         """The inverted latents (N, 4, h, w) of the first editing timestep."""
         return self.inverted[self.schedule.timesteps[0]]
 
-    def pnp(self) -> Technique:
-        """Plug-and-Play."""
-        return plug_and_play(self.config, self.schedule, self.first_latents)
+    def _edit(
+        self, technique: Technique, denoiser: type[Denoiser] = TokenFlowDenoiser
+    ) -> np.ndarray:
+        prompts = (self.clip.source_prompt, self.config.negative_prompt, self.config.prompt)
+        steps = edit(self.sd, technique, self._source(), prompts, self.config, denoiser)
+        return self.sd.decode_latents(last(steps))
 
-    def sdedit(self) -> Technique:
-        """SDEdit from the inversion's noise."""
-        config = SDEditConfig(
-            data_path="", prompt="", n_timesteps=self.config.n_timesteps, start=SDEDIT_START
-        )
-        first = self.schedule.timesteps[0]
-        scheduler, inverted = self.sd.scheduler, self.first_latents
-        return sdedit(config, self.schedule, scheduler, self.clean, inverted, first)
-
-    def controlnet(self) -> Technique:
-        """A Canny ControlNet on an inversion without it."""
-        edges = self.sd.to_images(canny(self.clip.frames, *CANNY_THRESHOLDS))
-        return controlnet(self.schedule, self.first_latents, lambda frames: edges[frames], 0.0, 1.0)
+    def _source(self) -> Source:
+        features = partial(self.store.read, device=self.sd.device)
+        reused = self.config.reuse_source and self.config.propagation == "flanking"
+        return Source(lambda t, f: self.inverted[t][f], features if reused else None)
 
 
 def reconstruction_psnr(sd: StableDiffusion, clip: Clip, n_steps: int, fixed_point: bool) -> float:

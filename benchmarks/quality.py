@@ -17,7 +17,7 @@ from tqdm import tqdm
 from benchmarks.baselines import ExtendedAttention, FrameByFrame
 from benchmarks.clips import Clip, held_out_clips
 from benchmarks.job import Job, reconstruction_psnr
-from benchmarks.report import markdown_table, plot
+from benchmarks.report import method_table, plot, reconstruction_table
 from config import PnPConfig
 from diffusion import choose_device, load
 from metrics import warp_error
@@ -32,13 +32,13 @@ RECONSTRUCTION_STEPS = (10, 20, 50, 100)
 METHODS: dict[str, Callable[[Job], np.ndarray]] = {
     "source": lambda job: job.clip.frames,
     "vae": lambda job: job.sd.decode_latents(job.clean),
-    "per_frame": lambda job: job.edit(job.pnp(), FrameByFrame),
-    "extended_attention": lambda job: job.edit(job.pnp(), ExtendedAttention),
-    "tokenflow_previous": lambda job: job.edit(job.pnp(), propagation="previous"),
-    "tokenflow_flanking": lambda job: job.edit(job.pnp(), propagation="flanking"),
-    "tokenflow_three_streams": lambda job: job.edit(job.pnp(), reuse_source=False),
-    "sdedit": lambda job: job.edit(job.sdedit()),
-    "controlnet": lambda job: job.edit(job.controlnet()),
+    "per_frame": lambda job: job.edit_pnp(FrameByFrame),
+    "extended_attention": lambda job: job.edit_pnp(ExtendedAttention),
+    "tokenflow_previous": lambda job: job.with_settings(propagation="previous").edit_pnp(),
+    "tokenflow_flanking": lambda job: job.edit_pnp(),
+    "tokenflow_three_streams": lambda job: job.with_settings(reuse_source=False).edit_pnp(),
+    "sdedit": lambda job: job.edit_sdedit(),
+    "controlnet": lambda job: job.edit_controlnet(),
 }
 
 
@@ -106,7 +106,7 @@ def main() -> None:
                     measured[name].append({"clip": clip.prompt, "kind": clip.kind} | row)
                     bar.update()
             videos.append(edits)
-    rows = [{"method": name} | _mean(values) for name, values in measured.items()]
+    rows = [{"method": name} | mean(values) for name, values in measured.items()]
     steps = RECONSTRUCTION_STEPS[: 3 if args.quick else None]
     reconstruction = {
         inversion: {
@@ -120,7 +120,7 @@ def main() -> None:
         for inversion in ("fixed_point", "ddim")
     }
 
-    table = markdown_table(rows, reconstruction)
+    table = method_table(rows) + "\n" + reconstruction_table(reconstruction)
     (args.output / "quality.md").write_text(table)
     report = {"rows": rows, "reconstruction_psnr": reconstruction, "clips": measured}
     for path in filter(None, (args.output / "quality.json", args.json)):
@@ -133,7 +133,8 @@ def main() -> None:
     print(table)
 
 
-def _mean(rows: list[dict]) -> dict[str, float]:
+def mean(rows: list[dict]) -> dict[str, float]:
+    """The mean of every number in rows of the same keys."""
     keys = [key for key, value in rows[0].items() if isinstance(value, float)]
     return {key: float(np.nanmean([row[key] for row in rows])) for key in keys}
 

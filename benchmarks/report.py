@@ -1,4 +1,4 @@
-"""The table and the plot of the quality benchmark."""
+"""The tables and the plot of the benchmarks."""
 
 from pathlib import Path
 
@@ -17,15 +17,21 @@ COLUMNS = {
 Reconstruction = dict[str, dict[int, float]]  # PSNR (dB) by inversion and number of steps
 
 
-def markdown_table(rows: list[dict], reconstruction: Reconstruction) -> str:
-    """The benchmark's rows, and the reconstruction's PSNR by number of steps, as Markdown."""
-    titles = [title for title, _ in COLUMNS.values()]
-    lines = ["| method | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
+def method_table(rows: list[dict], title: str = "method") -> str:
+    """The quality of each row's method, as Markdown."""
+    columns = {key: column for key, column in COLUMNS.items() if key in rows[0]}
+    titles = [title, *(name for name, _ in columns.values())]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for row in rows:
-        cells = [form.format(row[key]) for key, (_, form) in COLUMNS.items()]
+        cells = [form.format(row[key]) for key, (_, form) in columns.items()]
         lines.append(f"| {row['method']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def reconstruction_table(reconstruction: Reconstruction) -> str:
+    """The reconstruction's PSNR by inversion and number of steps, as Markdown."""
     steps = next(iter(reconstruction.values()))
-    lines += ["", "| reconstruction PSNR (dB) | " + " | ".join(f"{n} steps" for n in steps) + " |"]
+    lines = ["| reconstruction PSNR (dB) | " + " | ".join(f"{n} steps" for n in steps) + " |"]
     lines.append("|---" * (len(steps) + 1) + "|")
     for inversion, values in reconstruction.items():
         cells = [f"{psnr:.1f}" for psnr in values.values()]
@@ -58,3 +64,33 @@ def plot(path: Path, rows: list[dict], reconstruction: Reconstruction) -> None:
     steps.set_ylabel("reconstruction PSNR (dB)")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def speed_table(rows: list[dict], quality: dict[str, dict[str, float]]) -> str:
+    """Costs by checkpoint, stage and method, with ratios, and the quality beside them, as Markdown."""
+    lines = [
+        "| checkpoint, stage | method | seconds | evaluations | peak MB "
+        "| times less than published | seconds / floor |",
+        "|---" * 7 + "|",
+    ]
+    by_key = {(row["checkpoint"], row["stage"], row["method"]): row for row in rows}
+    for (checkpoint, stage, method), row in by_key.items():
+        base = by_key.get((checkpoint, stage, "published"))
+        bare = by_key.get((checkpoint, stage, "floor"))
+        ratio = (
+            f"{base['seconds'] / row['seconds']:.2f} ({base['evaluations'] / row['evaluations']:.2f}"
+            f" evaluations, {base['peak_mb'] / max(row['peak_mb'], 1):.2f} peak)"
+            if base and method not in ("published", "floor")
+            else ""
+        )
+        over = f"{row['seconds'] / bare['seconds']:.2f}" if bare and method == "ours" else ""
+        lines.append(
+            f"| {checkpoint}, {stage} | {method} | {row['seconds']:.1f} | {row['evaluations']:.0f} "
+            f"| {row['peak_mb']:.0f} | {ratio} | {over} |"
+        )
+    names = list(next(iter(quality.values())))
+    lines += ["", "| shapes | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for method, values in quality.items():
+        cells = [f"{values[name]:.2f}" for name in names]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"

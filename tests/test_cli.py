@@ -156,6 +156,40 @@ def test_edit(work, checkpoint, technique):
     assert not np.array_equal(util.load_frames(other.parent / "frames", range(7)), frames)
 
 
+def test_edits_of_kept_source_features(work, checkpoint):
+    """The inversion's features serve the edits whose keyframes they are for; others say why not."""
+    folder, _, _ = work
+    flags = [*edit_flags(checkpoint, "pnp"), "--output_path", "kept"]
+    for changes, reason in [
+        (["--keyframe_interval", 8], None),
+        (["--keyframe_interval", 8, "--cpu_offload"], None),
+        (["--keyframe_interval", 8, "--reuse_source", "false"], "reuse_source"),
+        (["--keyframe_interval", 8, "--seed", 2], "(seed)"),
+        ([], "(interval)"),
+        (["--propagation", "previous"], "propagation previous"),
+    ]:
+        result = run("run_tokenflow_pnp.py", *flags, *changes, cwd=folder)
+        last_line(result)
+        said = [line for line in result.stderr.splitlines() if "denoised along" in line]
+        assert [reason in line for line in said] == ([True] if reason else []), result.stderr
+    two, offloaded, three = (
+        util.load_frames(folder / "kept" / name / "frames", range(7)).astype(float)
+        for name in ("pnp_clip", "pnp_clip_2", "pnp_clip_3")
+    )
+    assert np.array_equal(two, offloaded)
+    assert 0 < np.abs(two - three).mean() < 20  # the same edit, with other source features
+
+
+def test_without_a_reconstruction(work, checkpoint):
+    folder, flags, _ = work
+    changes = ["--no_reconstruction", "--save_dir", "bare"]
+    made = folder / last_line(run("preprocess.py", *flags, *changes, cwd=folder))
+    assert made.is_dir() and not (made / "frames").exists() and not (made / "inverted.mp4").exists()
+    edit = [*edit_flags(checkpoint, "pnp"), "--latents_path", "bare", "--output_path", "bare"]
+    video = folder / last_line(run("run_tokenflow_pnp.py", *edit, cwd=folder))
+    assert video_of(video.parent / "comparison.mp4") == (7, 12, 128, 64)
+
+
 def test_folder_input_with_stride(tmp_path, checkpoint, clip_frames):
     (tmp_path / "images").mkdir()
     util.save_frames(tmp_path / "images", 0, clip_frames)

@@ -33,7 +33,7 @@ def work(tmp_path_factory, frames, checkpoint):
     util.save_frames(folder / "clip", 0, frames)
     flags = ["--data_path", "clip", "--model", checkpoint, "--H", 128, "--W", 128, "--steps", STEPS]
     flags += ["--save_steps", STEPS, "--n_frames", N_FRAMES, "--inversion_prompt", SOURCE_PROMPT]
-    flags += ["--inversion", "ddim"]
+    flags += ["--inversion", "ddim", "--dtype", "float32"]
     video = last_line(run("preprocess.py", *flags, cwd=folder))
     return folder, util.load_frames(folder / video.parent / "frames", range(N_FRAMES))
 

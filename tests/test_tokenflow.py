@@ -4,6 +4,7 @@ import pytest
 import torch
 from reference import Reference
 
+from benchmarks.published import Published, PublishedAttention
 from config import PnPConfig
 from diffusion import Schedule
 from editor import Source, Technique, TokenFlowDenoiser
@@ -17,8 +18,10 @@ from tokenflow_utils import (
     extended_attention,
     flanking_blend,
     install_tokenflow,
+    nearest_in_blocks,
     nearest_tokens,
     previous_blend,
+    self_attentions_replaced,
 )
 
 INJECTED_LAYERS = {
@@ -60,6 +63,24 @@ def test_equals_reference(sd, video, propagation, injects):
     keyframes = Keyframes(N_FRAMES, BATCH_SIZE, schedule.timesteps, SEED).plan()[t].tolist()
     reference = Reference(sd.unet, BATCH_SIZE, propagation, INJECTED_LAYERS)
     assert_same_noise(ours, reference, sd, source, latents, t, keyframes, injects)
+
+
+@torch.no_grad()
+def test_what_the_speed_benchmark_compares_with(sd, video):
+    """The benchmark's published algorithm is the reference's, only not so slow."""
+    source, latents = video
+    schedule = Schedule.of(sd.scheduler, 10)
+    t = schedule.timesteps[0]
+    config = PnPConfig(data_path="", prompt="", batch_size=BATCH_SIZE, seed=SEED)
+    technique = Technique(latents, schedule, 1, 1)
+    published = Published(sd, technique, Source(lambda t, f: source[f]), PROMPTS, config)
+    with self_attentions_replaced(
+        sd.unet, lambda name: PublishedAttention(published, name), published.feature_hook
+    ):
+        noise = published.predict_noise(latents, t)
+    keyframes = Keyframes(N_FRAMES, BATCH_SIZE, schedule.timesteps, SEED).plan()[t].tolist()
+    reference = Reference(sd.unet, BATCH_SIZE, "previous", INJECTED_LAYERS)
+    assert_same_noise(noise, reference, sd, source, latents, t, keyframes, (True, True))
 
 
 @pytest.mark.parametrize("batch_size", [2, 7])
@@ -230,6 +251,22 @@ def test_nearest_tokens_in_blocks(monkeypatch):
     assert torch.equal(nearest_tokens(tokens, keys), whole)
     similarity = torch.nn.functional.cosine_similarity(tokens[:, :, None], keys, dim=-1)
     assert torch.equal(whole, similarity.argmax(-1))
+
+
+def test_fused_nearest_tokens_equal_the_blocked_ones(monkeypatch):
+    """On a GPU as it runs there, else in triton's interpreter, where there is triton."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    fused = pytest.importorskip("nearest_cuda").nearest_fused
+    generator = torch.Generator().manual_seed(0)
+    for n, s, k, d in [(2, 64, 64, 32), (3, 100, 130, 40), (1, 7, 300, 80)]:
+        tokens = torch.randn(n, s, d, generator=generator).to(device)
+        keys = torch.nn.functional.normalize(torch.randn(k, d, generator=generator), dim=-1)
+        keys = keys.to(device)
+        assert torch.equal(fused(tokens, keys), nearest_in_blocks(tokens, keys))
+    same = torch.ones(1, 3, 8, device=device)
+    assert fused(same, same[0] / 8**0.5).tolist() == [[0, 0, 0]]  # of ties the first
 
 
 def test_keyframes_are_one_an_interval_and_repeatable():

@@ -1,0 +1,72 @@
+"""What the defaults of an edit rest on: each key varied by itself, on held-out clips.
+
+Edits clips of the world of shapes with TokenFlow while one key of the configuration takes other values,
+and prints a Markdown table, the defaults' row first.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from tqdm import tqdm
+
+from benchmarks.clips import held_out_clips
+from benchmarks.job import Job
+from benchmarks.quality import mean, measure
+from benchmarks.report import method_table
+from config import PnPConfig
+from diffusion import choose_device, load
+from shapes.judge import Judge
+
+VARIED = {
+    "guidance_scale": (3.0, 5.0, 10.0),
+    "pnp_attn_t": (0.0, 0.25, 0.75),
+    "pnp_f_t": (0.4, 0.6, 1.0),
+    "propagation": ("previous",),
+    "reuse_source": (False,),
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Arguments of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--clips", type=int, default=8)
+    parser.add_argument("--frames", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=20, help="of the inversion and of the edits")
+    parser.add_argument("--output", type=Path, default=Path("runs/settings.md"), help="file")
+    parser.add_argument("--model", type=Path, default=Path("data/shapes-sd"), help="checkpoint")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Edit every clip with every setting, measure, and write the table."""
+    args = parse_arguments()
+    sd = load(str(args.model), None, *choose_device(args.device, args.dtype))
+    judge = Judge.load(args.model / "judge.safetensors")
+    config = PnPConfig(data_path="", prompt="", n_timesteps=args.steps)
+    changes = [{}] + [{key: value} for key, values in VARIED.items() for value in values]
+    measured = [[] for _ in changes]
+    with tqdm(desc="Editing", total=args.clips * len(changes), unit="video") as bar:
+        for clip in held_out_clips(args.clips, args.frames):
+            with tempfile.TemporaryDirectory() as folder:
+                job = Job.prepare(sd, clip, config, Path(folder) / "source")
+                for change, rows in zip(changes, measured, strict=True):
+                    frames = job.with_settings(**change).edit_pnp()
+                    rows.append(measure(clip, frames, judge))
+                    bar.update()
+    rows = [
+        {"method": " ".join(f"{k}: {v}" for k, v in change.items()) or "defaults"} | mean(rows)
+        for change, rows in zip(changes, measured, strict=True)
+    ]
+    table = method_table(rows, "setting")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(table)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

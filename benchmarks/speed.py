@@ -1,0 +1,244 @@
+"""Cost of whole edits, beside the published algorithm, frame-by-frame editing and the bare UNet.
+
+On the shapes checkpoint everything from frames to edited frames, with the quality of the same edits
+beside it; on a random UNet of Stable Diffusion 1.5's size the editing stage alone. Methods take turns
+over several clips, and a figure is the median over them. Writes a table (Markdown and JSON).
+"""
+
+import argparse
+import dataclasses
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from benchmarks.baselines import FrameByFrame
+from benchmarks.clips import Clip, held_out_clips
+from benchmarks.job import INVERSION_BATCH, Job
+from benchmarks.meter import Cost, Meter
+from benchmarks.published import published_edit
+from benchmarks.quality import mean, measure
+from benchmarks.report import speed_table
+from benchmarks.sd15 import random_sd15
+from cli import parse_with_yaml
+from config import PnPConfig
+from diffusion import Schedule, StableDiffusion, choose_device, invert, last, load, sample
+from editor import Source, edit, keyframes_of
+from metrics import frame_psnr
+from predictor import FramesPredictor
+from shapes.judge import Judge
+from source_recorder import install_recorder
+from source_store import SourceStore
+from techniques import plug_and_play
+
+FAST = Path(__file__).parent.parent / "configs" / "fast.yaml"
+PUBLISHED_STEPS = 500
+FLOOR_BATCHES = (8, 16, 24, 48)
+STAGES = ("inversion", "reconstruction", "editing")
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a method made of a clip: reconstructed latents (N, 4, h, w), edited frames (N, H, W, 3)."""
+
+    reconstructed: torch.Tensor
+    edited: np.ndarray
+
+
+def published(meter: Meter, sd: StableDiffusion, clip: Clip, config: PnPConfig) -> Pictures:
+    """500 naive steps there, 500 back, and an edit by the published algorithm."""
+    schedule = Schedule.of(sd.scheduler, PUBLISHED_STEPS)
+    editing = Schedule.of(sd.scheduler, config.n_timesteps)
+    predict_noise = FramesPredictor(sd, clip.source_prompt, INVERSION_BATCH)
+    with meter.stage("inversion"):
+        inverted = dict(invert(sd.encode_frames(clip.frames), schedule, predict_noise))
+    with meter.stage("reconstruction"):
+        noisiest = inverted[schedule.timesteps[0]]
+        reconstructed = last(sample(noisiest, schedule, predict_noise))
+        sd.decode_latents(reconstructed)
+    config = dataclasses.replace(config, prompt=clip.prompt)
+    technique = plug_and_play(config, editing, inverted[editing.timesteps[0]])
+    prompts = (clip.source_prompt, config.negative_prompt, config.prompt)
+    source = Source(lambda t, frames: inverted[t][frames])
+    with meter.stage("editing"):
+        edited = sd.decode_latents(last(published_edit(sd, technique, source, prompts, config)))
+    return Pictures(reconstructed, edited)
+
+
+def ours(
+    meter: Meter, sd: StableDiffusion, clip: Clip, config: PnPConfig, folder: Path
+) -> tuple[Pictures, Job]:
+    """What the commands do, with that configuration of the edit."""
+    with meter.stage("inversion"):
+        job = Job.prepare(sd, clip, config, folder)
+    with meter.stage("reconstruction"):
+        predict_noise = FramesPredictor(sd, clip.source_prompt, INVERSION_BATCH)
+        reconstructed = last(sample(job.first_latents, job.schedule, predict_noise))
+        sd.decode_latents(reconstructed)
+    with meter.stage("editing"):
+        edited = job.edit_pnp()
+    return Pictures(reconstructed, edited), job
+
+
+def quality(sd: StableDiffusion, clip: Clip, judge: Judge, pictures: Pictures) -> dict[str, float]:
+    """Of the edit and of the reconstruction, whose PSNR is against the VAE's round trip."""
+    round_trip = sd.decode_latents(sd.encode_frames(clip.frames))
+    reconstructed = sd.decode_latents(pictures.reconstructed)
+    gaps = tuple(gap for gap in (1, 8) if gap < clip.n_frames)
+    psnr = float(np.mean(frame_psnr(reconstructed, round_trip)))
+    return {"reconstruction_psnr": psnr} | measure(clip, pictures.edited, judge, gaps)
+
+
+def floor(sd: StableDiffusion, costs: dict[str, Cost], latent_size: int) -> dict[str, Cost]:
+    """The same numbers of plain UNet evaluations, at the fastest of several batch sizes."""
+    text = sd.encode_text("")
+
+    def seconds_of_one(batch_size: int) -> float:
+        latents = torch.randn(batch_size, 4, latent_size, latent_size)
+        start = time.perf_counter()
+        sd.predict_noise(latents, 500, text.expand(batch_size, -1, -1))
+        return (time.perf_counter() - start) / batch_size
+
+    best = min(median(seconds_of_one(size) for _ in range(3)) for size in FLOOR_BATCHES)
+    return {
+        stage: Cost(best * cost.evaluations, cost.evaluations, 0.0) for stage, cost in costs.items()
+    }
+
+
+def shapes_rounds(args: argparse.Namespace) -> tuple[dict, dict]:
+    """Costs by method and stage, and qualities by method, a list of one entry for each clip."""
+    n_clips, n_frames, interval = (2, 8, 4) if args.quick else (3, 24, 8)
+    sd = load(str(args.model), None, *choose_device(args.device, args.dtype))
+    judge, meter = Judge.load(args.model / "judge.safetensors"), Meter(sd.unet, sd.device)
+    at_defaults = PnPConfig(data_path="", prompt="", keyframe_interval=interval)
+    fast = parse_with_yaml(PnPConfig, "", FAST, [])
+    fast = dataclasses.replace(fast, keyframe_interval=interval)
+    costs, qualities = {}, {}
+
+    def note(method: str, pictures: Pictures | None = None) -> None:
+        for stage, cost in meter.stages.items():
+            costs.setdefault(method, {}).setdefault(stage, []).append(cost)
+        if pictures:
+            qualities.setdefault(method, []).append(quality(sd, clip, judge, pictures))
+        meter.stages = {}
+
+    for clip in tqdm(held_out_clips(n_clips, n_frames), "Shapes", unit="clip"):
+        note("published", published(meter, sd, clip, at_defaults))
+        with tempfile.TemporaryDirectory() as folder:
+            pictures, job = ours(meter, sd, clip, at_defaults, Path(folder) / "source")
+            done = meter.stages
+            note("ours", pictures)
+            with meter.stage("editing"):
+                edited = job.edit_pnp(FrameByFrame)
+            note("per_frame", Pictures(pictures.reconstructed, edited))
+        meter.stages = floor(sd, done, job.clean.shape[-1])
+        note("floor")
+        with tempfile.TemporaryDirectory() as folder:
+            note("fast", ours(meter, sd, clip, fast, Path(folder) / "source")[0])
+    return costs, qualities
+
+
+def sd15_rounds(args: argparse.Namespace) -> dict:
+    """Costs by method of the editing stage, a list of one entry for each round."""
+    device, dtype = choose_device(args.device, args.dtype)
+    on_gpu = device.type == "cuda"
+    size, n_frames, interval, n_steps = (64, 40, 8, 10) if on_gpu else (32, 8, 4, 1)
+    sd = random_sd15(device, dtype)
+    meter = Meter(sd.unet, device)
+    config = PnPConfig(
+        data_path="",
+        prompt="",
+        n_timesteps=n_steps,
+        keyframe_interval=interval,
+        pnp_attn_t=1,
+        pnp_f_t=1,
+    )
+    schedule, costs = Schedule.of(sd.scheduler, n_steps), {}
+    generator = torch.Generator().manual_seed(0)
+    still, moving = torch.randn(2, n_frames, 4, size, size, generator=generator)
+    inverted = still[:1] + 0.3 * moving  # frames of one video resemble each other
+    technique = plug_and_play(config, schedule, inverted)
+    with tempfile.TemporaryDirectory() as folder:
+        store = SourceStore(Path(folder) / "source")
+        with install_recorder(
+            sd.unet, keyframes_of(config, sd.scheduler, n_frames), store
+        ) as recorder:
+            predict_noise = FramesPredictor(sd, "", interval, None, recorder)
+            for t in schedule.timesteps:
+                predict_noise(inverted, t)
+        three = Source(lambda t, frames: inverted[frames])
+        two = Source(three.latents, lambda t, frames: store.read(t, frames, device))
+        runs = {
+            "published": lambda: published_edit(sd, technique, three, ("", "", ""), config),
+            "ours": lambda: edit(sd, technique, two, ("", "", ""), config),
+            "per_frame": lambda: edit(sd, technique, three, ("", "", ""), config, FrameByFrame),
+        }
+        for _ in tqdm(range(2), "SD 1.5", unit="round"):
+            for method, steps in runs.items():
+                with meter.stage("editing"):
+                    last(steps())
+                costs.setdefault(method, {"editing": []})["editing"].append(meter.stages["editing"])
+            floored = floor(sd, {"editing": costs["ours"]["editing"][-1]}, size)["editing"]
+            costs.setdefault("floor", {"editing": []})["editing"].append(floored)
+    return costs
+
+
+def to_rows(checkpoint: str, costs: dict[str, dict[str, list[Cost]]]) -> list[dict]:
+    """Medians over the rounds, and for methods with all stages their sum."""
+    rows = []
+    for method, stages in costs.items():
+        merged = {
+            stage: Cost(*(median(v) for v in zip(*map(dataclasses.astuple, rounds), strict=True)))
+            for stage, rounds in stages.items()
+        }
+        if set(merged) == set(STAGES):
+            parts = list(merged.values())
+            merged["end_to_end"] = Cost(
+                sum(c.seconds for c in parts),
+                sum(c.evaluations for c in parts),
+                max(c.peak_mb for c in parts),
+            )
+        for stage, cost in merged.items():
+            rows.append(
+                {"checkpoint": checkpoint, "method": method, "stage": stage}
+                | dataclasses.asdict(cost)
+            )
+    return rows
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Arguments of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter clips")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--output", type=Path, default=Path("runs/speed"), help="folder")
+    parser.add_argument("--model", type=Path, default=Path("data/shapes-sd"), help="checkpoint")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Time everything and write the report."""
+    args = parse_arguments()
+    args.output.mkdir(parents=True, exist_ok=True)
+    costs, qualities = shapes_rounds(args)
+    rows = to_rows("shapes", costs) + to_rows("sd15", sd15_rounds(args))
+    means = {method: mean(values) for method, values in qualities.items()}
+    table = speed_table(rows, means)
+    (args.output / "speed.md").write_text(table)
+    for path in filter(None, (args.output / "speed.json", args.json)):
+        path.write_text(json.dumps({"rows": rows, "quality": means}, indent=2))
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
