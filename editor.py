@@ -13,8 +13,9 @@ from diffusers import DDIMScheduler
 from config import EditConfig
 from diffusion import Control, Schedule, StableDiffusion, sample
 from tokenflow_utils import (
-    N_STREAMS,
+    COND,
     SOURCE,
+    STREAMS,
     UNCOND,
     Blend,
     Keyframes,
@@ -24,6 +25,9 @@ from tokenflow_utils import (
     install_tokenflow,
     previous_blend,
 )
+
+# Latent pixels in one pass from which on more of them are no faster, only larger.
+FILLED, FILLED_GPU = {"cpu": 1 << 12}, 1 << 15
 
 
 @dataclass(frozen=True)
@@ -77,20 +81,35 @@ class Denoiser:
         self.feature_timesteps = frozenset(timesteps[: technique.feature_steps])
 
     def guided_noise(
-        self, latents: torch.Tensor, t: int, frames: torch.Tensor, first_stream: int = SOURCE
+        self,
+        latents: torch.Tensor,
+        t: int,
+        frames: torch.Tensor,
+        passes: tuple[tuple[int, ...], ...] = (STREAMS,),
     ) -> torch.Tensor:
-        """One UNet pass over the frames (n,) of latents (N, 4, h, w): guided noise (n, 4, h, w).
+        """Guided noise (n, 4, h, w) of the frames (n,) of latents (N, 4, h, w).
 
-        The pass has the streams from `first_stream` on, SOURCE or UNCOND.
+        passes: which streams go through the UNet together; SOURCE may be in none.
         """
-        streams = [latents[frames]] * 2
-        if first_stream == SOURCE:
-            streams.insert(SOURCE, self.source.latents(t, frames).to(latents))
-        text = self.text[first_stream:].repeat_interleave(len(frames), dim=0)
-        control = Control.cat(self.control(frames)[first_stream:]) if self.control else None
-        noise = self.sd.predict_noise(torch.cat(streams), t, text, control)
-        uncond, cond = noise.unflatten(0, (len(streams), -1))[UNCOND - N_STREAMS :]
-        return uncond + self.config.guidance_scale * (cond - uncond)
+        noise = {}
+        for streams in passes:
+            self.flow.streams = streams
+            noise |= zip(streams, self._pass(latents, t, frames, streams), strict=True)
+        return noise[UNCOND] + self.config.guidance_scale * (noise[COND] - noise[UNCOND])
+
+    def _pass(
+        self, latents: torch.Tensor, t: int, frames: torch.Tensor, streams: tuple[int, ...]
+    ) -> torch.Tensor:
+        """The noise (streams, n, 4, h, w) that one UNet pass predicts."""
+        edited = latents[frames]
+        source = self.source.latents(t, frames).to(latents) if SOURCE in streams else None
+        samples = torch.cat([source if stream == SOURCE else edited for stream in streams])
+        text = self.text[list(streams)].repeat_interleave(len(frames), dim=0)
+        control = None
+        if self.control:
+            controls = self.control(frames)
+            control = Control.cat([controls[stream] for stream in streams])
+        return self.sd.predict_noise(samples, t, text, control).unflatten(0, (len(streams), -1))
 
 
 class TokenFlowDenoiser(Denoiser):
@@ -126,8 +145,15 @@ class TokenFlowDenoiser(Denoiser):
             chunk = rest[start : start + self.config.batch_size]
             source = self.source.features(t, chunk) if self.source.features else None
             self.flow.begin_propagation(blend.of(chunk), inject_features, source)
-            noise[chunk] = self.guided_noise(latents, t, chunk, UNCOND if source else SOURCE)
+            passes = self._passes(latents[chunk]) if source else (STREAMS,)
+            noise[chunk] = self.guided_noise(latents, t, chunk, passes)
         return noise
+
+    def _passes(self, latents: torch.Tensor) -> tuple[tuple[int, ...], ...]:
+        """The edited streams one by one where a pass is large enough for the device, else together."""
+        filled = FILLED.get(self.sd.device.type, FILLED_GPU)
+        large = latents[:, 0].numel() >= filled
+        return ((UNCOND,), (COND,)) if large else ((UNCOND, COND),)
 
     def _blend(self, frames: torch.Tensor, keyframes: torch.Tensor) -> Blend:
         if self.config.propagation == "previous":

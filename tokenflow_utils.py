@@ -21,8 +21,7 @@ try:
 except ImportError:  # triton comes with CUDA builds of torch only
     nearest_cuda = None
 
-SOURCE, UNCOND, COND = range(3)
-N_STREAMS = 3
+STREAMS = SOURCE, UNCOND, COND = 0, 1, 2
 
 # Similarities held at once while nearest tokens are searched: 64 MiB in fp32.
 SIMILARITY_BLOCK = 1 << 24
@@ -203,6 +202,7 @@ class TokenFlow:
     def __init__(self) -> None:
         self.blend: Blend | None = None  # in propagation, None in a joint edit
         self.source: SourceFeatures | None = None
+        self.streams: tuple[int, ...] = STREAMS  # of the pass
         self.extended = True
         self.inject_attention = False
         self.inject_features = False
@@ -222,7 +222,7 @@ class TokenFlow:
     ) -> None:
         """The next pass takes its self-attention outputs from the keyframes, by `blend`.
 
-        With the `source`'s features the pass has two streams, (2n, 4, h, w): uncond and cond.
+        With the `source`'s features the source's stream need not be among `streams`.
         """
         self.blend, self.source = blend, source
         self.inject_features = inject_features
@@ -232,8 +232,10 @@ class TokenFlow:
         if not self.inject_features:
             return None
         if self.source is not None:
-            return self.source.features.to(output).repeat(N_STREAMS - 1, 1, 1, 1)  # 2n c h w
-        return output.chunk(N_STREAMS)[SOURCE].repeat(N_STREAMS, 1, 1, 1)  # 3n c h w
+            features = self.source.features.to(output)  # n c h w
+        else:
+            features = output.chunk(len(STREAMS))[SOURCE]
+        return features.repeat(len(self.streams), 1, 1, 1)
 
 
 class LayerProcessor:
@@ -256,13 +258,13 @@ class TokenFlowAttention(LayerProcessor):
     def __call__(
         self, attn: Attention, hidden_states: torch.Tensor, *args, **kwargs
     ) -> torch.Tensor:
-        """Input of the layer, which is `norm1`'s output, to its output; (3n, s, d) or (2n, s, d)."""
+        """Input of the layer, which is `norm1`'s output, to its output: (streams x n, s, d)."""
         if self.flow.blend is None:
             return self._joint_edit(attn, hidden_states).flatten(0, 1)
         return self._propagation(hidden_states, self.flow.blend).flatten(0, 1)
 
     def _joint_edit(self, attn: Attention, hidden_states: torch.Tensor) -> torch.Tensor:
-        tokens = hidden_states.unflatten(0, (N_STREAMS, -1))  # 3 n s d
+        tokens = hidden_states.unflatten(0, (len(STREAMS), -1))  # 3 n s d
         query, key, value = attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)
         if self.injected and self.flow.inject_attention:
             query = query[SOURCE].expand_as(query)
@@ -274,8 +276,10 @@ class TokenFlowAttention(LayerProcessor):
 
     def _propagation(self, hidden_states: torch.Tensor, blend: Blend) -> torch.Tensor:
         if self.flow.source is not None:
-            return propagate(self.key_outputs[UNCOND:], self.flow.source.nearest[self.name], blend)
-        source = hidden_states.chunk(N_STREAMS)[SOURCE]  # n s d
+            streams = self.flow.streams
+            key_outputs = self.key_outputs[streams[0] : streams[-1] + 1]
+            return propagate(key_outputs, self.flow.source.nearest[self.name], blend)
+        source = hidden_states.chunk(len(STREAMS))[SOURCE]  # n s d
         nearest = correspondences(source, self.key_tokens, blend)
         return propagate(self.key_outputs, nearest, blend)
 
@@ -290,9 +294,8 @@ def output_projection(attn: Attention, output: torch.Tensor) -> torch.Tensor:
 def install_tokenflow(unet: UNet2DConditionModel) -> Iterator[TokenFlow]:
     """Install TokenFlow in every self-attention of `unet`, and take it out again at the end.
 
-    Yields the handle that says what the next pass does. Passes take the streams concatenated:
-    (3n, 4, h, w), or (2n, 4, h, w) where the source's features are given. Raises as
-    `self_attentions_replaced` does.
+    Yields the handle that says what the next pass does. Passes take the streams concatenated, all three
+    (3n, 4, h, w) but where the source's features are given. Raises as `self_attentions_replaced` does.
     """
     flow = TokenFlow()
     with self_attentions_replaced(

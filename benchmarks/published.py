@@ -12,7 +12,13 @@ from diffusers.models.attention_processor import Attention
 from config import EditConfig
 from diffusion import StableDiffusion, sample
 from editor import Denoiser, Source, Technique
-from tokenflow_utils import INJECTED_ATTENTION, Keyframes, LayerProcessor, self_attentions_replaced
+from tokenflow_utils import (
+    INJECTED_ATTENTION,
+    Keyframes,
+    LayerProcessor,
+    TokenFlow,
+    self_attentions_replaced,
+)
 
 
 class PublishedAttention(LayerProcessor):
@@ -90,7 +96,7 @@ class Published(Denoiser):
         prompts: tuple[str, str, str],
         config: EditConfig,
     ) -> None:
-        super().__init__(sd, None, technique, source, prompts, config)
+        super().__init__(sd, TokenFlow(), technique, source, prompts, config)
         timesteps, n_frames = technique.schedule.timesteps, len(technique.latents)
         self.interval = config.interval
         self.plan = Keyframes(n_frames, self.interval, timesteps, config.seed).plan()

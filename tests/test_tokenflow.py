@@ -83,10 +83,11 @@ def test_what_the_speed_benchmark_compares_with(sd, video):
     assert_same_noise(noise, reference, sd, source, latents, t, keyframes, (True, True))
 
 
-@pytest.mark.parametrize("batch_size", [2, 7])
+@pytest.mark.parametrize("batch_size, together", [(2, True), (7, True), (7, False)])
 @torch.no_grad()
-def test_two_streams_equal_the_reference(sd, video, tmp_path, batch_size):
+def test_two_streams_equal_the_reference(sd, video, tmp_path, monkeypatch, batch_size, together):
     """With the source's features noted in the inversion's passes, its stream is not needed."""
+    monkeypatch.setattr("editor.FILLED", {"cpu": 1 << 12 if together else 1})
     source, latents = video
     schedule, store = Schedule.of(sd.scheduler, 10), SourceStore(tmp_path / "source")
     t = schedule.timesteps[0]
