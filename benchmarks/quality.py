@@ -36,7 +36,6 @@ METHODS: dict[str, Callable[[Job], np.ndarray]] = {
     "extended_attention": lambda job: job.edit_pnp(ExtendedAttention),
     "tokenflow_previous": lambda job: job.with_settings(propagation="previous").edit_pnp(),
     "tokenflow_flanking": lambda job: job.edit_pnp(),
-    "tokenflow_three_streams": lambda job: job.with_settings(reuse_source=False).edit_pnp(),
     "sdedit": lambda job: job.edit_sdedit(),
     "controlnet": lambda job: job.edit_controlnet(),
 }

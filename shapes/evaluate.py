@@ -8,7 +8,6 @@ import argparse
 import json
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
@@ -18,10 +17,12 @@ from shapes.data import render_samples
 from shapes.judge import Judge, accuracies, names_of
 from shapes.vae import round_trip_psnr
 from shapes.world import attribute_indices, sample_attributes
+from sheets import contact_sheet
+from util import write_image
 
 HELD_OUT_SEEDS = range(2_000_000, 2_000_256)
 BATCH = 25
-SHOWN = 40  # samples on the sheet
+SHOWN, COLUMNS = 40, 8  # samples on the sheet, and in one of its rows
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -77,9 +78,9 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")
     if args.sheet:
-        rows = np.split(samples[:SHOWN], 5)
-        sheet = np.concatenate([np.concatenate(row, axis=1) for row in rows])
-        cv2.imwrite(str(args.sheet), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
+        starts = range(0, min(SHOWN, len(samples)) - COLUMNS + 1, COLUMNS)
+        rows = {f"from caption {n + 1}": samples[n : n + COLUMNS] for n in starts}
+        write_image(args.sheet, contact_sheet(rows))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
@@ -37,6 +36,8 @@ from shapes.text import text_loss, tokenize, vocabulary
 from shapes.unet import unet_loss
 from shapes.vae import encode, round_trip_psnr, vae_loss
 from shapes.world import VALUES
+from sheets import contact_sheet
+from util import write_image
 
 TRAINING_SEEDS = range(8_000)
 HELD_OUT_SEEDS = range(1_000_000, 1_000_064)
@@ -44,9 +45,9 @@ BUDGETS = {
     "vae": "4500",
     "judge": "2500",
     "text": "400",
-    "unet": "3250",
-    "controlnet": "600",
-    "decoder": "9000",
+    "unet": "8200",
+    "controlnet": "1000",
+    "decoder": "12400",
 }
 SHOWN = [
     "a red striped circle on a green dotted background",
@@ -103,8 +104,8 @@ def write_samples(path: Path, pipeline: StableDiffusionPipeline) -> None:
         generator=torch.Generator().manual_seed(0),
         output_type="np",
     ).images
-    sheet = np.concatenate([np.concatenate(images[row::2], 1) for row in range(2)])
-    cv2.imwrite(str(path), cv2.cvtColor((sheet * 255).astype(np.uint8), cv2.COLOR_RGB2BGR))
+    images = np.round(images * 255).astype(np.uint8)
+    write_image(path, contact_sheet({"first four": images[:4], "last four": images[4:]}))
 
 
 def main() -> None:
