@@ -125,7 +125,7 @@ class EditConfig(ModelConfig):
         "frames, of which one is a keyframe; None: as many as batch_size", None, low=1
     )
     reuse_source: bool = option("use the source's features that preprocess.py kept", True)
-    guidance_scale: float = option("strength of classifier-free guidance", 7.5, low=0)
+    guidance_scale: float = option("strength of classifier-free guidance", 5.0, low=0)
     propagation: str = option(
         "which keyframes a frame blends", "flanking", choices=("flanking", "previous")
     )

@@ -19,7 +19,7 @@ from diffusion import choose_device, load
 from shapes.judge import Judge
 
 VARIED = {
-    "guidance_scale": (3.0, 5.0, 10.0),
+    "guidance_scale": (3.0, 7.5, 10.0),
     "pnp_attn_t": (0.0, 0.25, 0.75),
     "pnp_f_t": (0.4, 0.6, 1.0),
     "propagation": ("previous",),

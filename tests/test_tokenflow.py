@@ -124,7 +124,7 @@ def assert_same_noise(ours, reference, sd, source, latents, t, keyframes, inject
     """Guided noise as the reference predicts it, but for tokens whose nearest neighbours tie."""
     text = torch.cat([sd.encode_text(prompt) for prompt in PROMPTS])
     _, uncond, cond = reference.predict(source, latents, t, text, keyframes, *injects)
-    theirs = uncond + 7.5 * (cond - uncond)
+    theirs = uncond + PnPConfig.guidance_scale * (cond - uncond)
     close = torch.isclose(ours, theirs, atol=tolerance / 10, rtol=tolerance)
     assert close.float().mean() > 0.999
     assert (ours - theirs).square().mean() < tolerance**2 * theirs.square().mean()
