@@ -20,7 +20,7 @@ demo: .venv/demo
 		--inversion_prompt "a red striped circle on a green dotted background" \
 		--H 128 --W 128 --n_frames 24 --steps 50 --save_steps 50 --save_dir $(DEMO)/latents
 	$(BIN)/python run_tokenflow_pnp.py --data_path data/shapes.mp4 --model data/shapes-sd \
-		--prompt "a blue striped circle on a green dotted background" --guidance_scale 3 \
+		--prompt "a blue striped circle on a green dotted background" \
 		--n_frames 24 --n_inversion_steps 50 --latents_path $(DEMO)/latents --output_path $(DEMO)
 
 test: .venv/dev

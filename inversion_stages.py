@@ -102,8 +102,13 @@ def kept_keyframes(
     needed = bytes_needed(sd.unet, shape, len(editing.timesteps))
     free = shutil.disk_usage(inversion.folder).free
     log.info("source features, which make edits faster, take %.0f MB of disk", needed / 1e6)
-    if shape[-2] * shape[-1] > MAX_TOKENS or needed > free:
-        log.warning("which is more than there is: edits will denoise the source as well")
+    if shape[-2] * shape[-1] > MAX_TOKENS:
+        log.warning(
+            "which frames of this size are too large for: edits will denoise the source too"
+        )
+        return None
+    if needed > free:
+        log.warning("which is more than there is: edits will denoise the source too")
         return None
     return Keyframes(shape[0], config.keyframe_interval, editing.timesteps, config.seed)
 

@@ -29,8 +29,9 @@ class SourceRecorder:
         self.plan = keyframes.plan()
         self.n_frames, self.store = keyframes.n_frames, store
         self.n_keyframes = len(next(iter(self.plan.values())))
-        self.positions: torch.Tensor | None = None  # of the pass's frames among the keyframes
-        self.blend: Blend | None = None  # of other frames
+        # Of the pass: positions among the keyframes, or the blend of other frames; neither outside `noting`.
+        self.positions: torch.Tensor | None = None
+        self.blend: Blend | None = None
         self.nearest: dict[str, torch.Tensor] = {}
         self.features: torch.Tensor | None = None
 
@@ -48,13 +49,14 @@ class SourceRecorder:
         """
         keyframes = self.plan[t]
         if torch.isin(frames, keyframes).all():
-            self.positions, self.blend = torch.searchsorted(keyframes, frames), None
-            yield
+            self.positions = torch.searchsorted(keyframes, frames)
         else:
-            self.positions, self.blend = None, flanking_blend(frames, keyframes)
-            yield
+            self.blend = flanking_blend(frames, keyframes)
+        yield
+        if self.blend is not None:
             source = SourceFeatures(dict(self.nearest), self.features)
             self.store.write(t, frames, source, self.n_frames)
+        self.positions, self.blend = None, None
 
     def feature_hook(self, module, args, output: torch.Tensor) -> None:
         """Note the residual block's output."""
@@ -76,7 +78,7 @@ class RecordingAttention(LayerProcessor):
         if blend is not None:
             nearest = correspondences(hidden_states, self.key_tokens, blend)
             self.recorder.nearest[self.name] = nearest
-        else:
+        elif positions is not None:
             tokens = F.normalize(hidden_states.float(), dim=-1)
             if self.key_tokens is None:
                 shape = (self.recorder.n_keyframes, *tokens.shape[1:])

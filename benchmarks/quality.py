@@ -6,12 +6,17 @@ close to the source they are; writes a table (Markdown and JSON), a plot and a c
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from benchmarks.baselines import ExtendedAttention, FrameByFrame
@@ -19,7 +24,7 @@ from benchmarks.clips import Clip, held_out_clips
 from benchmarks.job import Job, reconstruction_psnr
 from benchmarks.report import method_table, plot, reconstruction_table
 from config import PnPConfig
-from diffusion import choose_device, load
+from diffusion import StableDiffusion, choose_device, load
 from metrics import warp_error
 from shapes.judge import Judge
 from sheets import contact_sheet, moments
@@ -72,6 +77,10 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="fewer clips, frames and steps")
+    parser.add_argument(
+        "--steps", type=int, default=50, help="of inversions and edits, if not quick"
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; 1 on a GPU")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--output", type=Path, default=Path("runs/quality"), help="folder")
     parser.add_argument("--model", type=Path, default=Path("data/shapes-sd"), help="checkpoint")
@@ -83,59 +92,71 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Edit every clip with every method, measure, and write the report."""
     args = parse_arguments()
-    n_clips, n_frames, n_steps = (4, 16, 20) if args.quick else (12, 24, 50)
-    device, dtype = choose_device(args.device, args.dtype)
-    sd = load(str(args.model), str(args.model / "controlnet"), device, dtype)
-    judge = Judge.load(args.model / "judge.safetensors")
-    config = PnPConfig(data_path="", prompt="", n_timesteps=n_steps)
+    n_clips, n_frames, n_steps = (4, 16, 20) if args.quick else (12, 24, args.steps)
     args.output.mkdir(parents=True, exist_ok=True)
-
-    measured, videos = {name: [] for name in METHODS}, []
     clips = held_out_clips(n_clips, n_frames)
-    with tqdm(desc="Editing", total=n_clips * len(METHODS), unit="video") as bar:
-        for clip in clips:
-            edits = {}
-            with tempfile.TemporaryDirectory() as folder:
-                job = Job.prepare(sd, clip, config, Path(folder) / "source")
-                for name, method in METHODS.items():
-                    start = time.perf_counter()
-                    edits[name] = method(job)
-                    seconds = (time.perf_counter() - start) / n_frames
-                    row = measure(clip, edits[name], judge) | {"seconds_per_frame": seconds}
-                    measured[name].append({"clip": clip.prompt, "kind": clip.kind} | row)
-                    bar.update()
-            videos.append(edits)
-    rows = [{"method": name} | mean(values) for name, values in measured.items()]
-    steps = RECONSTRUCTION_STEPS[: 3 if args.quick else None]
-    reconstruction = {
-        inversion: {
-            n: float(
-                np.mean(
-                    [reconstruction_psnr(sd, c, n, inversion == "fixed_point") for c in clips[:2]]
-                )
-            )
-            for n in tqdm(steps, desc=f"Reconstructing ({inversion})")
-        }
-        for inversion in ("fixed_point", "ddim")
-    }
+    with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
+        edited = pool.map(partial(edit_clip, args, n_steps), clips)
+        done = list(tqdm(edited, "Editing", n_clips, unit="clip"))
+        steps = RECONSTRUCTION_STEPS[: 3 if args.quick else None]
+        tasks = [(inversion, n) for inversion in ("fixed_point", "ddim") for n in steps]
+        psnr = pool.map(partial(reconstruct_clips, args, clips[:2]), tasks)
+        psnr = dict(zip(tasks, tqdm(psnr, "Reconstructing", len(tasks)), strict=True))
 
+    rows = [{"method": name} | mean([rows[name] for rows, _ in done]) for name in METHODS]
+    reconstruction = {
+        inversion: {n: psnr[inversion, n] for n in steps} for inversion in ("fixed_point", "ddim")
+    }
     table = method_table(rows) + "\n" + reconstruction_table(reconstruction)
     (args.output / "quality.md").write_text(table)
+    measured = [
+        {"clip": clip.prompt, "kind": clip.kind, "rows": rows}
+        for clip, (rows, _) in zip(clips, done, strict=True)
+    ]
     report = {"rows": rows, "reconstruction_psnr": reconstruction, "clips": measured}
     for path in filter(None, (args.output / "quality.json", args.json)):
         path.write_text(json.dumps(report, indent=2))
     plot(args.output / "quality.png", rows, reconstruction)
-    for index, (clip, edits) in enumerate(zip(clips, videos, strict=True)):
-        shown = {name: frames[moments(len(frames))] for name, frames in edits.items()}
+    for index, (clip, (_, shown)) in enumerate(zip(clips, done, strict=True)):
         sheet = contact_sheet(shown, f"{clip.source_prompt} -> {clip.prompt}")
         write_image(args.output / f"clip_{index:02d}.png", sheet)
     print(table)
 
 
+def edit_clip(args: argparse.Namespace, n_steps: int, clip: Clip) -> tuple[dict, dict]:
+    """By method, the measurements of a clip's edit, and some of its frames."""
+    sd, judge = loaded(args), Judge.load(args.model / "judge.safetensors")
+    config = PnPConfig(data_path="", prompt="", n_timesteps=n_steps)
+    rows, shown = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        job = Job.prepare(sd, clip, config, Path(folder) / "source")
+        for name, method in METHODS.items():
+            start = time.perf_counter()
+            frames = method(job)
+            seconds = (time.perf_counter() - start) / clip.n_frames
+            rows[name] = measure(clip, frames, judge) | {"seconds_per_frame": seconds}
+            shown[name] = frames[moments(clip.n_frames)]
+    return rows, shown
+
+
+def reconstruct_clips(args: argparse.Namespace, clips: list[Clip], task: tuple[str, int]) -> float:
+    """Mean PSNR (dB) of the clips' reconstructions, by kind of inversion and number of steps."""
+    inversion, n_steps = task
+    fixed_point = inversion == "fixed_point"
+    sd = loaded(args)
+    return float(np.mean([reconstruction_psnr(sd, clip, n_steps, fixed_point) for clip in clips]))
+
+
+def loaded(args: argparse.Namespace) -> StableDiffusion:
+    """The checkpoint, in a process that has its share of the machine's cores."""
+    torch.set_num_threads(max(1, os.cpu_count() // args.workers))
+    device, dtype = choose_device(args.device, args.dtype)
+    return load(str(args.model), str(args.model / "controlnet"), device, dtype)
+
+
 def mean(rows: list[dict]) -> dict[str, float]:
     """The mean of every number in rows of the same keys."""
-    keys = [key for key, value in rows[0].items() if isinstance(value, float)]
-    return {key: float(np.nanmean([row[key] for row in rows])) for key in keys}
+    return {key: float(np.nanmean([row[key] for row in rows])) for key in rows[0]}
 
 
 if __name__ == "__main__":

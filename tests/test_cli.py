@@ -180,6 +180,20 @@ def test_edits_of_kept_source_features(work, checkpoint):
     assert 0 < np.abs(two - three).mean() < 20  # the same edit, with other source features
 
 
+def test_features_are_kept_of_editing_steps_alone(work, checkpoint):
+    """An inversion may take more steps than the edits it serves."""
+    folder, flags, _ = work
+    changes = ["--steps", 10, "--save_dir", "finer", "--batch_size", 3]
+    made = folder / last_line(run("preprocess.py", *flags, *changes, cwd=folder))
+    kept = sorted(path.name for path in (made.parent / "source_features").glob("nearest_*.npy"))
+    assert kept == sorted(f"nearest_{t}.npy" for t in (1, 201, 401, 601, 801))
+    edit = [*edit_flags(checkpoint, "sdedit"), "--latents_path", "finer", "--output_path", "finer"]
+    edit += ["--n_inversion_steps", 10, "--keyframe_interval", 8]
+    result = run("run_tokenflow_sdedit.py", *edit, cwd=folder)
+    last_line(result)
+    assert "denoised along" not in result.stderr
+
+
 def test_without_a_reconstruction(work, checkpoint):
     folder, flags, _ = work
     changes = ["--no_reconstruction", "--save_dir", "bare"]
