@@ -6,6 +6,7 @@ condition; nothing here knows which technique it is.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from diffusers import DDIMScheduler
@@ -73,8 +74,7 @@ class Denoiser:
         config: EditConfig,
     ) -> None:
         self.sd, self.flow, self.config = sd, flow, config
-        self.source = source
-        self.control = technique.control
+        self.technique, self.source = technique, source
         self.text = torch.cat([sd.encode_text(prompt) for prompt in prompts])  # 3 l d
         timesteps = technique.schedule.timesteps
         self.attention_timesteps = frozenset(timesteps[: technique.attention_steps])
@@ -91,44 +91,41 @@ class Denoiser:
 
         passes: which streams go through the UNet together; SOURCE may be in none.
         """
+        controls = self.technique.control(frames) if self.technique.control else None
         noise = {}
         for streams in passes:
             self.flow.streams = streams
-            noise |= zip(streams, self._pass(latents, t, frames, streams), strict=True)
+            predicted = self._pass(latents, t, frames, streams, controls)
+            noise |= zip(streams, predicted, strict=True)
         return noise[UNCOND] + self.config.guidance_scale * (noise[COND] - noise[UNCOND])
 
     def _pass(
-        self, latents: torch.Tensor, t: int, frames: torch.Tensor, streams: tuple[int, ...]
+        self,
+        latents: torch.Tensor,
+        t: int,
+        frames: torch.Tensor,
+        streams: tuple[int, ...],
+        controls: tuple[Control, Control, Control] | None,
     ) -> torch.Tensor:
         """The noise (streams, n, 4, h, w) that one UNet pass predicts."""
         edited = latents[frames]
         source = self.source.latents(t, frames).to(latents) if SOURCE in streams else None
         samples = torch.cat([source if stream == SOURCE else edited for stream in streams])
         text = self.text[list(streams)].repeat_interleave(len(frames), dim=0)
-        control = None
-        if self.control:
-            controls = self.control(frames)
-            control = Control.cat([controls[stream] for stream in streams])
+        control = Control.cat([controls[stream] for stream in streams]) if controls else None
         return self.sd.predict_noise(samples, t, text, control).unflatten(0, (len(streams), -1))
 
 
 class TokenFlowDenoiser(Denoiser):
     """Joint edit of random keyframes, then propagation to all other frames."""
 
-    def __init__(
-        self,
-        sd: StableDiffusion,
-        flow: TokenFlow,
-        technique: Technique,
-        source: Source,
-        prompts: tuple[str, str, str],
-        config: EditConfig,
-    ) -> None:
-        super().__init__(sd, flow, technique, source, prompts, config)
-        keyframes = keyframes_of(config, sd.scheduler, len(technique.latents))
-        if config.propagation == "previous":  # the authors' code draws none at skipped steps
-            keyframes = replace(keyframes, timesteps=technique.schedule.timesteps)
-        self.plan = keyframes.plan()
+    @cached_property
+    def plan(self) -> dict[int, torch.Tensor]:
+        """The keyframes (k,) of each timestep."""
+        keyframes = keyframes_of(self.config, self.sd.scheduler, len(self.technique.latents))
+        if self.config.propagation == "previous":  # the authors' code draws none at skipped steps
+            keyframes = replace(keyframes, timesteps=self.technique.schedule.timesteps)
+        return keyframes.plan()
 
     def predict_noise(self, latents: torch.Tensor, t: int) -> torch.Tensor:
         """The guided noise (N, 4, h, w) of all frames' latents (N, 4, h, w) at timestep `t`."""
@@ -145,14 +142,13 @@ class TokenFlowDenoiser(Denoiser):
             chunk = rest[start : start + self.config.batch_size]
             source = self.source.features(t, chunk) if self.source.features else None
             self.flow.begin_propagation(blend.of(chunk), inject_features, source)
-            passes = self._passes(latents[chunk]) if source else (STREAMS,)
+            passes = self._passes(len(chunk) * latents[0, 0].numel()) if source else (STREAMS,)
             noise[chunk] = self.guided_noise(latents, t, chunk, passes)
         return noise
 
-    def _passes(self, latents: torch.Tensor) -> tuple[tuple[int, ...], ...]:
-        """The edited streams one by one where a pass is large enough for the device, else together."""
-        filled = FILLED.get(self.sd.device.type, FILLED_GPU)
-        large = latents[:, 0].numel() >= filled
+    def _passes(self, pixels: int) -> tuple[tuple[int, ...], ...]:
+        """The edited streams one by one where one has enough latent pixels for the device, else together."""
+        large = pixels >= FILLED.get(self.sd.device.type, FILLED_GPU)
         return ((UNCOND,), (COND,)) if large else ((UNCOND, COND),)
 
     def _blend(self, frames: torch.Tensor, keyframes: torch.Tensor) -> Blend:

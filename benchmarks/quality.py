@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from benchmarks.arguments import benchmark_parser
 from benchmarks.baselines import ExtendedAttention, FrameByFrame
 from benchmarks.clips import Clip, held_out_clips
 from benchmarks.job import Job, reconstruction_psnr
@@ -73,19 +74,13 @@ def measure(
 
 def parse_arguments() -> argparse.Namespace:
     """Arguments of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = benchmark_parser(__doc__, "runs/quality")
     parser.add_argument("--quick", action="store_true", help="fewer clips, frames and steps")
     parser.add_argument(
         "--steps", type=int, default=50, help="of inversions and edits, if not quick"
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; 1 on a GPU")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    parser.add_argument("--output", type=Path, default=Path("runs/quality"), help="folder")
-    parser.add_argument("--model", type=Path, default=Path("data/shapes-sd"), help="checkpoint")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16")
     return parser.parse_args()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from benchmarks.arguments import benchmark_parser
 from benchmarks.clips import held_out_clips
 from benchmarks.job import Job
 from benchmarks.quality import mean, measure
@@ -29,16 +30,10 @@ VARIED = {
 
 def parse_arguments() -> argparse.Namespace:
     """Arguments of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = benchmark_parser(__doc__, "runs/settings.md")
     parser.add_argument("--clips", type=int, default=8)
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20, help="of the inversion and of the edits")
-    parser.add_argument("--output", type=Path, default=Path("runs/settings.md"), help="file")
-    parser.add_argument("--model", type=Path, default=Path("data/shapes-sd"), help="checkpoint")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16")
     return parser.parse_args()
 
 

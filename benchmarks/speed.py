@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from benchmarks.arguments import benchmark_parser
 from benchmarks.baselines import FrameByFrame
 from benchmarks.clips import Clip, held_out_clips
 from benchmarks.job import INVERSION_BATCH, Job
@@ -211,15 +212,9 @@ def to_rows(checkpoint: str, costs: dict[str, dict[str, list[Cost]]]) -> list[di
 
 def parse_arguments() -> argparse.Namespace:
     """Arguments of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = benchmark_parser(__doc__, "runs/speed")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter clips")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    parser.add_argument("--output", type=Path, default=Path("runs/speed"), help="folder")
-    parser.add_argument("--model", type=Path, default=Path("data/shapes-sd"), help="checkpoint")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16")
     return parser.parse_args()
 
 
