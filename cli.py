@@ -6,12 +6,15 @@ Nothing slow is imported here, so that `--help` and mistakes are answered at onc
 import argparse
 import difflib
 import functools
+import io
 import logging
 import math
+import os
 import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import MISSING, Field, asdict, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +22,11 @@ from typing import Any, TypeVar
 import yaml
 
 C = TypeVar("C")
+
+_OUT_OF_MEMORY = (
+    "the device is out of memory: use --batch_size auto, --cpu_offload, smaller frames or, in an edit, a "
+    "smaller --keyframe_window; what is done so far is kept and gone on with"
+)
 
 
 class UserError(Exception):
@@ -32,12 +40,15 @@ def option(
     high: float = math.inf,
     choices: tuple[str, ...] = (),
     aliases: Mapping[str, str] = types.MappingProxyType({}),
+    none: str = "None",
 ) -> Any:
     """A dataclass field that is also a YAML key and a flag.
 
-    `low` and `high` are inclusive; `aliases` are other spellings of the choices.
+    `low` and `high` are inclusive; `aliases` are other spellings of the choices; `none` is how a user
+    spells None.
     """
     metadata = {"help": help, "low": low, "high": high, "choices": choices, "aliases": aliases}
+    metadata["none"] = none
     return (
         field(metadata=metadata)
         if default is MISSING
@@ -79,19 +90,30 @@ def dump(config: Any) -> str:
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
-    """Make `main` a command: mistakes of the user's end it with one line and exit status 2."""
+    """Make `main` a command: mistakes of the user's end it with one line and exit status 2.
+
+    Of several processes only the first talks, but for the others' errors.
+    """
 
     @functools.wraps(main)
     def wrapper() -> None:
         logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
-        logging.getLogger("tokenflow").setLevel(logging.INFO)
+        rank = int(os.environ.get("RANK", 0))
+        logging.getLogger("tokenflow").setLevel(logging.ERROR if rank else logging.INFO)
+        blame = f"error (process {rank})" if rank else "error"
         try:
-            main()
+            with redirect_stdout(io.StringIO()) if rank else nullcontext():
+                main()
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"{blame}: {error}", file=sys.stderr)
             sys.exit(2)
-        except FloatingPointError as error:
-            print(f"error: {error}", file=sys.stderr)
+        except (FloatingPointError, ConnectionError) as error:
+            print(f"{blame}: {error}", file=sys.stderr)
+            sys.exit(1)
+        except RuntimeError as error:
+            if "out of memory" not in str(error):
+                raise
+            print(f"{blame}: {_OUT_OF_MEMORY}", file=sys.stderr)
             sys.exit(1)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
@@ -122,7 +144,7 @@ def _parse_flags(
         if f.metadata["choices"]:
             help += f"; one of {', '.join(f.metadata['choices'])}"
         if f.default is not MISSING:
-            help += f" (default: {f.default})"
+            help += f" (default: {f.metadata['none'] if f.default is None else f.default})"
         parser.add_argument(
             f"--{f.name}",
             default=argparse.SUPPRESS,
@@ -162,7 +184,7 @@ def _convert(f: Field, value: Any) -> Any:
     """The value of field `f` in its declared type, from YAML or from a flag's text."""
     kind, optional = f.type, isinstance(f.type, types.UnionType)
     if optional:
-        if value is None or value in ("", "None", "null"):
+        if value is None or value in ("", "None", "null", f.metadata["none"]):
             return None
         kind = typing.get_args(f.type)[0]
     wrong = UserError(f"{f.name}: {value!r} is not {_KINDS[kind]}")

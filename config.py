@@ -41,6 +41,8 @@ class ModelConfig:
     )
     cpu_offload: bool = option("keep only the network that runs on the device", False)
     seed: int = option("seed of every random draw", 1, low=0, high=2**63 - 1)
+    resume: bool = option("go on where a run of the same options was ended", True)
+    overwrite: bool = option("make again what is there already", False)
 
     def __post_init__(self) -> None:
         kind, _, index = self.device.partition(":")
@@ -86,7 +88,9 @@ class PreprocessConfig(ModelConfig, CannyConfig):
     keep_source: bool = option("keep the source's features, which makes edits faster", True)
     keyframe_interval: int = option("as in the edits that the kept features serve", 8, low=1)
     no_reconstruction: bool = option("do not sample the video back from its noise", False)
-    batch_size: int = option("frames in one UNet pass", 16, low=1)
+    batch_size: int | None = option(
+        "frames in one UNet pass; auto: 16, or as many as fit", None, low=1, none="auto"
+    )
     save_dir: str = option("folder of all inversions", "latents")
 
     def __post_init__(self) -> None:
@@ -96,6 +100,11 @@ class PreprocessConfig(ModelConfig, CannyConfig):
                 f"steps: {self.steps} inversion steps cannot visit {self.save_steps} editing "
                 f"steps; use --steps {self.save_steps} or more, or fewer --save_steps"
             )
+
+    @property
+    def frames_at_once(self) -> int:
+        """Frames in one UNet pass, where they fit."""
+        return self.batch_size or 16
 
     @property
     def controlnet_id(self) -> str | None:
@@ -120,10 +129,13 @@ class EditConfig(ModelConfig):
     n_inversion_steps: int = option("steps of the inversion to use", 50, low=1, high=999)
     n_timesteps: int = option("steps of the edit", 50, low=1, high=999)
     n_frames: int = option("frames to edit, from the first; 0: all", 40, low=0)
-    batch_size: int = option("frames in one UNet pass", 8, low=1)
+    batch_size: int | None = option(
+        "frames in one UNet pass; auto: 8, or as many as fit", None, low=1, none="auto"
+    )
     keyframe_interval: int | None = option(
         "frames, of which one is a keyframe; None: as many as batch_size", None, low=1
     )
+    keyframe_window: int = option("keyframes edited jointly, at most", 8, low=2)
     reuse_source: bool = option("use the source's features that preprocess.py kept", True)
     guidance_scale: float = option("strength of classifier-free guidance", 5.0, low=0)
     propagation: str = option(
@@ -131,9 +143,14 @@ class EditConfig(ModelConfig):
     )
 
     @property
+    def frames_at_once(self) -> int:
+        """Frames in one UNet pass, where they fit."""
+        return self.batch_size or 8
+
+    @property
     def interval(self) -> int:
         """Frames, of which one is a keyframe."""
-        return self.keyframe_interval or self.batch_size
+        return self.keyframe_interval or self.frames_at_once
 
     @property
     def inversions(self) -> tuple[str, ...]:

@@ -131,13 +131,21 @@ class StableDiffusion:
     def decode_latents(self, latents: torch.Tensor) -> np.ndarray:
         """Uint8 RGB frames (n, H, W, 3) of latents (n, 4, h, w)."""
         frames = []
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        size = vae_batch_size(*(factor * n for n in latents.shape[2:]))
+        size = vae_batch_size(*(self._pixels_of_latent * n for n in latents.shape[2:]))
         for batch in (latents / self.vae.config.scaling_factor).split(size):
             images = self.vae.decode(batch.to(self.device, self.dtype)).sample.float()
             check_finite(images, "the VAE's decoded frames")
             frames.append((images / 2 + 0.5).clamp(0, 1).mul(255).round().byte().cpu())
         return torch.cat(frames).permute(0, 2, 3, 1).numpy()
+
+    def latent_shape(self, n_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Shape (N, 4, h, w) of the latents of frames of that size in pixels."""
+        factor = self._pixels_of_latent
+        return n_frames, self.vae.config.latent_channels, height // factor, width // factor
+
+    @property
+    def _pixels_of_latent(self) -> int:
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def to_images(self, frames: np.ndarray) -> torch.Tensor:
         """Uint8 frames (n, H, W, 3) as images (n, 3, H, W) in [0, 1], as the networks take them."""

@@ -1,9 +1,10 @@
-"""From an inversion on disk to an edited video on disk, with any technique."""
+"""From an inversion on disk to an edited video on disk, with any technique, by all processes of a run."""
 
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,22 +17,18 @@ from diffusion import (
     StableDiffusion,
     check_checkpoint,
     choose_device,
-    last,
     load,
     load_scheduler,
 )
 from editor import Source, Technique, edit, keyframes_of
-from inversion import Inversion, find_inversion, noisy
+from inversion import CLEAN, Inversion, find_inversion, noisy
+from processes import Processes
+from rows import Rows
+from runs import locked, partial_path, remove, run_folder, staged
 from sheets import contact_sheet, moments
 from tokenflow_utils import SourceFeatures
-from util import (
-    load_frames,
-    run_folder,
-    save_frames,
-    staged,
-    write_image,
-    write_video_from_folders,
-)
+from trajectory import Trajectory
+from util import load_frames, save_frames, write_image, write_video_from_folders
 
 log = logging.getLogger("tokenflow")
 
@@ -49,13 +46,15 @@ class Edit:
     n_frames: int
     folder: Path
 
-    def latents(self, name: str) -> torch.Tensor:
-        """The inversion's latents of that name, of the frames that are edited: (N, 4, h, w)."""
-        return torch.tensor(self.inversion.latents(name)[: self.n_frames])
+    processes: Processes
+
+    def latents(self, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The inversion's latents of that name: (n, 4, h, w) for frame indices (n,)."""
+        return self.inversion.latents(name).__getitem__
 
     @property
-    def first_latents(self) -> torch.Tensor:
-        """The inverted latents (N, 4, h, w) of the first editing timestep."""
+    def first_latents(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The inverted latents of the first editing timestep: (n, 4, h, w) for frame indices (n,)."""
         return self.latents(noisy(self.schedule.timesteps[0]))
 
     @property
@@ -83,7 +82,7 @@ class Edit:
         return ""
 
     def _source_latents(self, t: int, frames: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(self.inversion.latents(noisy(t))[frames.numpy()])
+        return self.inversion.latents(noisy(t))[frames]
 
     def _source_features(self, t: int, frames: torch.Tensor) -> SourceFeatures:
         return self.inversion.source_store.read(t, frames, self.sd.device)
@@ -98,35 +97,76 @@ def run_edit(config: EditConfig, name: str, make_technique: Callable[[Edit], Tec
     schedule = Schedule.of(load_scheduler(config.model_id), config.n_timesteps)
     inversion, n_frames = find_inversion(config, schedule.timesteps)
     device, dtype = choose_device(config.device, config.dtype)
-    log.info("loading %s on %s in %s", config.model_id, device, dtype)
-    controlnet = config.controlnet_id if isinstance(config, ControlNetConfig) else None
-    sd = load(config.model_id, controlnet, device, dtype, config.cpu_offload)
+    processes = Processes(device)
 
     run_name = f"{name}_{Path(config.data_path).stem}"
-    made = f"{dump(config)}# of the inversion {json.dumps(inversion.manifest.config)}\n"
-    with run_folder(Path(config.output_path), run_name, made) as folder:
-        job = Edit(config, sd, inversion, schedule, n_frames, folder)
-        technique = make_technique(job)
-        prompts = (inversion.prompt, config.negative_prompt, config.prompt)
-        steps = edit(sd, technique, job.source, prompts, config)
-        n_steps = len(technique.schedule.timesteps)
-        latents = last(tqdm(steps, "Editing", n_steps, unit="step"))
-        frames = folder / "frames"
-        with staged(frames) as partial:
+    chosen = replace(config, resume=True, overwrite=False)  # of one edit, whatever it began with
+    made = f"{dump(chosen)}# of the inversion {json.dumps(inversion.manifest.config)}\n"
+    with processes.main_first(), ExitStack() as claim:
+        folder = claim.enter_context(run_folder(Path(config.output_path), run_name, made))
+        held = claim.pop_all()
+    with held:
+        video, steps = folder / "edited.mp4", folder / ".steps"
+        if video.exists() and not steps.exists() and not config.overwrite:
+            log.info("this edit was there already; --overwrite makes it again")
+            return video
+        if processes.is_main:
+            held.enter_context(locked(folder))
+            if config.overwrite or not config.resume:
+                remove(steps)
+            steps.mkdir(exist_ok=True)
+        processes.wait()
+        log.info("loading %s on %s in %s", config.model_id, device, dtype)
+        controlnet = config.controlnet_id if isinstance(config, ControlNetConfig) else None
+        sd = load(config.model_id, controlnet, device, dtype, config.cpu_offload)
+        job = Edit(config, sd, inversion, schedule, n_frames, folder, processes)
+        edited = _edit(job, make_technique(job), steps)
+        _decode(job, edited)
+        if processes.is_main:
+            _show(job, video)
+            remove(steps)
+    return video
+
+
+def _edit(job: Edit, technique: Technique, steps: Path) -> Rows:
+    """The edited latents, from the last step that lies in the folder `steps` on."""
+    prompts = (job.inversion.prompt, job.config.negative_prompt, job.config.prompt)
+    shape = (job.n_frames, *job.inversion.latents(CLEAN).shape[1:])
+    trajectory = Trajectory(steps, shape, job.processes)
+    n_steps, hidden = len(technique.schedule.timesteps), not job.processes.is_main
+    with tqdm(desc="Editing", total=n_steps, unit="step", disable=hidden) as bar:
+        for done in edit(job.sd, technique, job.source, prompts, job.config, trajectory):
+            if not bar.n and done > 1:
+                log.info("going on after step %d", done)
+            bar.update(done - bar.n)
+    return trajectory.latents(n_steps)
+
+
+def _decode(job: Edit, edited: Rows) -> None:
+    """Write the edited frames."""
+    processes, frames = job.processes, job.folder / "frames"
+    with staged(frames) if processes.is_main else nullcontext(partial_path(frames)) as partial:
+        if processes.is_main:
             partial.mkdir()
-            for start in tqdm(range(0, n_frames, DECODE_BATCH), "Decoding", unit="batch"):
-                decoded = sd.decode_latents(latents[start : start + DECODE_BATCH])
-                save_frames(partial, start, decoded)
-        shown = {"source": inversion.source}
-        if inversion.reconstruction.exists():
-            shown["reconstruction"] = inversion.reconstruction
-        shown[config.prompt] = frames
-        comparison = folder / "comparison.mp4"
-        write_video_from_folders(comparison, list(shown.values()), n_frames, inversion.fps)
-        rows = {label: load_frames(f, moments(n_frames)) for label, f in shown.items()}
-        write_image(folder / "contact_sheet.png", contact_sheet(rows))
-        round_trip = folder / "vae_reconstruction.mp4"
-        write_video_from_folders(round_trip, [inversion.vae], n_frames, inversion.fps)
-        write_video_from_folders(folder / "edited.mp4", [frames], n_frames, inversion.fps)
-    log.info("to compare: %s and %s", comparison, folder / "contact_sheet.png")
-    return folder / "edited.mp4"
+        processes.wait()
+        batches = processes.share(torch.arange(job.n_frames).split(DECODE_BATCH))
+        for batch in tqdm(batches, "Decoding", unit="batch", disable=not processes.is_main):
+            save_frames(partial, batch[0].item(), job.sd.decode_latents(edited[batch]))
+        processes.wait()
+
+
+def _show(job: Edit, video: Path) -> None:
+    """Write the videos, and at last the edited one."""
+    inversion, folder, n_frames = job.inversion, job.folder, job.n_frames
+    fps = inversion.manifest.frame_rate
+    shown = {"source": inversion.source}
+    if inversion.reconstruction.exists():
+        shown["reconstruction"] = inversion.reconstruction
+    shown[job.config.prompt] = folder / "frames"
+    comparison, sheet = folder / "comparison.mp4", folder / "contact_sheet.png"
+    write_video_from_folders(comparison, list(shown.values()), n_frames, fps)
+    rows = {label: load_frames(f, moments(n_frames)) for label, f in shown.items()}
+    write_image(sheet, contact_sheet(rows))
+    write_video_from_folders(folder / "vae_reconstruction.mp4", [inversion.vae], n_frames, fps)
+    write_video_from_folders(video, [folder / "frames"], n_frames, fps)
+    log.info("to compare: %s and %s", comparison, sheet)

@@ -7,18 +7,23 @@ condition; nothing here knows which technique it is.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 from diffusers import DDIMScheduler
 
+from batches import Batches
 from config import EditConfig
-from diffusion import Control, Schedule, StableDiffusion, sample
+from diffusion import Control, Schedule, StableDiffusion, check_finite, ddim_step
+from rows import Rows
 from tokenflow_utils import (
     COND,
     SOURCE,
     STREAMS,
     UNCOND,
     Blend,
+    JointEdit,
     Keyframes,
     SourceFeatures,
     TokenFlow,
@@ -26,22 +31,28 @@ from tokenflow_utils import (
     install_tokenflow,
     previous_blend,
 )
+from trajectory import Trajectory
+from windows import Window, anchors, windows
 
 # Latent pixels in one pass from which on more of them are no faster, only larger.
 FILLED, FILLED_GPU = {"cpu": 1 << 12}, 1 << 15
+
+# Of all frames' latents, those of some frames (n,): (n, 4, h, w). A tensor or a file.
+Latents = torch.Tensor | Rows
 
 
 @dataclass(frozen=True)
 class Technique:
     """What makes an edit Plug-and-Play, SDEdit or ControlNet.
 
-    latents: (N, 4, h, w) at the schedule's first timestep.
+    initial: for frame indices (n,), latents (n, 4, h, w) at the schedule's first timestep.
     attention_steps, feature_steps: how many steps, from the first, inject the source's attention
     and features.
     control: for frame indices (n,), what conditions the ControlNet in each stream: three times (n).
     """
 
-    latents: torch.Tensor
+    initial: Callable[[torch.Tensor], torch.Tensor]
+    n_frames: int
     schedule: Schedule
     attention_steps: int = 0
     feature_steps: int = 0
@@ -75,86 +86,152 @@ class Denoiser:
     ) -> None:
         self.sd, self.flow, self.config = sd, flow, config
         self.technique, self.source = technique, source
+        self.batches = Batches(config.frames_at_once, adapts=config.batch_size is None)
         self.text = torch.cat([sd.encode_text(prompt) for prompt in prompts])  # 3 l d
         timesteps = technique.schedule.timesteps
         self.attention_timesteps = frozenset(timesteps[: technique.attention_steps])
         self.feature_timesteps = frozenset(timesteps[: technique.feature_steps])
 
+    def chunks(self, t: int) -> list:
+        """The frames of the video in chunks that processes may share; neighbours belong together."""
+        return list(torch.arange(self.technique.n_frames).split(self.config.frames_at_once))
+
+    def noise(
+        self, latents: Latents, t: int, chunks: list
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """For some of the `chunks`, one by one: frames (n,) and their guided noise (n, 4, h, w)."""
+        raise NotImplementedError
+
+    def predict_noise(self, latents: Latents, t: int) -> torch.Tensor:
+        """The guided noise (N, 4, h, w) of all frames' latents (N, 4, h, w) at timestep `t`."""
+        noise = torch.empty(latents.shape)
+        for frames, predicted in self.noise(latents, t, self.chunks(t)):
+            noise[frames] = predicted
+        return noise
+
     def guided_noise(
         self,
-        latents: torch.Tensor,
+        latents: Latents,
         t: int,
         frames: torch.Tensor,
         passes: tuple[tuple[int, ...], ...] = (STREAMS,),
     ) -> torch.Tensor:
-        """Guided noise (n, 4, h, w) of the frames (n,) of latents (N, 4, h, w).
+        """Guided noise (n, 4, h, w) of the frames (n,).
 
         passes: which streams go through the UNet together; SOURCE may be in none.
         """
         controls = self.technique.control(frames) if self.technique.control else None
-        noise = {}
+        edited, noise = latents[frames], {}
         for streams in passes:
             self.flow.streams = streams
-            predicted = self._pass(latents, t, frames, streams, controls)
-            noise |= zip(streams, predicted, strict=True)
+            source = self.source.latents(t, frames).to(edited) if SOURCE in streams else None
+            samples = torch.cat([source if stream == SOURCE else edited for stream in streams])
+            text = self.text[list(streams)].repeat_interleave(len(frames), dim=0)
+            control = Control.cat([controls[stream] for stream in streams]) if controls else None
+            predicted = self.sd.predict_noise(samples, t, text, control)
+            noise |= zip(streams, predicted.chunk(len(streams)), strict=True)
         return noise[UNCOND] + self.config.guidance_scale * (noise[COND] - noise[UNCOND])
-
-    def _pass(
-        self,
-        latents: torch.Tensor,
-        t: int,
-        frames: torch.Tensor,
-        streams: tuple[int, ...],
-        controls: tuple[Control, Control, Control] | None,
-    ) -> torch.Tensor:
-        """The noise (streams, n, 4, h, w) that one UNet pass predicts."""
-        edited = latents[frames]
-        source = self.source.latents(t, frames).to(latents) if SOURCE in streams else None
-        samples = torch.cat([source if stream == SOURCE else edited for stream in streams])
-        text = self.text[list(streams)].repeat_interleave(len(frames), dim=0)
-        control = Control.cat([controls[stream] for stream in streams]) if controls else None
-        return self.sd.predict_noise(samples, t, text, control).unflatten(0, (len(streams), -1))
 
 
 class TokenFlowDenoiser(Denoiser):
-    """Joint edit of random keyframes, then propagation to all other frames."""
+    """Joint edit of random keyframes, window by window, and propagation to all other frames."""
+
+    def chunks(self, t: int) -> list[tuple[Window, torch.Tensor]]:
+        """Frames of one window each, and that window."""
+        keyframes, blend = self._step(t)
+        return [
+            (window, frames)
+            for window in windows(blend, len(keyframes), self.config.keyframe_window)
+            for frames in window.frames.split(self.config.frames_at_once)
+        ]
+
+    def noise(
+        self, latents: Latents, t: int, chunks: list[tuple[Window, torch.Tensor]]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """For some of the `chunks`, one by one: frames (n,) and their guided noise (n, 4, h, w)."""
+        keyframes, blend = self._step(t)
+        # Guided noise (4, h, w) of the keyframes that the layers remember, by position, in their order.
+        edited: dict[int, torch.Tensor] = {}
+        for window, of_window in groupby(chunks, itemgetter(0)):
+            edited = self._edit_window(latents, t, keyframes, window.keyframes, edited)
+            rows = torch.full_like(keyframes, -1)
+            rows[list(edited)] = torch.arange(len(edited))
+
+            def propagated(frames: torch.Tensor, rows: torch.Tensor = rows) -> torch.Tensor:
+                of_frames = blend.of(frames)
+                remembered = Blend(rows[of_frames.keyframes], of_frames.weights)
+                return self._propagate(latents, t, frames, remembered)
+
+            for _, frames in of_window:
+                whole = blend.of(frames).whole
+                # A keyframe that takes itself whole is done with the joint edit.
+                done = (whole >= 0) & (keyframes[whole] == frames)
+                noise = torch.empty(len(frames), *latents.shape[1:])
+                for index in done.nonzero().flatten().tolist():
+                    noise[index] = edited[whole[index].item()]
+                if not done.all():
+                    noise[~done] = self.batches.map(propagated, frames[~done])
+                yield frames, noise
+
+    def _edit_window(
+        self,
+        latents: Latents,
+        t: int,
+        keyframes: torch.Tensor,
+        window: list[int],
+        edited: dict[int, torch.Tensor],
+    ) -> dict[int, torch.Tensor]:
+        """Edit a window's keyframes, after those of other windows, and forget what it has no use for."""
+
+        def joint(positions: list[int], **context) -> dict[int, torch.Tensor]:
+            attention, features = t in self.attention_timesteps, t in self.feature_timesteps
+            self.flow.begin_joint_edit(JointEdit(attention, features, **context))
+            frames = keyframes[positions]
+            passes = self._passes(frames, latents, STREAMS)
+            return dict(zip(positions, self.guided_noise(latents, t, frames, passes), strict=True))
+
+        if len(window) == len(keyframes):
+            return joint(window)
+        shared = anchors(len(keyframes))
+        edited = {p: edited[p] for p in shared} if edited else joint(shared, as_context=True)
+        for boundary in (window[0], window[-1]):
+            if boundary not in edited:
+                kept = len(edited)
+                edited |= joint([boundary], context=len(shared), kept=kept, as_context=True)
+        if inner := [position for position in window if position not in edited]:
+            edited |= joint(inner, context=len(edited), kept=len(edited))
+        return edited
+
+    def _propagate(
+        self, latents: Latents, t: int, frames: torch.Tensor, blend: Blend
+    ) -> torch.Tensor:
+        """Guided noise (n, 4, h, w) of the frames (n,), which blend what the layers remember."""
+        source = self.source.features(t, frames) if self.source.features else None
+        self.flow.begin_propagation(blend, t in self.feature_timesteps, source)
+        passes = self._passes(frames, latents, (UNCOND, COND) if source else STREAMS)
+        return self.guided_noise(latents, t, frames, passes)
+
+    def _passes(
+        self, frames: torch.Tensor, latents: Latents, streams: tuple[int, ...]
+    ) -> tuple[tuple[int, ...], ...]:
+        """The streams one by one where one has enough latent pixels for the device, else together."""
+        pixels = len(frames) * latents.shape[-2] * latents.shape[-1]
+        large = pixels >= FILLED.get(self.sd.device.type, FILLED_GPU)
+        return tuple((stream,) for stream in streams) if large else (streams,)
+
+    def _step(self, t: int) -> tuple[torch.Tensor, Blend]:
+        """The keyframes (k,) of a timestep, and which of them each frame blends."""
+        keyframes, frames = self._plan[t], torch.arange(self.technique.n_frames)
+        if self.config.propagation == "previous":
+            return keyframes, previous_blend(frames, self.config.interval)
+        return keyframes, flanking_blend(frames, keyframes)
 
     @cached_property
-    def plan(self) -> dict[int, torch.Tensor]:
-        """The keyframes (k,) of each timestep."""
-        keyframes = keyframes_of(self.config, self.sd.scheduler, len(self.technique.latents))
+    def _plan(self) -> dict[int, torch.Tensor]:
+        keyframes = keyframes_of(self.config, self.sd.scheduler, self.technique.n_frames)
         if self.config.propagation == "previous":  # the authors' code draws none at skipped steps
             keyframes = replace(keyframes, timesteps=self.technique.schedule.timesteps)
         return keyframes.plan()
-
-    def predict_noise(self, latents: torch.Tensor, t: int) -> torch.Tensor:
-        """The guided noise (N, 4, h, w) of all frames' latents (N, 4, h, w) at timestep `t`."""
-        keyframes, frames = self.plan[t], torch.arange(len(latents))
-        blend = self._blend(frames, keyframes)
-        inject_features = t in self.feature_timesteps
-        self.flow.begin_joint_edit(t in self.attention_timesteps, inject_features)
-        noise = torch.empty_like(latents)
-        # The layers remember their tokens. A keyframe that takes itself whole is done with this.
-        noise[keyframes] = self.guided_noise(latents, t, keyframes)
-        done = keyframes[blend.of(keyframes).whole == torch.arange(len(keyframes))]
-        rest = frames[~torch.isin(frames, done)]
-        for start in range(0, len(rest), self.config.batch_size):
-            chunk = rest[start : start + self.config.batch_size]
-            source = self.source.features(t, chunk) if self.source.features else None
-            self.flow.begin_propagation(blend.of(chunk), inject_features, source)
-            passes = self._passes(len(chunk) * latents[0, 0].numel()) if source else (STREAMS,)
-            noise[chunk] = self.guided_noise(latents, t, chunk, passes)
-        return noise
-
-    def _passes(self, pixels: int) -> tuple[tuple[int, ...], ...]:
-        """The edited streams one by one where one has enough latent pixels for the device, else together."""
-        large = pixels >= FILLED.get(self.sd.device.type, FILLED_GPU)
-        return ((UNCOND,), (COND,)) if large else ((UNCOND, COND),)
-
-    def _blend(self, frames: torch.Tensor, keyframes: torch.Tensor) -> Blend:
-        if self.config.propagation == "previous":
-            return previous_blend(frames, self.config.interval)
-        return flanking_blend(frames, keyframes)
 
 
 def keyframes_of(config: EditConfig, scheduler: DDIMScheduler, n_frames: int) -> Keyframes:
@@ -169,13 +246,32 @@ def edit(
     source: Source,
     prompts: tuple[str, str, str],
     config: EditConfig,
+    trajectory: Trajectory,
     denoiser: type[Denoiser] = TokenFlowDenoiser,
-) -> Iterator[torch.Tensor]:
-    """Edit a video; yields the latents (N, 4, h, w) after each step.
+) -> Iterator[int]:
+    """Edit a video; its latents go to the `trajectory`, from whose last step the edit goes on.
 
+    Yields the number of steps done, the first time at once. Processes divide the frames of each step.
     prompts: of the source, uncond and cond streams.
     denoiser: how frames are made consistent; benchmarks put what they compare with here.
     """
+    schedule, share = technique.schedule, trajectory.processes.share
     with install_tokenflow(sd.unet) as flow:
         predictor = denoiser(sd, flow, technique, source, prompts, config)
-        yield from sample(technique.latents, technique.schedule, predictor.predict_noise)
+        done = trajectory.steps_done
+        if done is None:
+            done = 0
+            with trajectory.writing(0) as latents:
+                frames_of_video = torch.arange(technique.n_frames)
+                for frames in share(frames_of_video.split(config.frames_at_once)):
+                    latents[frames] = technique.initial(frames)
+        yield done
+        for step in range(done, len(schedule.timesteps)):
+            t, alphas = schedule.timesteps[step], schedule.alphas[step : step + 2]
+            latents = trajectory.latents(step)
+            with trajectory.writing(step + 1) as cleaner:
+                chunks = share(predictor.chunks(t))
+                for frames, noise in predictor.noise(latents, t, chunks):
+                    cleaner[frames] = ddim_step(latents[frames], noise, *alphas)
+                    check_finite(cleaner[frames], f"the edited latents at timestep {t}")
+            yield step + 1

@@ -18,13 +18,17 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
+import torch
 
 from cli import UserError
 from config import ControlNetConfig, EditConfig, PreprocessConfig, inversion_name
+from rows import Rows
 from source_store import SourceStore
 from tokenflow_utils import Keyframes
 from util import fingerprint
+
+# What decides how an inversion is made, but not which one it is.
+HOW = ("batch_size", "device", "cpu_offload", "resume", "overwrite")
 
 CLEAN = "clean_latents"
 INVERTED = "inverted_latents"
@@ -43,6 +47,17 @@ class Manifest:
     inverted: str  # name of the latents that the inversion ended with,
     inverted_timestep: int  # and their timestep
     keyframes: Keyframes | None = None  # for which the source's features are kept
+
+    @property
+    def identity(self) -> dict:
+        """What decides which inversion this is; two with the same are the same."""
+        config = {key: value for key, value in self.config.items() if key not in HOW}
+        return {"config": config, "source": self.source, "checkpoint": self.checkpoint}
+
+    @property
+    def frame_rate(self) -> Fraction:
+        """Frames per second of the frames used."""
+        return Fraction(self.fps)
 
 
 @dataclass(frozen=True)
@@ -104,11 +119,6 @@ class Inversion:
         made = self.manifest.config
         return made["control_scale"] if made["conditioned"] else 0.0
 
-    @property
-    def fps(self) -> Fraction:
-        """Frames per second."""
-        return Fraction(self.manifest.fps)
-
     def write_manifest(self, manifest: Manifest) -> None:
         """Write the manifest and the prompt, which make the inversion valid."""
         prompt = manifest.config["inversion_prompt"]
@@ -116,15 +126,13 @@ class Inversion:
         text = json.dumps(asdict(manifest), indent=2, ensure_ascii=False)
         (self.folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
 
-    def save_latents(self, name: str, latents: np.ndarray) -> None:
-        """Write fp32 latents (N, 4, h, w)."""
-        path = self._latents_file(name)
-        path.parent.mkdir(exist_ok=True)
-        np.save(path, latents)
+    def create_latents(self, name: str, shape: tuple[int, ...]) -> None:
+        """Make room for latents (N, 4, h, w) of that name."""
+        Rows.create(self._latents_file(name), shape, torch.float32)
 
-    def latents(self, name: str) -> np.memmap:
-        """Saved latents (N, 4, h, w), memory-mapped; `noisy(t)`, `CLEAN` or `INVERTED` names them."""
-        return np.load(self._latents_file(name), mmap_mode="r", allow_pickle=False)
+    def latents(self, name: str) -> Rows:
+        """Saved latents (N, 4, h, w); `noisy(t)`, `CLEAN` or `INVERTED` names them."""
+        return Rows(self._latents_file(name))
 
     def _latents_file(self, name: str) -> Path:
         return self.folder / "latents" / f"{name}.npy"

@@ -1,10 +1,13 @@
-"""The stages of `preprocess.py`: read, encode, invert, reconstruct, report; each from disk to disk."""
+"""The stages of `preprocess.py`: read, invert, reconstruct, report; each from disk to disk.
+
+Frames are inverted and reconstructed in segments that know nothing of each other, so processes can
+share them, a killed run goes on with those that are missing, and memory does not grow with the video.
+"""
 
 import itertools
 import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from batches import Batches
 from cli import UserError
 from config import PreprocessConfig
 from control import canny
@@ -20,14 +24,13 @@ from diffusion import (
     Schedule,
     StableDiffusion,
     invert,
-    last,
     load_scheduler,
     sample,
 )
 from inversion import CLEAN, Inversion, noisy
 from metrics import frame_psnr, frame_ssim
 from predictor import FramesPredictor
-from source_recorder import SourceRecorder, install_recorder
+from source_recorder import RecordingPredictor, SourceRecorder
 from source_store import MAX_TOKENS, bytes_needed
 from tokenflow_utils import Keyframes
 from util import decode_frames, fit_frame, frame_path, load_frames, save_frames, write_image
@@ -67,7 +70,7 @@ def count_frames(config: PreprocessConfig) -> int:
 
 def read_source(config: PreprocessConfig, folder: Path, n_frames: int) -> None:
     """Write the `n_frames` used frames, fitted to the wanted size, as PNG into `folder`."""
-    folder.mkdir(parents=True)
+    folder.mkdir(exist_ok=True)
     count = 0
     for frame in tqdm(_used_frames(config), "Reading", n_frames, unit="frame"):
         write_image(frame_path(folder, count), fit_frame(frame, config.H, config.W, config.resize))
@@ -82,76 +85,94 @@ def read_source(config: PreprocessConfig, folder: Path, n_frames: int) -> None:
         )
 
 
-def encode(sd: StableDiffusion, inversion: Inversion, n_frames: int, batch_size: int) -> None:
-    """Encode the source frames to the clean latents, and decode those: the VAE's round trip."""
-    inversion.vae.mkdir()
-    clean = []
-    for start, stop in tqdm(_batches(n_frames, batch_size), "Encoding", unit="batch"):
-        clean.append(sd.encode_frames(load_frames(inversion.source, range(start, stop))))
-        save_frames(inversion.vae, start, sd.decode_latents(clean[-1]))
-    inversion.save_latents(CLEAN, torch.cat(clean).numpy())
+def segments(config: PreprocessConfig, n_frames: int) -> list[torch.Tensor]:
+    """The frames of the video in runs of neighbours, the parts of its inversion."""
+    return list(torch.arange(n_frames).split(config.frames_at_once))
 
 
-def kept_keyframes(
-    sd: StableDiffusion, inversion: Inversion, config: PreprocessConfig, editing: Schedule
-) -> Keyframes | None:
-    """The keyframes for which the source's features are kept; None if they are not. Says what it takes."""
+def keeps_source(
+    sd: StableDiffusion,
+    folder: Path,
+    config: PreprocessConfig,
+    latent_shape: tuple[int, ...],
+    editing: Schedule,
+) -> bool:
+    """Whether the source's features are kept in `folder`; says what they take."""
     if not config.keep_source or config.inversion != "fixed_point":
-        return None  # naive inversion looks at every frame before it is at the timestep
-    shape = inversion.latents(CLEAN).shape
-    needed = bytes_needed(sd.unet, shape, len(editing.timesteps))
-    free = shutil.disk_usage(inversion.folder).free
+        return False  # sampling does not come back by the way that a naive inversion went
+    needed = bytes_needed(sd.unet, latent_shape, len(editing.timesteps))
     log.info("source features, which make edits faster, take %.0f MB of disk", needed / 1e6)
-    if shape[-2] * shape[-1] > MAX_TOKENS:
+    if latent_shape[-2] * latent_shape[-1] > MAX_TOKENS:
         log.warning(
             "which frames of this size are too large for: edits will denoise the source too"
         )
-        return None
-    if needed > free:
+        return False
+    if needed > shutil.disk_usage(folder).free:
         log.warning("which is more than there is: edits will denoise the source too")
-        return None
-    return Keyframes(shape[0], config.keyframe_interval, editing.timesteps, config.seed)
+        return False
+    return True
 
 
-def invert_video(
+def invert_segment(
     sd: StableDiffusion,
     inversion: Inversion,
     config: PreprocessConfig,
     schedule: Schedule,
     names: dict[int, str],
-    keyframes: Keyframes | None,
-) -> None:
-    """Invert the clean latents; save those of the timesteps in `names`, under those names.
+    frames: torch.Tensor,
+) -> Iterator[None]:
+    """Encode and invert the frames (n,); yields after each step.
 
-    With `keyframes` the source's features are kept on the way, for edits with those keyframes.
+    Keeps the clean latents and those of the timesteps in `names`, under those names, and the frames
+    after the VAE's round trip.
     """
-    clean = torch.tensor(inversion.latents(CLEAN))
+    clean = sd.encode_frames(load_frames(inversion.source, frames.tolist()))
+    inversion.latents(CLEAN)[frames] = clean
+    save_frames(inversion.vae, frames[0].item(), sd.decode_latents(clean))
+    predictor = _predictor(sd, inversion, config)
+
+    def predict_noise(latents: torch.Tensor, t: int, which: torch.Tensor) -> torch.Tensor:
+        return predictor(latents, t, frames[which])
+
     fixed_point = config.inversion == "fixed_point"
-    with (
-        install_recorder(sd.unet, keyframes, inversion.source_store)
-        if keyframes
-        else nullcontext() as recorder
-    ):
-        predict_noise = _predictor(sd, inversion, config, recorder)
-        steps = invert(clean, schedule, predict_noise, fixed_point)
-        for t, noisier in tqdm(steps, "Inverting", len(schedule.timesteps), unit="step"):
-            if t in names:
-                inversion.save_latents(names[t], noisier.numpy())
+    for t, noisier in invert(clean, schedule, predict_noise, fixed_point):
+        if t in names:
+            inversion.latents(names[t])[frames] = noisier
+        yield
 
 
-def reconstruct(
+def reconstruct_segment(
     sd: StableDiffusion,
     inversion: Inversion,
     config: PreprocessConfig,
     schedule: Schedule,
-) -> None:
-    """Sample the video back on the schedule of an edit and write its frames."""
-    inversion.reconstruction.mkdir()
-    latents = torch.tensor(inversion.latents(noisy(schedule.timesteps[0])))
-    steps = sample(latents, schedule, _predictor(sd, inversion, config))
-    latents = last(tqdm(steps, "Reconstructing", len(schedule.timesteps), unit="step"))
-    for start, stop in _batches(len(latents), config.batch_size):
-        save_frames(inversion.reconstruction, start, sd.decode_latents(latents[start:stop]))
+    frames: torch.Tensor,
+    recording: tuple[SourceRecorder, Keyframes] | None,
+) -> Iterator[None]:
+    """Sample the frames (n,) back on the schedule of an edit; yields after each step.
+
+    Writes what comes out, unless no reconstruction is wanted. With `recording`, what edits with those
+    keyframes need of the source is kept on the way.
+    """
+
+    def saved(t: int, frames: torch.Tensor) -> torch.Tensor:
+        return inversion.latents(noisy(t))[frames]
+
+    predict = _predictor(sd, inversion, config)
+    if recording:
+        predict = RecordingPredictor(predict, *recording, saved, inversion.source_store)
+    if config.no_reconstruction:
+        for t in schedule.timesteps:
+            predict(saved(t, frames), t, frames)
+            yield
+        return
+    steps = sample(
+        saved(schedule.timesteps[0], frames), schedule, lambda x, t: predict(x, t, frames)
+    )
+    for step in steps:
+        latents = step
+        yield
+    save_frames(inversion.reconstruction, frames[0].item(), sd.decode_latents(latents))
 
 
 def report(
@@ -161,8 +182,8 @@ def report(
 
     def compare(a: Path, b: Path) -> tuple[float, float]:
         scores = []
-        for start, stop in _batches(n_frames, config.batch_size):
-            pair = [load_frames(folder, range(start, stop)) for folder in (a, b)]
+        for frames in segments(config, n_frames):
+            pair = [load_frames(folder, frames.tolist()) for folder in (a, b)]
             scores += zip(frame_psnr(*pair), frame_ssim(*pair), strict=True)
         return tuple(np.mean(scores, axis=0))
 
@@ -190,12 +211,13 @@ def report(
 
 def _prompt_misleads(sd: StableDiffusion, inversion: Inversion, config: PreprocessConfig) -> bool:
     """Whether the model denoises the video worse with the inversion prompt than with none."""
-    clean = torch.tensor(inversion.latents(CLEAN)[: config.batch_size], device=sd.device)
+    saved = inversion.latents(CLEAN)
+    frames = torch.arange(min(len(saved), config.frames_at_once))
+    clean = saved[frames].to(sd.device)
     generator = torch.Generator().manual_seed(config.seed)
     noise = torch.randn(clean.shape, generator=generator).to(sd.device)
     t = sd.scheduler.config.num_train_timesteps // 2  # where the prompt matters most
     noisy = sd.scheduler.add_noise(clean, noise, torch.tensor(t))
-    frames = torch.arange(len(clean))
     control = _control(sd, inversion, config, frames) if sd.controlnet else None
 
     def error(prompt: str) -> float:
@@ -206,13 +228,11 @@ def _prompt_misleads(sd: StableDiffusion, inversion: Inversion, config: Preproce
 
 
 def _predictor(
-    sd: StableDiffusion,
-    inversion: Inversion,
-    config: PreprocessConfig,
-    recorder: SourceRecorder | None = None,
+    sd: StableDiffusion, inversion: Inversion, config: PreprocessConfig
 ) -> FramesPredictor:
     control = partial(_control, sd, inversion, config) if sd.controlnet else None
-    return FramesPredictor(sd, config.inversion_prompt, config.batch_size, control, recorder)
+    batches = Batches(config.frames_at_once, adapts=config.batch_size is None)
+    return FramesPredictor(sd, config.inversion_prompt, batches, control)
 
 
 def _control(
@@ -227,8 +247,3 @@ def _used_frames(config: PreprocessConfig) -> Iterator[np.ndarray]:
     stop = config.start_frame + config.n_frames * config.stride if config.n_frames else None
     frames = decode_frames(Path(config.data_path))
     return itertools.islice(frames, config.start_frame, stop, config.stride)
-
-
-def _batches(n_frames: int, batch_size: int) -> list[tuple[int, int]]:
-    starts = range(0, n_frames, batch_size)
-    return [(start, min(start + batch_size, n_frames)) for start in starts]

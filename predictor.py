@@ -1,16 +1,15 @@
 """Noise prediction for any frames of one video under one prompt, as inverting and sampling it need."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 
+from batches import Batches
 from diffusion import Control, StableDiffusion
-from source_recorder import SourceRecorder
 
 
 class FramesPredictor:
-    """Predicts the noise of frames in batches; a recorder may note what their passes show.
+    """Predicts the noise of frames in batches.
 
     control: for frame indices (n,), what conditions the ControlNet.
     """
@@ -19,29 +18,21 @@ class FramesPredictor:
         self,
         sd: StableDiffusion,
         prompt: str,
-        batch_size: int,
+        batches: Batches,
         control: Callable[[torch.Tensor], Control] | None = None,
-        recorder: SourceRecorder | None = None,
     ) -> None:
-        self.sd, self.batch_size = sd, batch_size
-        self.control, self.recorder = control, recorder
+        self.sd, self.batches, self.control = sd, batches, control
         self.text = sd.encode_text(prompt)  # 1 l d
 
-    def __call__(
-        self, latents: torch.Tensor, t: int, frames: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """The noise (n, 4, h, w) in latents (n, 4, h, w) of the frames (n,), by default of all."""
-        if frames is None:
-            frames = torch.arange(len(latents))
-        noise = torch.empty_like(latents)
-        recorder = self.recorder if self.recorder and t in self.recorder.plan else None
-        groups = recorder.in_order(t, frames) if recorder else [torch.arange(len(frames))]
-        for group in groups:
-            for part in group.split(self.batch_size):
-                with recorder.noting(t, frames[part]) if recorder else nullcontext():
-                    noise[part] = self._pass(latents[part], t, frames[part])
-        return noise
+    def __call__(self, latents: torch.Tensor, t: int, frames: torch.Tensor) -> torch.Tensor:
+        """The noise (n, 4, h, w) in latents (n, 4, h, w) of the frames (n,)."""
 
-    def _pass(self, latents: torch.Tensor, t: int, frames: torch.Tensor) -> torch.Tensor:
+        def predicted(batch: torch.Tensor) -> torch.Tensor:
+            return self.predict_batch(latents[batch], t, frames[batch])
+
+        return self.batches.map(predicted, torch.arange(len(frames)))
+
+    def predict_batch(self, latents: torch.Tensor, t: int, frames: torch.Tensor) -> torch.Tensor:
+        """As a call, in one pass."""
         control = self.control(frames) if self.control else None
         return self.sd.predict_noise(latents, t, self.text.expand(len(frames), -1, -1), control)

@@ -18,28 +18,28 @@ def main() -> None:
     config = parse_with_yaml(ControlNetConfig, __doc__, default)
 
     # Slow imports, left until the configuration is known to be right.
+    import numpy as np
     import torch
 
     from control import canny
     from edit_video import Edit, run_edit
     from editor import Technique
     from techniques import controlnet
-    from util import load_frames, save_frames, write_video_from_folders
+    from util import load_frames, write_video
 
     def technique(job: Edit) -> Technique:
-        folder = job.folder / "control"
-        folder.mkdir(exist_ok=True)
-        for index in range(job.n_frames):
-            frame = load_frames(job.inversion.source, [index])
-            save_frames(folder, index, canny(frame, config.canny_low, config.canny_high))
-        video = job.folder / "control.mp4"
-        write_video_from_folders(video, [folder], job.n_frames, job.inversion.fps)
+        def edges(frames: list[int]) -> np.ndarray:
+            shown = load_frames(job.inversion.source, frames)
+            return canny(shown, config.canny_low, config.canny_high)
 
         def images(frames: torch.Tensor) -> torch.Tensor:
-            return job.sd.to_images(load_frames(folder, frames.tolist()))
+            return job.sd.to_images(edges(frames.tolist()))
 
+        if job.processes.is_main:
+            video = (edges([index])[0] for index in range(job.n_frames))
+            write_video(job.folder / "control.mp4", video, job.inversion.manifest.frame_rate)
         scales = job.inversion.control_scale, config.control_scale
-        return controlnet(job.schedule, job.first_latents, images, *scales)
+        return controlnet(job.schedule, job.first_latents, job.n_frames, images, *scales)
 
     print(run_edit(config, "controlnet", technique))
 

@@ -23,7 +23,7 @@ def main() -> None:
     from techniques import plug_and_play
 
     def technique(job: Edit) -> Technique:
-        return plug_and_play(config, job.schedule, job.first_latents)
+        return plug_and_play(config, job.schedule, job.first_latents, job.n_frames)
 
     print(run_edit(config, "pnp", technique))
 

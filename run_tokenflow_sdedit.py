@@ -26,8 +26,15 @@ def main() -> None:
     def technique(job: Edit) -> Technique:
         made = job.inversion.manifest
         clean, inverted = job.latents(CLEAN), job.latents(made.inverted)
-        scheduler = job.sd.scheduler
-        return sdedit(config, job.schedule, scheduler, clean, inverted, made.inverted_timestep)
+        return sdedit(
+            config,
+            job.schedule,
+            job.sd.scheduler,
+            clean,
+            inverted,
+            made.inverted_timestep,
+            job.n_frames,
+        )
 
     print(run_edit(config, "sdedit", technique))
 

@@ -6,16 +6,21 @@ denoises two streams instead of three.
 """
 
 import json
+import math
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 
-from tokenflow_utils import SourceFeatures
+from rows import Rows
+from tokenflow_utils import INJECTED_RESNET, SourceFeatures
 
 MAX_TOKENS = 1 << 15  # of a frame: indices have 16 bits
+LEVELS = 4  # resolutions of the UNet, each half the one before
+LEVEL = re.compile(r"(down|up)_blocks\.(\d)|mid_block")
 
 
 @dataclass(frozen=True)
@@ -24,42 +29,65 @@ class SourceStore:
 
     folder: Path
 
-    def write(self, t: int, frames: torch.Tensor, source: SourceFeatures, n_frames: int) -> None:
-        """Keep the features of the frames (n,) of a video of `n_frames`."""
-        layers = {name: nearest.shape[-1] for name, nearest in source.nearest.items()}
-        index = self.folder / "layers.json"
-        if not index.exists():
-            self.folder.mkdir(exist_ok=True)
-            index.write_text(json.dumps(layers, indent=2) + "\n")
-        nearest = torch.cat(list(source.nearest.values()), dim=-1).short()  # n 2 tokens
-        for path, values in ((self._nearest(t), nearest), (self._features(t), source.features)):
-            values = values.cpu().numpy()
-            if not path.exists():
-                shape = (n_frames, *values.shape[1:])
-                np.lib.format.open_memmap(path, "w+", values.dtype, shape)
-            np.load(path, mmap_mode="r+")[frames.numpy()] = values
+    def create(
+        self,
+        unet: UNet2DConditionModel,
+        latent_shape: tuple[int, ...],
+        timesteps: Iterable[int],
+    ) -> None:
+        """Make room for a video of latents (N, 4, h, w) at the timesteps."""
+        tokens = tokens_by_layer(unet, latent_shape)
+        n_frames = latent_shape[0]
+        for t in timesteps:
+            Rows.create(self._file("nearest", t), (n_frames, 2, sum(tokens.values())), torch.int16)
+            shape = (n_frames, *features_shape(unet, latent_shape))
+            Rows.create(self._file("features", t), shape, torch.float16)
+        (self.folder / "layers.json").write_text(json.dumps(tokens, indent=2) + "\n")
+
+    def write(self, t: int, frames: torch.Tensor, source: SourceFeatures) -> None:
+        """Keep the features of the frames (n,)."""
+        nearest = torch.cat([source.nearest[name] for name in self._layers()], dim=-1)  # n 2 tokens
+        Rows(self._file("nearest", t))[frames] = nearest
+        Rows(self._file("features", t))[frames] = source.features
 
     def read(self, t: int, frames: torch.Tensor, device: torch.device) -> SourceFeatures:
         """The features of the frames (n,)."""
-        layers = json.loads((self.folder / "layers.json").read_text())
-        nearest, features = (
-            torch.from_numpy(np.load(path, mmap_mode="r")[frames.numpy()]).to(device)
-            for path in (self._nearest(t), self._features(t))
-        )
+        layers = self._layers()
+        nearest = Rows(self._file("nearest", t))[frames].to(device)
+        features = Rows(self._file("features", t))[frames].to(device)
         per_layer = nearest.long().split(list(layers.values()), dim=-1)
         return SourceFeatures(dict(zip(layers, per_layer, strict=True)), features)
 
-    def _nearest(self, t: int) -> Path:
-        return self.folder / f"nearest_{t}.npy"
+    def _layers(self) -> dict[str, int]:
+        return json.loads((self.folder / "layers.json").read_text())
 
-    def _features(self, t: int) -> Path:
-        return self.folder / f"features_{t}.npy"
+    def _file(self, kind: str, t: int) -> Path:
+        return self.folder / f"{kind}_{t}.npy"
+
+
+def tokens_by_layer(unet: UNet2DConditionModel, latent_shape: tuple[int, ...]) -> dict[str, int]:
+    """Tokens of a frame in each self-attention, by name, for latents (N, 4, h, w)."""
+    height, width = latent_shape[-2:]
+    tokens = {}
+    for name in unet.attn_processors:
+        if name.endswith(".attn1.processor"):
+            side, block = LEVEL.match(name).groups()
+            down = {"down": int(block or 0), "up": LEVELS - 1 - int(block or 0)}.get(
+                side, LEVELS - 1
+            )
+            tokens[name] = height * width // 4**down
+    return tokens
+
+
+def features_shape(unet: UNet2DConditionModel, latent_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape (c, h, w) of what Plug-and-Play injects in a frame, for latents (N, 4, h, w)."""
+    down = LEVELS - 1 - INJECTED_RESNET[0]
+    channels = unet.config.block_out_channels[down]
+    return channels, latent_shape[-2] // 2**down, latent_shape[-1] // 2**down
 
 
 def bytes_needed(unet: UNet2DConditionModel, latent_shape: tuple[int, ...], n_steps: int) -> int:
     """Bytes that a `SourceStore` takes for latents (N, 4, h, w) at `n_steps` timesteps."""
-    n_frames, _, h, w = latent_shape
-    # Five self-attentions at each of the first three of SD's four levels, one at the last.
-    tokens = 5 * (h * w + h * w // 4 + h * w // 16) + h * w // 64
-    features = unet.config.block_out_channels[-2] * h * w // 16
-    return 2 * n_frames * n_steps * (2 * tokens + features)
+    tokens = sum(tokens_by_layer(unet, latent_shape).values())
+    features = math.prod(features_shape(unet, latent_shape))
+    return 2 * latent_shape[0] * n_steps * (2 * tokens + features)

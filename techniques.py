@@ -9,14 +9,20 @@ from config import PnPConfig, SDEditConfig
 from diffusion import Control, Schedule
 from editor import Technique
 
+# For frame indices (n,), latents (n, 4, h, w).
+LatentsOf = Callable[[torch.Tensor], torch.Tensor]
 
-def plug_and_play(config: PnPConfig, schedule: Schedule, latents: torch.Tensor) -> Technique:
+
+def plug_and_play(
+    config: PnPConfig, schedule: Schedule, inverted: LatentsOf, n_frames: int
+) -> Technique:
     """Tumanyan et al., arXiv 2211.12572: the first steps take over the source's attention and features.
 
-    latents: (N, 4, h, w), inverted to the schedule's first timestep.
+    inverted: to the schedule's first timestep.
     """
     return Technique(
-        latents,
+        inverted,
+        n_frames,
         schedule,
         attention_steps=int(config.n_timesteps * config.pnp_attn_t),
         feature_steps=int(config.n_timesteps * config.pnp_f_t),
@@ -27,35 +33,42 @@ def sdedit(
     config: SDEditConfig,
     schedule: Schedule,
     scheduler: DDIMScheduler,
-    clean: torch.Tensor,
-    inverted: torch.Tensor,
+    clean: LatentsOf,
+    inverted: LatentsOf,
     inverted_timestep: int,
+    n_frames: int,
 ) -> Technique:
     """Meng et al., arXiv 2108.01073: the source is noised part of the way, and denoised from there.
 
-    clean: the encoded frames, (N, 4, h, w). inverted: their inversion, at `inverted_timestep`.
+    clean: the encoded frames. inverted: their inversion, at `inverted_timestep`.
     """
-    if config.use_ddim_noise:  # what the inversion's end holds beyond the clean latents
-        alpha = scheduler.alphas_cumprod[inverted_timestep]
-        noise = (inverted - alpha.sqrt() * clean) / (1 - alpha).sqrt()
-    else:  # the same for all frames, so that it does not flicker
-        generator = torch.Generator().manual_seed(config.seed)
-        noise = torch.randn(clean[:1].shape, generator=generator).expand_as(clean)
     schedule = schedule.last(int(config.n_timesteps * config.start))
     first = torch.tensor(schedule.timesteps[0])
-    return Technique(scheduler.add_noise(clean, noise, first), schedule)
+    alpha = scheduler.alphas_cumprod[inverted_timestep]
+
+    def noised(frames: torch.Tensor) -> torch.Tensor:
+        latents = clean(frames)
+        if config.use_ddim_noise:  # what the inversion's end holds beyond the clean latents
+            noise = (inverted(frames) - alpha.sqrt() * latents) / (1 - alpha).sqrt()
+        else:  # the same for all frames, so that it does not flicker
+            generator = torch.Generator().manual_seed(config.seed)
+            noise = torch.randn(latents[:1].shape, generator=generator).expand_as(latents)
+        return scheduler.add_noise(latents, noise, first)
+
+    return Technique(noised, n_frames, schedule)
 
 
 def controlnet(
     schedule: Schedule,
-    latents: torch.Tensor,
+    inverted: LatentsOf,
+    n_frames: int,
     images: Callable[[torch.Tensor], torch.Tensor],
     source_scale: float,
     edit_scale: float,
 ) -> Technique:
     """Zhang et al., arXiv 2302.05543: an image of each frame conditions a ControlNet.
 
-    latents: (N, 4, h, w), inverted to the schedule's first timestep.
+    inverted: to the schedule's first timestep.
     images: for frame indices (n,), the conditions (n, 3, H, W) in [0, 1].
     source_scale, edit_scale: factors on the residuals; the source stream must see what the inversion
     saw, which is 0 where that was not conditioned.
@@ -69,4 +82,4 @@ def controlnet(
         )
         return source, edited, edited
 
-    return Technique(latents, schedule, control=control)
+    return Technique(inverted, n_frames, schedule, control=control)

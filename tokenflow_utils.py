@@ -7,7 +7,7 @@ Shapes: (3, n, s, d) = streams (source, uncond, cond), frames, tokens, channels.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -45,20 +45,18 @@ def attention(
 def extended_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int
 ) -> torch.Tensor:
-    """Self-attention of the joint edit (section 4.1): (3, n, s, d) to (3, n, s, d).
+    """Self-attention of the joint edit (section 4.1): every frame attends over the tokens of all.
 
-    Each source frame attends within itself; uncond and cond attend over the tokens of all frames.
-    Frames that share keys and values are one long sequence, so nothing is repeated.
+    query: (streams, n, s, d). key, value: (streams, m, s, d), of those frames and of others that were
+    edited before. Frames that share keys and values are one long sequence, so nothing is repeated.
     """
-    source = attention(query[SOURCE], key[SOURCE], value[SOURCE], heads)  # n s d
-    joint = attention(*(x[UNCOND:].flatten(1, 2) for x in (query, key, value)), heads)
-    return torch.cat([source[None], joint.view_as(query[UNCOND:])])  # 3 n s d
+    return attention(*(x.flatten(1, 2) for x in (query, key, value)), heads).view_as(query)
 
 
 def frame_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int
 ) -> torch.Tensor:
-    """Plain self-attention, each frame within itself: (3, n, s, d) to (3, n, s, d)."""
+    """Plain self-attention, each frame within itself: (streams, n, s, d) to the same."""
     output = attention(*(x.flatten(0, 1) for x in (query, key, value)), heads)
     return output.view_as(query)
 
@@ -196,35 +194,52 @@ class SourceFeatures:
     features: torch.Tensor
 
 
+@dataclass(frozen=True)
+class JointEdit:
+    """How keyframes are edited jointly, and which of those edited before the layers still remember.
+
+    Layers hold keyframes in the order in which they were edited. The first `kept` of them stay, and the
+    first `context` of those are attended to by the new ones too, if they were edited `as_context`.
+    Without `extended` attention each frame is edited by itself: what TokenFlow is compared with.
+    """
+
+    inject_attention: bool = False
+    inject_features: bool = False
+    context: int = 0
+    kept: int = 0
+    as_context: bool = False
+    extended: bool = True
+
+
 class TokenFlow:
-    """What the layers of one UNet do in its next pass, and what they remember between passes."""
+    """What the layers of one UNet do in its next pass, and what they remember between passes.
+
+    The streams of a pass may be all or some; those without the source come after those with it.
+    """
 
     def __init__(self) -> None:
-        self.blend: Blend | None = None  # in propagation, None in a joint edit
-        self.source: SourceFeatures | None = None
-        self.streams: tuple[int, ...] = STREAMS  # of the pass
-        self.extended = True
-        self.inject_attention = False
+        self.streams: tuple[int, ...] = STREAMS  # of the next pass, ascending
+        self.joint: JointEdit | None = None  # None: propagation
+        self.blend: Blend | None = None  # of propagation
+        self.source: SourceFeatures | None = None  # where an inversion kept them
         self.inject_features = False
+        self.features: torch.Tensor | None = (
+            None  # n c h w, of the source in the last pass that had it
+        )
 
-    def begin_joint_edit(
-        self, inject_attention: bool, inject_features: bool, extended: bool = True
-    ) -> None:
-        """The next pass edits all keyframes jointly and remembers their tokens.
-
-        Without `extended` attention each frame is edited by itself: what TokenFlow is compared with.
-        """
-        self.blend, self.source, self.extended = None, None, extended
-        self.inject_attention, self.inject_features = inject_attention, inject_features
+    def begin_joint_edit(self, joint: JointEdit) -> None:
+        """The next passes edit keyframes jointly and remember their tokens."""
+        self.joint, self.source = joint, None
+        self.inject_features = joint.inject_features
 
     def begin_propagation(
         self, blend: Blend, inject_features: bool, source: SourceFeatures | None = None
     ) -> None:
-        """The next pass takes its self-attention outputs from the keyframes, by `blend`.
+        """The next passes take their self-attention outputs from the remembered keyframes, by `blend`.
 
-        With the `source`'s features the source's stream need not be among `streams`.
+        With the `source`'s features the source need not be among the streams.
         """
-        self.blend, self.source = blend, source
+        self.joint, self.blend, self.source = None, blend, source
         self.inject_features = inject_features
 
     def _feature_hook(self, module, args, output: torch.Tensor) -> torch.Tensor | None:
@@ -232,9 +247,12 @@ class TokenFlow:
         if not self.inject_features:
             return None
         if self.source is not None:
-            features = self.source.features.to(output)  # n c h w
+            features = self.source.features.to(output)
+        elif SOURCE in self.streams:
+            features = output.chunk(len(self.streams))[SOURCE]
+            self.features = features if len(self.streams) == 1 else None
         else:
-            features = output.chunk(len(STREAMS))[SOURCE]
+            features = self.features
         return features.repeat(len(self.streams), 1, 1, 1)
 
 
@@ -254,34 +272,82 @@ class TokenFlowAttention(LayerProcessor):
         self.flow = flow
         self.injected = bool(INJECTED_ATTENTION.match(name))
         self.key_outputs: torch.Tensor | None = None  # 3 k s d
+        self.context: dict[int, torch.Tensor] = {}  # by stream the keys and values: 2 k s d
+        self.injection: list[
+            torch.Tensor
+        ] = []  # of a source that passed alone, query and key: n s d
+        self.nearest: torch.Tensor | None = None  # n 2 s, of the last frames whose source passed
 
     def __call__(
         self, attn: Attention, hidden_states: torch.Tensor, *args, **kwargs
     ) -> torch.Tensor:
         """Input of the layer, which is `norm1`'s output, to its output: (streams x n, s, d)."""
-        if self.flow.blend is None:
-            return self._joint_edit(attn, hidden_states).flatten(0, 1)
-        return self._propagation(hidden_states, self.flow.blend).flatten(0, 1)
+        streams = self.flow.streams
+        tokens = hidden_states.unflatten(0, (len(streams), -1))  # streams n s d
+        if self.flow.joint is not None:
+            return self._joint_edit(attn, tokens, self.flow.joint, list(streams)).flatten(0, 1)
+        return self._propagation(tokens, self.flow.blend, streams).flatten(0, 1)
 
-    def _joint_edit(self, attn: Attention, hidden_states: torch.Tensor) -> torch.Tensor:
-        tokens = hidden_states.unflatten(0, (len(STREAMS), -1))  # 3 n s d
+    def _joint_edit(
+        self, attn: Attention, tokens: torch.Tensor, joint: JointEdit, streams: list[int]
+    ) -> torch.Tensor:
         query, key, value = attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)
-        if self.injected and self.flow.inject_attention:
-            query = query[SOURCE].expand_as(query)
-            key = key[SOURCE].expand_as(key)
-        attend = extended_attention if self.flow.extended else frame_attention
-        self.key_outputs = output_projection(attn, attend(query, key, value, attn.heads))
-        self.key_tokens = F.normalize(tokens[SOURCE].float(), dim=-1)
-        return self.key_outputs
+        n_source = int(SOURCE in streams)
+        edited = streams[n_source:]
+        if n_source:
+            self._remember(tokens[SOURCE], joint)
+        if self.injected and joint.inject_attention:
+            source = [query[SOURCE], key[SOURCE]] if n_source else self.injection
+            self.injection = [] if edited and n_source else source
+            query, key = (x.expand_as(value) for x in source)
+        if joint.extended:
+            output = torch.empty_like(query)
+            if n_source:
+                output[SOURCE] = attention(query[SOURCE], key[SOURCE], value[SOURCE], attn.heads)
+            if edited:
+                seen = self._in_context(key[n_source:], value[n_source:], joint, edited)
+                output[n_source:] = extended_attention(query[n_source:], *seen, attn.heads)
+        else:
+            output = frame_attention(query, key, value, attn.heads)
+        output = output_projection(attn, output)
+        self.key_outputs[streams, joint.kept :] = output
+        return output
 
-    def _propagation(self, hidden_states: torch.Tensor, blend: Blend) -> torch.Tensor:
+    def _remember(self, source: torch.Tensor, joint: JointEdit) -> None:
+        """Forget all keyframes but those kept, and take in the source's tokens (n, s, d) of new ones."""
+        tokens = F.normalize(source.float(), dim=-1)
+        outputs = source.new_empty(len(STREAMS), *source.shape)
+        if joint.kept:
+            tokens = torch.cat([self.key_tokens[: joint.kept], tokens])
+            outputs = torch.cat([self.key_outputs[:, : joint.kept], outputs], dim=1)
+        self.key_tokens, self.key_outputs = tokens, outputs
+
+    def _in_context(
+        self, key: torch.Tensor, value: torch.Tensor, joint: JointEdit, edited: list[int]
+    ) -> Iterable[torch.Tensor]:
+        """Keys and values (edited, n, s, d) after those of the context, which they may join."""
+        if not (joint.context or joint.as_context):
+            return key, value
+        new, seen = torch.stack([key, value]), []  # 2 edited n s d
+        for index, stream in enumerate(edited):
+            before = [self.context[stream]] if joint.kept else []
+            seen.append(torch.cat([*(x[:, : joint.context] for x in before), new[:, index]], dim=1))
+            if joint.as_context:
+                kept = [x[:, : joint.kept] for x in before]
+                self.context[stream] = torch.cat([*kept, new[:, index]], dim=1)
+        return torch.stack(seen, dim=1)
+
+    def _propagation(
+        self, tokens: torch.Tensor, blend: Blend, streams: tuple[int, ...]
+    ) -> torch.Tensor:
+        self.injection = []
         if self.flow.source is not None:
-            streams = self.flow.streams
-            key_outputs = self.key_outputs[streams[0] : streams[-1] + 1]
-            return propagate(key_outputs, self.flow.source.nearest[self.name], blend)
-        source = hidden_states.chunk(len(STREAMS))[SOURCE]  # n s d
-        nearest = correspondences(source, self.key_tokens, blend)
-        return propagate(self.key_outputs, nearest, blend)
+            nearest = self.flow.source.nearest[self.name]
+        else:
+            if SOURCE in streams:
+                self.nearest = correspondences(tokens[SOURCE], self.key_tokens, blend)
+            nearest = self.nearest
+        return propagate(self.key_outputs[streams[0] : streams[-1] + 1], nearest, blend)
 
 
 def output_projection(attn: Attention, output: torch.Tensor) -> torch.Tensor:
@@ -295,7 +361,7 @@ def install_tokenflow(unet: UNet2DConditionModel) -> Iterator[TokenFlow]:
     """Install TokenFlow in every self-attention of `unet`, and take it out again at the end.
 
     Yields the handle that says what the next pass does. Passes take the streams concatenated, all three
-    (3n, 4, h, w) but where the source's features are given. Raises as `self_attentions_replaced` does.
+    (3n, 4, h, w) or those that the handle's `streams` name. Raises as `self_attentions_replaced` does.
     """
     flow = TokenFlow()
     with self_attentions_replaced(

@@ -1,12 +1,9 @@
-"""Video and frame input and output, and files that appear whole or not at all."""
+"""Video and frame input and output."""
 
 import hashlib
-import itertools
-import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import cv2
 import numpy as np
 
 from cli import UserError
+from runs import staged
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 FOLDER_FPS = Fraction(24)  # a folder of images does not say how fast it plays
@@ -155,87 +153,6 @@ def fingerprint(path: Path) -> str:
             digest.update(str(path.stat().st_size).encode())
             digest.update(file.read(1 << 20))
     return digest.hexdigest()
-
-
-@contextmanager
-def staged(path: Path) -> Iterator[Path]:
-    """Yield a path to write a file or folder to, which becomes `path` when the block succeeds.
-
-    When the block raises, nothing of it remains and what was at `path` before is untouched.
-    """
-    partial = path.with_name(f".partial-{path.name}")
-    with _made_folder(path.parent):
-        remove(partial)
-        try:
-            yield partial
-            if path.is_dir():  # a folder cannot be renamed over one that has files
-                replaced = path.with_name(f".replaced-{path.name}")
-                remove(replaced)
-                path.rename(replaced)
-                partial.rename(path)
-                remove(replaced)
-            else:
-                partial.replace(path)
-        except BaseException:
-            remove(partial)
-            raise
-
-
-@contextmanager
-def run_folder(parent: Path, name: str, config: str) -> Iterator[Path]:
-    """The folder `parent/name` for the run of this `config` text, which lies there as `config.yaml`.
-
-    A run of the same text gets the same folder again; another one gets `name_2`, `name_3`, ...
-    When the block raises, a folder that was not there before is removed.
-    """
-    with _made_folder(parent):
-        folder, new = _claim_folder(parent, name, config)
-        try:
-            yield folder
-        except BaseException:
-            if new:
-                remove(folder)
-            raise
-
-
-@contextmanager
-def _made_folder(folder: Path) -> Iterator[None]:
-    """`folder` exists in the block; what had to be made is removed when that raises, if empty."""
-    missing = [f for f in (folder, *folder.parents) if not f.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):  # not empty: another run uses it
-            for made in missing:
-                made.rmdir()
-        raise
-
-
-def _claim_folder(parent: Path, name: str, config: str) -> tuple[Path, bool]:
-    """A folder for `config`, and whether it is new; runs side by side get different ones."""
-    claim = parent / f".claim-{name}-{os.getpid()}"
-    claim.mkdir()
-    (claim / "config.yaml").write_text(config, encoding="utf-8")
-    try:
-        for number in itertools.count(1):
-            folder = parent / (name if number == 1 else f"{name}_{number}")
-            with suppress(OSError):  # renaming is atomic, and fails where a folder has files
-                claim.rename(folder)
-                return folder, True
-            existing = folder / "config.yaml"
-            if existing.is_file() and existing.read_text(encoding="utf-8") == config:
-                return folder, False
-    finally:
-        remove(claim)
-
-
-def remove(path: Path) -> None:
-    """Delete a file or folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 @contextmanager

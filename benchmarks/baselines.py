@@ -1,8 +1,11 @@
 """What TokenFlow is compared with: the same edits without its propagation."""
 
+from collections.abc import Iterator
+
 import torch
 
-from editor import Denoiser
+from editor import Denoiser, Latents
+from tokenflow_utils import JointEdit
 
 
 class FrameByFrame(Denoiser):
@@ -10,19 +13,14 @@ class FrameByFrame(Denoiser):
 
     extended = False
 
-    def predict_noise(self, latents: torch.Tensor, t: int) -> torch.Tensor:
-        """The guided noise (N, 4, h, w) of all frames' latents (N, 4, h, w) at timestep `t`."""
-        noise = torch.empty_like(latents)
-        for frames in torch.arange(len(latents)).split(self.frames_at_once(len(latents))):
-            self.flow.begin_joint_edit(
-                t in self.attention_timesteps, t in self.feature_timesteps, self.extended
-            )
-            noise[frames] = self.guided_noise(latents, t, frames)
-        return noise
-
-    def frames_at_once(self, n_frames: int) -> int:
-        """How many frames one pass edits."""
-        return self.config.batch_size
+    def noise(
+        self, latents: Latents, t: int, chunks: list[torch.Tensor]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """For the `chunks`, one by one: frames (n,) and their guided noise (n, 4, h, w)."""
+        attention, features = t in self.attention_timesteps, t in self.feature_timesteps
+        for frames in chunks:
+            self.flow.begin_joint_edit(JointEdit(attention, features, extended=self.extended))
+            yield frames, self.guided_noise(latents, t, frames)
 
 
 class ExtendedAttention(FrameByFrame):
@@ -30,6 +28,6 @@ class ExtendedAttention(FrameByFrame):
 
     extended = True
 
-    def frames_at_once(self, n_frames: int) -> int:
-        """All of them, since they attend to each other."""
-        return n_frames
+    def chunks(self, t: int) -> list[torch.Tensor]:
+        """All frames together, since they attend to each other."""
+        return [torch.arange(self.technique.n_frames)]

@@ -97,7 +97,7 @@ class Published(Denoiser):
         config: EditConfig,
     ) -> None:
         super().__init__(sd, TokenFlow(), technique, source, prompts, config)
-        timesteps, n_frames = technique.schedule.timesteps, len(technique.latents)
+        timesteps, n_frames = technique.schedule.timesteps, technique.n_frames
         self.interval = config.interval
         self.plan = Keyframes(n_frames, self.interval, timesteps, config.seed).plan()
         self.chunk: int | None = None  # None: the joint edit
@@ -127,9 +127,10 @@ def published_edit(
     prompts: tuple[str, str, str],
     config: EditConfig,
 ) -> Iterator[torch.Tensor]:
-    """As `editor.edit`: yields the latents (N, 4, h, w) after each step."""
+    """As `editor.edit`, in memory: yields the latents (N, 4, h, w) after each step."""
     published = Published(sd, technique, source, prompts, config)
+    initial = technique.initial(torch.arange(technique.n_frames))
     with self_attentions_replaced(
         sd.unet, lambda name: PublishedAttention(published, name), published.feature_hook
     ):
-        yield from sample(technique.latents, technique.schedule, published.predict_noise)
+        yield from sample(initial, technique.schedule, published.predict_noise)

@@ -124,7 +124,8 @@ def edit_clip(args: argparse.Namespace, n_steps: int, clip: Clip) -> tuple[dict,
     config = PnPConfig(data_path="", prompt="", n_timesteps=n_steps)
     rows, shown = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        job = Job.prepare(sd, clip, config, Path(folder) / "source")
+        job = Job.prepare(sd, clip, config, Path(folder))
+        job.reconstruct()
         for name, method in METHODS.items():
             start = time.perf_counter()
             frames = method(job)

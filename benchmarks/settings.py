@@ -48,7 +48,8 @@ def main() -> None:
     with tqdm(desc="Editing", total=args.clips * len(changes), unit="video") as bar:
         for clip in held_out_clips(args.clips, args.frames):
             with tempfile.TemporaryDirectory() as folder:
-                job = Job.prepare(sd, clip, config, Path(folder) / "source")
+                job = Job.prepare(sd, clip, config, Path(folder))
+                job.reconstruct()
                 for change, rows in zip(changes, measured, strict=True):
                     frames = job.with_settings(**change).edit_pnp()
                     rows.append(measure(clip, frames, judge))

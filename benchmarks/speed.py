@@ -10,6 +10,7 @@ import dataclasses
 import json
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -18,10 +19,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from batches import Batches
 from benchmarks.arguments import benchmark_parser
 from benchmarks.baselines import FrameByFrame
 from benchmarks.clips import Clip, held_out_clips
-from benchmarks.job import INVERSION_BATCH, Job
+from benchmarks.job import Job, predictor_of
 from benchmarks.meter import Cost, Meter
 from benchmarks.published import published_edit
 from benchmarks.quality import mean, measure
@@ -30,13 +32,15 @@ from benchmarks.sd15 import random_sd15
 from cli import parse_with_yaml
 from config import PnPConfig
 from diffusion import Schedule, StableDiffusion, choose_device, invert, last, load, sample
-from editor import Source, edit, keyframes_of
+from editor import Denoiser, Source, TokenFlowDenoiser, edit, keyframes_of
 from metrics import frame_psnr
 from predictor import FramesPredictor
+from processes import Processes
 from shapes.judge import Judge
-from source_recorder import install_recorder
+from source_recorder import RecordingPredictor, install_recorder
 from source_store import SourceStore
 from techniques import plug_and_play
+from trajectory import Trajectory
 
 FAST = Path(__file__).parent.parent / "configs" / "fast.yaml"
 PUBLISHED_STEPS = 500
@@ -56,15 +60,17 @@ def published(meter: Meter, sd: StableDiffusion, clip: Clip, config: PnPConfig) 
     """500 naive steps there, 500 back, and an edit by the published algorithm."""
     schedule = Schedule.of(sd.scheduler, PUBLISHED_STEPS)
     editing = Schedule.of(sd.scheduler, config.n_timesteps)
-    predict_noise = FramesPredictor(sd, clip.source_prompt, INVERSION_BATCH)
+    predictor, frames = predictor_of(sd, clip), torch.arange(clip.n_frames)
     with meter.stage("inversion"):
-        inverted = dict(invert(sd.encode_frames(clip.frames), schedule, predict_noise))
+        inverted = dict(invert(sd.encode_frames(clip.frames), schedule, predictor))
     with meter.stage("reconstruction"):
         noisiest = inverted[schedule.timesteps[0]]
-        reconstructed = last(sample(noisiest, schedule, predict_noise))
+        steps = sample(noisiest, schedule, lambda x, t: predictor(x, t, frames))
+        reconstructed = last(steps)
         sd.decode_latents(reconstructed)
     config = dataclasses.replace(config, prompt=clip.prompt)
-    technique = plug_and_play(config, editing, inverted[editing.timesteps[0]])
+    first = inverted[editing.timesteps[0]].__getitem__
+    technique = plug_and_play(config, editing, first, clip.n_frames)
     prompts = (clip.source_prompt, config.negative_prompt, config.prompt)
     source = Source(lambda t, frames: inverted[t][frames])
     with meter.stage("editing"):
@@ -79,8 +85,7 @@ def ours(
     with meter.stage("inversion"):
         job = Job.prepare(sd, clip, config, folder)
     with meter.stage("reconstruction"):
-        predict_noise = FramesPredictor(sd, clip.source_prompt, INVERSION_BATCH)
-        reconstructed = last(sample(job.first_latents, job.schedule, predict_noise))
+        reconstructed = job.reconstruct()
         sd.decode_latents(reconstructed)
     with meter.stage("editing"):
         edited = job.edit_pnp()
@@ -132,7 +137,7 @@ def shapes_rounds(args: argparse.Namespace) -> tuple[dict, dict]:
     for clip in tqdm(held_out_clips(2 * n_clips, n_frames)[::2], "Shapes", unit="clip"):
         note("published", published(meter, sd, clip, at_defaults))
         with tempfile.TemporaryDirectory() as folder:
-            pictures, job = ours(meter, sd, clip, at_defaults, Path(folder) / "source")
+            pictures, job = ours(meter, sd, clip, at_defaults, Path(folder))
             done = meter.stages
             note("ours", pictures)
             with meter.stage("editing"):
@@ -141,7 +146,7 @@ def shapes_rounds(args: argparse.Namespace) -> tuple[dict, dict]:
         meter.stages = floor(sd, done, job.clean.shape[-1])
         note("floor")
         with tempfile.TemporaryDirectory() as folder:
-            note("fast", ours(meter, sd, clip, fast, Path(folder) / "source")[0])
+            note("fast", ours(meter, sd, clip, fast, Path(folder))[0])
     return costs, qualities
 
 
@@ -161,21 +166,29 @@ def sd15_rounds(args: argparse.Namespace) -> dict:
     generator = torch.Generator().manual_seed(0)
     still, moving = torch.randn(2, n_frames, 4, size, size, generator=generator)
     inverted = still[:1] + 0.3 * moving  # frames of one video resemble each other
-    technique = plug_and_play(config, schedule, inverted)
+    technique = plug_and_play(config, schedule, inverted.__getitem__, n_frames)
     with tempfile.TemporaryDirectory() as folder:
-        store = SourceStore(Path(folder) / "source")
-        with install_recorder(
-            sd.unet, keyframes_of(config, sd.scheduler, n_frames), store
-        ) as recorder:
-            predict_noise = FramesPredictor(sd, "", interval, None, recorder)
-            for t in schedule.timesteps:
-                predict_noise(inverted, t)
+        store, processes = SourceStore(Path(folder) / "source"), Processes(device)
+        store.create(sd.unet, inverted.shape, schedule.timesteps)
+        keyframes = keyframes_of(config, sd.scheduler, n_frames)
         three = Source(lambda t, frames: inverted[frames])
+        predictor = FramesPredictor(sd, "", Batches(interval, adapts=False))
+        with install_recorder(sd.unet) as recorder:
+            recording = RecordingPredictor(predictor, recorder, keyframes, three.latents, store)
+            for t in schedule.timesteps:
+                recording(inverted, t, torch.arange(n_frames))
         two = Source(three.latents, lambda t, frames: store.read(t, frames, device))
+        prompts = ("", "", "")
+
+        def tokenflow(source: Source, denoiser: type[Denoiser] = TokenFlowDenoiser) -> Iterator:
+            with tempfile.TemporaryDirectory(dir=folder) as steps:
+                trajectory = Trajectory(Path(steps), inverted.shape, processes)
+                yield from edit(sd, technique, source, prompts, config, trajectory, denoiser)
+
         runs = {
-            "published": lambda: published_edit(sd, technique, three, ("", "", ""), config),
-            "ours": lambda: edit(sd, technique, two, ("", "", ""), config),
-            "per_frame": lambda: edit(sd, technique, three, ("", "", ""), config, FrameByFrame),
+            "published": lambda: published_edit(sd, technique, three, prompts, config),
+            "ours": lambda: tokenflow(two),
+            "per_frame": lambda: tokenflow(three, FrameByFrame),
         }
         for _ in tqdm(range(2), "SD 1.5", unit="round"):
             for method, steps in runs.items():

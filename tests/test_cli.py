@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 import util
+from cli import build
 from config import ControlNetConfig, PnPConfig, SDEditConfig
 
 ROOT = Path(__file__).parent.parent
@@ -148,7 +149,9 @@ def test_edit(work, checkpoint, technique):
     assert set(written) == {f.name for f in fields(TECHNIQUES[technique])}
 
     # The same edit again: the same folder, the same bytes. Another prompt: another folder.
-    again = folder / last_line(run_process(script, *flags, cwd=folder))
+    again = folder / last_line(run(script, *flags, cwd=folder))
+    assert again == video
+    again = folder / last_line(run_process(script, *flags, "--overwrite", cwd=folder))
     assert again == video
     assert np.array_equal(util.load_frames(video.parent / "frames", range(7)), frames)
     other = folder / last_line(run(script, *flags, "--prompt", "a dog", cwd=folder))
@@ -303,10 +306,10 @@ def test_sdedit_that_runs_no_step(tmp_path):
 def test_shipped_configs_are_the_defaults(technique):
     """The YAML a user starts from and the code's defaults never drift apart."""
     written = yaml.safe_load((ROOT / "configs" / f"config_{technique}.yaml").read_text())
-    defaults = {f.name: f.default for f in fields(TECHNIQUES[technique])}
-    assert set(written) == set(defaults)
-    for key in set(written) - {"data_path", "prompt"}:
-        assert written[key] == defaults[key], key
+    config = build(TECHNIQUES[technique], written)
+    assert set(written) == {f.name for f in fields(config)}
+    for f in fields(config):
+        assert f.name in ("data_path", "prompt") or getattr(config, f.name) == f.default, f.name
 
 
 def test_help_names_every_option(tmp_path):

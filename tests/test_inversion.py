@@ -107,12 +107,16 @@ def inverted(sd, clip, folder, inversion, batch_size):
         data_path=str(clip), H=128, W=128, batch_size=batch_size, inversion=inversion
     )
     schedule, made = Schedule.of(sd.scheduler, 5), Inversion(folder)
+    folder.mkdir()
+    made.vae.mkdir()
     stages.read_source(config, made.source, 7)
-    stages.encode(sd, made, 7, batch_size)
     names = {t: noisy(t) for t in schedule.timesteps}
-    keyframes = stages.kept_keyframes(sd, made, config, schedule)
-    stages.invert_video(sd, made, config, schedule, names, keyframes)
-    return [made.latents(name) for name in (CLEAN, *names.values())]
+    for name in (CLEAN, *names.values()):
+        made.create_latents(name, sd.latent_shape(7, 128, 128))
+    for frames in stages.segments(config, 7):
+        for _ in stages.invert_segment(sd, made, config, schedule, names, frames):
+            pass
+    return [made.latents(name)[torch.arange(7)] for name in (CLEAN, *names.values())]
 
 
 @pytest.mark.parametrize("inversion", ["ddim", "fixed_point"])
@@ -123,7 +127,7 @@ def test_latents_do_not_depend_on_the_batch_size(sd, trained, clip, tmp_path, in
     for batch_size in (1, 3):
         parts = inverted(sd, clip, tmp_path / f"by_{batch_size}", inversion, batch_size)
         for some, all_at_once in zip(parts, whole, strict=True):
-            assert some.shape == (7, 4, 16, 16) and some.dtype == np.float32
+            assert some.shape == (7, 4, 16, 16) and some.dtype == torch.float32
             # Frames that were mixed up would differ by about 1.
             np.testing.assert_allclose(some, all_at_once, atol=5e-3)
 

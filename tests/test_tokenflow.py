@@ -4,19 +4,22 @@ import pytest
 import torch
 from reference import Reference
 
+from batches import Batches
 from benchmarks.published import Published, PublishedAttention
 from config import PnPConfig
 from diffusion import Schedule
 from editor import Source, Technique, TokenFlowDenoiser
 from predictor import FramesPredictor
-from source_recorder import install_recorder
+from source_recorder import RecordingPredictor, install_recorder
 from source_store import SourceStore, bytes_needed
 from tokenflow_utils import (
     Blend,
+    JointEdit,
     Keyframes,
     TokenFlowAttention,
     extended_attention,
     flanking_blend,
+    frame_attention,
     install_tokenflow,
     nearest_in_blocks,
     nearest_tokens,
@@ -39,6 +42,10 @@ def video():
     return base[:1] + 0.3 * changes, edited  # frames of the source resemble each other
 
 
+def technique_of(latents, schedule, *injecting_steps):
+    return Technique(latents.__getitem__, len(latents), schedule, *injecting_steps)
+
+
 @pytest.mark.parametrize("propagation", ["flanking", "previous"])
 @pytest.mark.parametrize("injects", [(False, False), (True, False), (False, True), (True, True)])
 @torch.no_grad()
@@ -54,7 +61,7 @@ def test_equals_reference(sd, video, propagation, injects):
         seed=SEED,
         n_timesteps=10,
     )
-    technique = Technique(latents, schedule, int(injects[0]), int(injects[1]))
+    technique = technique_of(latents, schedule, *map(int, injects))
     known = Source(lambda t, f: source[f])
     with install_tokenflow(sd.unet) as flow:
         denoiser = TokenFlowDenoiser(sd, flow, technique, known, PROMPTS, config)
@@ -72,7 +79,7 @@ def test_what_the_speed_benchmark_compares_with(sd, video):
     schedule = Schedule.of(sd.scheduler, 10)
     t = schedule.timesteps[0]
     config = PnPConfig(data_path="", prompt="", batch_size=BATCH_SIZE, seed=SEED)
-    technique = Technique(latents, schedule, 1, 1)
+    technique = technique_of(latents, schedule, 1, 1)
     published = Published(sd, technique, Source(lambda t, f: source[f]), PROMPTS, config)
     with self_attentions_replaced(
         sd.unet, lambda name: PublishedAttention(published, name), published.feature_hook
@@ -92,9 +99,12 @@ def test_two_streams_equal_the_reference(sd, video, tmp_path, monkeypatch, batch
     schedule, store = Schedule.of(sd.scheduler, 10), SourceStore(tmp_path / "source")
     t = schedule.timesteps[0]
     keyframes = Keyframes(N_FRAMES, BATCH_SIZE, schedule.timesteps, SEED)
-    with install_recorder(sd.unet, keyframes, store) as recorder:
-        predict_noise = FramesPredictor(sd, PROMPTS[0], batch_size, None, recorder)
-        noted = predict_noise(source, t)
+    store.create(sd.unet, source.shape, [t])
+    predictor = FramesPredictor(sd, PROMPTS[0], Batches(batch_size, adapts=False))
+    with install_recorder(sd.unet) as recorder:
+        noting = RecordingPredictor(predictor, recorder, keyframes, lambda t, f: source[f], store)
+        segments = torch.arange(N_FRAMES).split(5)
+        noted = torch.cat([noting(source[frames], t, frames) for frames in segments])
     plain = sd.predict_noise(source, t, sd.encode_text(PROMPTS[0]).expand(N_FRAMES, -1, -1))
     torch.testing.assert_close(noted, plain, atol=1e-3, rtol=1e-3)
 
@@ -107,7 +117,7 @@ def test_two_streams_equal_the_reference(sd, video, tmp_path, monkeypatch, batch
         seed=SEED,
     )
     known = Source(lambda t, f: source[f], lambda t, f: store.read(t, f, sd.device))
-    technique = Technique(latents, schedule, 1, 1)
+    technique = technique_of(latents, schedule, 1, 1)
     with install_tokenflow(sd.unet) as flow:
         denoiser = TokenFlowDenoiser(sd, flow, technique, known, PROMPTS, config)
         ours = denoiser.predict_noise(latents, t)
@@ -155,7 +165,7 @@ def test_single_frame_is_the_untouched_unet(sd, video):
     plain = sd.predict_noise(latents[:1], 500, text)
     streams = torch.cat([source[:1], latents[:1], latents[:1]])
     with install_tokenflow(sd.unet) as flow:
-        flow.begin_joint_edit(inject_attention=False, inject_features=False)
+        flow.begin_joint_edit(JointEdit())
         joint = sd.predict_noise(streams, 500, text.expand(3, -1, -1))
         alone = Blend(torch.zeros(1, 2, dtype=torch.long), torch.tensor([[1.0, 0.0]]))
         flow.begin_propagation(alone, inject_features=False)
@@ -169,7 +179,7 @@ def test_every_frame_may_be_a_keyframe(sd, video):
     """With chunks of one frame nothing is left to propagate to."""
     source, latents = video[0][:2], video[1][:2]
     config = PnPConfig(data_path="", prompt="", batch_size=1, n_timesteps=10)
-    technique = Technique(latents, Schedule.of(sd.scheduler, 10))
+    technique = technique_of(latents, Schedule.of(sd.scheduler, 10))
     with install_tokenflow(sd.unet) as flow:
         known = Source(lambda t, f: source[f])
         denoiser = TokenFlowDenoiser(sd, flow, technique, known, PROMPTS, config)
@@ -183,7 +193,7 @@ def test_unet_is_restored(sd, video):
 
     def use_and_fail():
         with install_tokenflow(sd.unet) as flow:
-            flow.begin_joint_edit(inject_attention=True, inject_features=True)
+            flow.begin_joint_edit(JointEdit(inject_attention=True, inject_features=True))
             sd.predict_noise(latents.repeat(3, 1, 1, 1), 500, text.expand(3, -1, -1))
             with pytest.raises(RuntimeError, match="already installed"), install_tokenflow(sd.unet):
                 pass
@@ -216,13 +226,14 @@ def test_injected_layers_by_name(sd):
     assert set(installed) == every and len(every) == 16
 
 
-def test_extended_attention_sees_all_frames_but_in_the_source():
+def test_extended_attention_sees_all_frames():
     generator = torch.Generator().manual_seed(0)
-    query, key, value = torch.randn(3, 3, 2, 5, 8, generator=generator)
-    before = extended_attention(query, key, value, heads=2)
-    value[:, 1] += 1.0
-    change = (extended_attention(query, key, value, heads=2) - before).abs().amax((2, 3))
-    assert change[0, 0] == 0 and (change[1:, 0] > 0.1).all()
+    query, key, value = torch.randn(3, 2, 2, 5, 8, generator=generator)
+    changed = value.clone()
+    changed[:, 1] += 1.0
+    for attend, sees in ((extended_attention, True), (frame_attention, False)):
+        change = attend(query, key, changed, heads=2) - attend(query, key, value, heads=2)
+        assert ((change[:, 0].abs() > 0.1).all() if sees else (change[:, 0] == 0).all()).item()
 
 
 def test_blend_of_the_paper():

@@ -1,0 +1,38 @@
+"""Frames pass a network in batches; how many at once is a choice about memory only."""
+
+import gc
+import logging
+from collections.abc import Callable
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+log = logging.getLogger("tokenflow")
+
+
+class Batches:
+    """How many frames pass at once: a fixed number, or one that is halved where memory runs out."""
+
+    def __init__(self, size: int, adapts: bool) -> None:
+        self.size, self.adapts = size, adapts
+
+    def map(
+        self, function: Callable[[torch.Tensor], torch.Tensor], items: torch.Tensor
+    ) -> torch.Tensor:
+        """`function` of the items (n,), batch by batch, as one tensor (n, ...)."""
+        results, start = [], 0
+        while start < len(items):
+            batch = items[start : start + self.size]
+            try:
+                results.append(function(batch))
+                start += len(batch)
+                continue
+            except RuntimeError as error:
+                if not (self.adapts and len(batch) > 1 and should_reduce_batch_size(error)):
+                    raise
+            # Not in the handler, whose error still holds what must be freed.
+            self.size = len(batch) // 2
+            log.warning("out of memory with %d frames at once: now %d", len(batch), self.size)
+            gc.collect()
+            clear_device_cache()
+        return torch.cat(results)

@@ -1,0 +1,47 @@
+"""The processes of one run (`accelerate launch`, `torchrun`), which share its work through its files."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+
+T = TypeVar("T")
+
+# A dead process ends the others at once, so waiting is for long work only: a whole video to be read.
+PATIENCE = timedelta(days=7)
+
+
+class Processes:
+    """This process among those of the run; alone where nothing launched several."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one process that does what is done once."""
+        return self._state.is_main_process
+
+    def share(self, parts: Sequence[T]) -> Sequence[T]:
+        """This process's parts of the work: a run of neighbours, as many as any other has, or one less."""
+        count, index = self._state.num_processes, self._state.process_index
+        return parts[len(parts) * index // count : len(parts) * (index + 1) // count]
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The main process enters the block alone; the others follow when it has left."""
+        if not self.is_main:
+            self.wait()
+        yield
+        if self.is_main:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until all processes are here. Raises ConnectionError when one of them is gone."""
+        try:
+            self._state.wait_for_everyone()
+        except RuntimeError as error:
+            raise ConnectionError("another process of this run has failed") from error

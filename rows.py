@@ -1,0 +1,46 @@
+"""A tensor on disk with one row for each frame, of which only the frames asked for are in memory."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+class Rows:
+    """A `.npy` file, indexed by frame indices (n,) as a tensor is.
+
+    It is mapped only while rows are read, so that what was read does not stay resident, and written
+    row by row, so that processes (on machines that share a disk, too) can each write their own.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> "Rows":
+        """A new file of zeros, which take no space until they are written."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.lib.format.open_memmap(path, "w+", torch.empty(0, dtype=dtype).numpy().dtype, shape)
+        return cls(path)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole, frames first."""
+        return self._mapped().shape
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, frames: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(self._mapped()[frames.numpy()])
+
+    def __setitem__(self, frames: torch.Tensor, values: torch.Tensor) -> None:
+        mapped = self._mapped()
+        rows = np.ascontiguousarray(values.cpu().numpy(), mapped.dtype)
+        with self.path.open("r+b") as file:
+            for frame, row in zip(frames.tolist(), rows, strict=True):
+                file.seek(mapped.offset + frame * row.nbytes)
+                file.write(row)
+
+    def _mapped(self) -> np.memmap:
+        return np.load(self.path, mmap_mode="r", allow_pickle=False)

@@ -1,0 +1,42 @@
+"""Long videos: keyframes are edited in windows, so that cost grows with their number, not its square.
+
+A window's keyframes attend to each other and to a few anchors, keyframes spread over the whole video,
+which hold the look. Neighbouring windows share the keyframe between them: it is edited once, with the
+anchors alone, so that what is propagated on its two sides is the same.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from tokenflow_utils import Blend
+
+ANCHORS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """Positions among the keyframes, ascending, and the frames (n,) that blend no others."""
+
+    keyframes: list[int]
+    frames: torch.Tensor
+
+
+def anchors(n_keyframes: int) -> list[int]:
+    """Positions of the anchors among a video's keyframes: the first, the last, and some between."""
+    return torch.linspace(0, n_keyframes - 1, ANCHORS).round().long().unique().tolist()
+
+
+def windows(blend: Blend, n_keyframes: int, size: int) -> list[Window]:
+    """As few windows of at most `size` keyframes as hold them all; of each two one keyframe is shared.
+
+    blend: of all frames of the video.
+    """
+    n_windows = max(1, -(-(n_keyframes - 1) // (size - 1)))
+    bounds = torch.linspace(0, n_keyframes - 1, n_windows + 1).round().long()
+    window = torch.searchsorted(bounds, blend.keyframes.amin(1), right=True) - 1
+    window = window.clamp(max=n_windows - 1)  # the last keyframe begins no window
+    return [
+        Window(list(range(first, last + 1)), (window == index).nonzero().flatten())
+        for index, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
+    ]
