@@ -12,12 +12,20 @@ import torch
 class Reference:
     """Predicts the noise of all frames of a video for one timestep, as the design says."""
 
-    def __init__(self, unet, batch_size, propagation, attention_layers, own_attention=False):
+    def __init__(
+        self,
+        unet,
+        batch_size,
+        propagation,
+        attention_layers,
+        own_attention=False,  # of the source stream, while the others are propagated
+        window=100,
+    ):
         self.unet, self.batch_size, self.propagation = unet, batch_size, propagation
-        self.own_attention = own_attention  # of the source stream, while the others are propagated
+        self.own_attention, self.window = own_attention, window
         self.attention_layers = attention_layers
-        self.memory = {}
-        self.keyframes, self.chunk = None, None
+        self.memory = {}  # by layer and position of the keyframe: source tokens, outputs, keys, values
+        self.keyframes, self.chunk, self.group, self.context = None, None, None, None
         self.joint, self.inject_attention, self.inject_features = True, False, False
 
     def predict(self, source, latents, t, text, keyframes, inject_attention, inject_features):
@@ -29,12 +37,16 @@ class Reference:
             if name.endswith("attn1"):
                 forwards[module] = module.forward
                 module.forward = self._layer(name, module)
+                self.memory[name] = {}
         conv = self.unet.up_blocks[1].resnets[1].conv2
         forwards[conv] = conv.forward
         conv.forward = self._conv(conv.forward)
         try:
             self.joint = True
-            self._pass(source, latents, t, text, keyframes)
+            for group, context in self._groups(len(keyframes)):
+                self.group, self.context = group, context
+                frames = [keyframes[position] for position in self.group]
+                self._pass(source, latents, t, text, frames)
             self.joint = False
             outputs = []
             for start in range(0, len(latents), self.batch_size):
@@ -44,6 +56,22 @@ class Reference:
         finally:
             for module, forward in forwards.items():
                 module.forward = forward
+
+    def _groups(self, n):
+        """Keyframes that are edited together, and those before them that they attend to as well."""
+        if n <= self.window:
+            return [(list(range(n)), [])]
+        anchors = [round(i * (n - 1) / 3) for i in range(4)]
+        n_windows = math.ceil((n - 1) / (self.window - 1))
+        bounds = [round(i * (n - 1) / n_windows) for i in range(n_windows + 1)]
+        groups = [(anchors, [])]
+        groups += [([bound], anchors) for bound in bounds if bound not in anchors]
+        for first, last in zip(bounds[:-1], bounds[1:], strict=True):
+            context = anchors + [bound for bound in (first, last) if bound not in anchors]
+            inner = [position for position in range(first, last) if position not in context]
+            if inner:
+                groups.append((inner, context))
+        return groups
 
     def _pass(self, source, latents, t, text, frames):
         streams = [source[frames], latents[frames], latents[frames]]
@@ -66,41 +94,53 @@ class Reference:
             streams = x.chunk(3)
             if self.joint:
                 inject = self.inject_attention and name in self.attention_layers
-                out = self._extended(attn, streams, inject)
-                self.memory[name] = streams[0], out
+                out = self._extended(attn, streams, inject, self.memory[name])
             else:
-                out = self._propagated(streams[0], *self.memory[name])
+                out = self._propagated(streams[0], self.memory[name])
                 if self.own_attention:
-                    out[0] = self._extended(attn, streams, False)[0]
+                    out[0] = self._own(attn, streams[0])
             return torch.cat(out)
 
         return forward
 
-    def _extended(self, attn, streams, inject):
+    def _extended(self, attn, streams, inject, memory):
         queries = [attn.to_q(x) for x in streams]
         keys = [attn.to_k(x) for x in streams]
         values = [attn.to_v(x) for x in streams]
         if inject:
             queries, keys = [queries[0]] * 3, [keys[0]] * 3
-        n_frames, _, width = streams[0].shape
-        size = width // attn.heads
-        outputs = []
+        for i, position in enumerate(self.group):
+            memory[position] = {
+                "tokens": streams[0][i],
+                "outputs": [None] * 3,
+                "keys": [key[i] for key in keys],
+                "values": [value[i] for value in values],
+            }
         for stream in range(3):
-            frames = []
-            for frame in range(n_frames):
-                seen = [frame] if stream == 0 else range(n_frames)
-                key = torch.cat([keys[stream][i] for i in seen])
-                value = torch.cat([values[stream][i] for i in seen])
-                heads = []
-                for head in range(attn.heads):
-                    part = slice(head * size, (head + 1) * size)
-                    score = queries[stream][frame][:, part] @ key[:, part].T / math.sqrt(size)
-                    heads.append(score.softmax(-1) @ value[:, part])
-                frames.append(attn.to_out[0](torch.cat(heads, -1)))
-            outputs.append(torch.stack(frames))
-        return outputs
+            for i, position in enumerate(self.group):
+                seen = [position] if stream == 0 else self.context + self.group
+                key = torch.cat([memory[p]["keys"][stream] for p in seen])
+                value = torch.cat([memory[p]["values"][stream] for p in seen])
+                output = self._attend(attn, queries[stream][i], key, value)
+                memory[position]["outputs"][stream] = output
+        return [
+            torch.stack([memory[p]["outputs"][stream] for p in self.group]) for stream in range(3)
+        ]
 
-    def _propagated(self, source, key_source, key_outputs):
+    def _own(self, attn, source):
+        frames = [self._attend(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x)) for x in source]
+        return torch.stack(frames)
+
+    def _attend(self, attn, query, key, value):
+        size = query.shape[-1] // attn.heads
+        heads = []
+        for head in range(attn.heads):
+            part = slice(head * size, (head + 1) * size)
+            score = query[:, part] @ key[:, part].T / math.sqrt(size)
+            heads.append(score.softmax(-1) @ value[:, part])
+        return attn.to_out[0](torch.cat(heads, -1))
+
+    def _propagated(self, source, memory):
         outputs = [[], [], []]
         for position, frame in enumerate(self.chunk):
             blend = (
@@ -109,11 +149,12 @@ class Reference:
             tokens = source[position] / source[position].norm(dim=-1, keepdim=True)
             total = [0, 0, 0]
             for keyframe, weight in blend.items():
-                keys = key_source[keyframe]
+                keys = memory[keyframe]["tokens"]
                 keys = keys / keys.norm(dim=-1, keepdim=True)
                 nearest = (tokens @ keys.T).argmax(-1)
                 for stream in range(3):
-                    total[stream] = total[stream] + weight * key_outputs[stream][keyframe][nearest]
+                    output = memory[keyframe]["outputs"][stream]
+                    total[stream] = total[stream] + weight * output[nearest]
             for stream in range(3):
                 outputs[stream].append(total[stream])
         return [torch.stack(frames) for frames in outputs]

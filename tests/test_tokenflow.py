@@ -26,6 +26,7 @@ from tokenflow_utils import (
     previous_blend,
     self_attentions_replaced,
 )
+from windows import windows
 
 INJECTED_LAYERS = {
     f"up_blocks.{block}.attentions.{index}.transformer_blocks.0.attn1"
@@ -70,6 +71,56 @@ def test_equals_reference(sd, video, propagation, injects):
     keyframes = Keyframes(N_FRAMES, BATCH_SIZE, schedule.timesteps, SEED).plan()[t].tolist()
     reference = Reference(sd.unet, BATCH_SIZE, propagation, INJECTED_LAYERS)
     assert_same_noise(ours, reference, sd, source, latents, t, keyframes, injects)
+
+
+@pytest.mark.parametrize("propagation", ["flanking", "previous"])
+@pytest.mark.parametrize("window, together", [(3, True), (5, True), (5, False)])
+@torch.no_grad()
+def test_windows_equal_the_reference(sd, monkeypatch, propagation, window, together):
+    """Anchors, shared boundaries and inner keyframes, all streams in a pass or one by one."""
+    monkeypatch.setattr("editor.FILLED", {"cpu": 1 << 12 if together else 1})
+    generator = torch.Generator().manual_seed(1)
+    base, changes, latents = torch.randn(3, 17, 4, 16, 16, generator=generator)
+    source = base[:1] + 0.3 * changes
+    config = PnPConfig(
+        data_path="",
+        prompt="",
+        batch_size=3,
+        keyframe_interval=2,
+        keyframe_window=window,
+        propagation=propagation,
+        seed=SEED,
+        n_timesteps=10,
+    )
+    schedule = Schedule.of(sd.scheduler, 10)
+    t, technique = schedule.timesteps[0], technique_of(latents, schedule, 1, 1)
+    known = Source(lambda t, f: source[f])
+    with install_tokenflow(sd.unet) as flow:
+        denoiser = TokenFlowDenoiser(sd, flow, technique, known, PROMPTS, config)
+        ours = denoiser.predict_noise(latents, t)
+        # Whoever takes which chunks, the frames come out the same.
+        chunks = denoiser.chunks(t)
+        for part in (chunks[: len(chunks) // 2], chunks[len(chunks) // 2 :]):
+            for frames, noise in denoiser.noise(latents, t, part):
+                assert torch.equal(noise, ours[frames])
+
+    keyframes = Keyframes(17, 2, schedule.timesteps, SEED).plan()[t].tolist()
+    reference = Reference(sd.unet, 2, propagation, INJECTED_LAYERS, window=window)
+    assert_same_noise(ours, reference, sd, source, latents, t, keyframes, (True, True))
+
+
+@pytest.mark.parametrize("n_keyframes, size", [(1, 4), (4, 4), (5, 4), (11, 4), (50, 8), (3, 2)])
+def test_windows_share_one_keyframe_each(n_keyframes, size):
+    keyframes = torch.arange(n_keyframes) * 4 + 1
+    blend = flanking_blend(torch.arange(4 * n_keyframes), keyframes)
+    found = windows(blend, n_keyframes, size)
+    assert torch.equal(torch.cat([w.frames for w in found]), torch.arange(4 * n_keyframes))
+    assert all(len(w.keyframes) <= size for w in found)
+    for one, following in zip(found[:-1], found[1:], strict=True):
+        assert one.keyframes[-1] == following.keyframes[0]
+    for window in found:
+        assert set(blend.of(window.frames).keyframes.flatten().tolist()) <= set(window.keyframes)
+    assert len(found) == (1 if n_keyframes <= size else -(-(n_keyframes - 1) // (size - 1)))
 
 
 @torch.no_grad()
