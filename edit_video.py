@@ -45,7 +45,6 @@ class Edit:
     schedule: Schedule
     n_frames: int
     folder: Path
-
     processes: Processes
 
     def latents(self, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -101,11 +100,10 @@ def run_edit(config: EditConfig, name: str, make_technique: Callable[[Edit], Tec
 
     run_name = f"{name}_{Path(config.data_path).stem}"
     chosen = replace(config, resume=True, overwrite=False)  # of one edit, whatever it began with
-    made = f"{dump(chosen)}# of the inversion {json.dumps(inversion.manifest.config)}\n"
-    with processes.main_first(), ExitStack() as claim:
-        folder = claim.enter_context(run_folder(Path(config.output_path), run_name, made))
-        held = claim.pop_all()
-    with held:
+    made = f"{dump(chosen)}# of the inversion {json.dumps(inversion.manifest.identity)}\n"
+    with ExitStack() as held:
+        with processes.main_first():
+            folder = held.enter_context(run_folder(Path(config.output_path), run_name, made))
         video, steps = folder / "edited.mp4", folder / ".steps"
         if video.exists() and not steps.exists() and not config.overwrite:
             log.info("this edit was there already; --overwrite makes it again")
@@ -134,11 +132,11 @@ def _edit(job: Edit, technique: Technique, steps: Path) -> Rows:
     shape = (job.n_frames, *job.inversion.latents(CLEAN).shape[1:])
     trajectory = Trajectory(steps, shape, job.processes)
     n_steps, hidden = len(technique.schedule.timesteps), not job.processes.is_main
-    with tqdm(desc="Editing", total=n_steps, unit="step", disable=hidden) as bar:
-        for done in edit(job.sd, technique, job.source, prompts, job.config, trajectory):
-            if not bar.n and done > 1:
-                log.info("going on after step %d", done)
-            bar.update(done - bar.n)
+    steps = edit(job.sd, technique, job.source, prompts, job.config, trajectory)
+    if done := next(steps):
+        log.info("going on after step %d", done)
+    for _ in tqdm(steps, "Editing", n_steps, initial=done, unit="step", disable=hidden):
+        pass
     return trajectory.latents(n_steps)
 
 

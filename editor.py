@@ -35,7 +35,7 @@ from trajectory import Trajectory
 from windows import Window, anchors, windows
 
 # Latent pixels in one pass from which on more of them are no faster, only larger.
-FILLED, FILLED_GPU = {"cpu": 1 << 12}, 1 << 15
+FILLED, FILLED_GPU = {"cpu": 1 << 10}, 1 << 15
 
 # Of all frames' latents, those of some frames (n,): (n, 4, h, w). A tensor or a file.
 Latents = torch.Tensor | Rows

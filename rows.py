@@ -20,7 +20,8 @@ class Rows:
     def create(cls, path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> "Rows":
         """A new file of zeros, which take no space until they are written."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.lib.format.open_memmap(path, "w+", torch.empty(0, dtype=dtype).numpy().dtype, shape)
+        kind = torch.empty(0, dtype=dtype).numpy().dtype
+        np.lib.format.open_memmap(path, "w+", kind, tuple(shape))
         return cls(path)
 
     @property

@@ -5,6 +5,7 @@ which hold the look. Neighbouring windows share the keyframe between them: it is
 anchors alone, so that what is propagated on its two sides is the same.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -32,11 +33,16 @@ def windows(blend: Blend, n_keyframes: int, size: int) -> list[Window]:
 
     blend: of all frames of the video.
     """
-    n_windows = max(1, -(-(n_keyframes - 1) // (size - 1)))
-    bounds = torch.linspace(0, n_keyframes - 1, n_windows + 1).round().long()
-    window = torch.searchsorted(bounds, blend.keyframes.amin(1), right=True) - 1
-    window = window.clamp(max=n_windows - 1)  # the last keyframe begins no window
+    bounds = window_bounds(n_keyframes, size)
+    window = torch.searchsorted(torch.tensor(bounds), blend.keyframes.amin(1), right=True) - 1
+    window = window.clamp(max=len(bounds) - 2)  # the last keyframe begins no window
     return [
         Window(list(range(first, last + 1)), (window == index).nonzero().flatten())
-        for index, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
+        for index, (first, last) in enumerate(itertools.pairwise(bounds))
     ]
+
+
+def window_bounds(n_keyframes: int, size: int) -> list[int]:
+    """Positions among the keyframes at which windows begin and end, from 0 to the last."""
+    n_windows = max(1, -(-(n_keyframes - 1) // (size - 1)))
+    return torch.linspace(0, n_keyframes - 1, n_windows + 1).round().long().tolist()

@@ -27,11 +27,12 @@ class Cost:
 class Meter:
     """Counts what passes a UNet, and measures stages by name."""
 
-    def __init__(self, unet: nn.Module, device: torch.device) -> None:
+    def __init__(self, device: torch.device, unet: nn.Module | None = None) -> None:
         self.device = device
         self.stages: dict[str, Cost] = {}
         self.evaluations = 0
-        unet.register_forward_pre_hook(self._count)
+        if unet:
+            unet.register_forward_pre_hook(self._count)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -94,3 +94,46 @@ def speed_table(rows: list[dict], quality: dict[str, dict[str, float]]) -> str:
         cells = [f"{values[name]:.2f}" for name in names]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def length_tables(rows: list[dict], qualities: list[dict]) -> str:
+    """Costs by stage and length, then the quality by size of the window, as Markdown."""
+    lengths = sorted({row["frames"] for row in rows})
+    lines = ["| seconds a frame, peak MB | " + " | ".join(f"{n} frames" for n in lengths) + " |"]
+    lines.append("|---" * (len(lengths) + 1) + "|")
+    for stage in dict.fromkeys(row["stage"] for row in rows):
+        cells = [
+            f"{row['seconds_per_frame']:.3f}, {row['peak_mb']:.0f}"
+            for row in rows
+            if row["stage"] == stage
+        ]
+        lines.append(f"| {stage} | " + " | ".join(cells) + " |")
+    names = [name for name in qualities[0] if name != "window"]
+    lines += [
+        "",
+        "| keyframe_window | " + " | ".join(names) + " |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for row in qualities:
+        cells = [f"{row[name]:.2f}" for name in names]
+        lines.append(f"| {row['window']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def length_plot(path: Path, rows: list[dict]) -> None:
+    """Draw seconds a frame and peak memory against the number of frames."""
+    import matplotlib.pyplot as plt  # only reports need it
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    columns = {"seconds_per_frame": "seconds a frame", "peak_mb": "peak memory (MB)"}
+    for axis, (key, label) in zip(axes, columns.items(), strict=True):
+        for stage in dict.fromkeys(row["stage"] for row in rows):
+            points = [(row["frames"], row[key]) for row in rows if row["stage"] == stage]
+            axis.plot(*zip(*points, strict=True), marker="o", label=stage)
+        axis.set_xscale("log", base=2)
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("frames")
+        axis.set_ylabel(label)
+        axis.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -120,7 +120,7 @@ def shapes_rounds(args: argparse.Namespace) -> tuple[dict, dict]:
     """Costs by method and stage, and qualities by method, a list of one entry for each clip."""
     n_clips, n_frames, interval = (2, 9, 5) if args.quick else (3, 24, 8)
     sd = load(str(args.model), None, *choose_device(args.device, args.dtype))
-    judge, meter = Judge.load(args.model / "judge.safetensors"), Meter(sd.unet, sd.device)
+    judge, meter = Judge.load(args.model / "judge.safetensors"), Meter(sd.device, sd.unet)
     at_defaults = PnPConfig(data_path="", prompt="", keyframe_interval=interval)
     fast = parse_with_yaml(PnPConfig, "", FAST, [])
     fast = dataclasses.replace(fast, keyframe_interval=interval)
@@ -158,7 +158,7 @@ def sd15_rounds(args: argparse.Namespace) -> dict:
     else:
         size, n_frames, interval, n_steps = 32 if args.quick else 64, 8, 4, 1
     sd = random_sd15(device, dtype)
-    meter = Meter(sd.unet, device)
+    meter = Meter(device, sd.unet)
     config = PnPConfig(
         data_path="", prompt="", n_timesteps=n_steps, batch_size=interval, pnp_attn_t=1, pnp_f_t=1
     )

@@ -1,0 +1,166 @@
+"""What length costs, and whether it shows: seconds a frame and peak memory against the number of frames.
+
+The commands run on clips of growing length, on a tiny random checkpoint. On the shapes checkpoint one
+long clip is edited with windows of several sizes and with all keyframes jointly, and measured: the
+warp error (x 1e-3) where two windows meet and elsewhere, and how far the colours of the object and of the
+background drift from the first frames to the last. Writes tables (Markdown and JSON) and a plot.
+"""
+
+import argparse
+import json
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from benchmarks.arguments import benchmark_parser
+from benchmarks.clips import SIZE, Clip, held_out_clips
+from benchmarks.job import Job
+from benchmarks.meter import Meter
+from benchmarks.quality import measure
+from benchmarks.report import length_plot, length_tables
+from config import PnPConfig, PreprocessConfig
+from diffusion import choose_device, load
+from edit_video import Edit, run_edit
+from editor import Technique
+from invert_video import run_inversion
+from metrics import warp_error
+from shapes.checkpoint import build_random
+from shapes.judge import Judge
+from shapes.world import render
+from sheets import contact_sheet, moments
+from techniques import plug_and_play
+from tokenflow_utils import Keyframes
+from util import write_image, write_video
+from windows import window_bounds
+
+LENGTHS = (24, 96, 384, 1536)  # frames
+TINY_SIZE = 64  # pixels
+ENDS = 24  # frames, whose colours are compared
+
+
+def cost_rows(steps: int) -> list[dict]:
+    """Seconds a frame and peak memory of both commands, by length; the model's own part is small."""
+    rows, meter = [], Meter(torch.device("cpu"))
+    (clip,) = held_out_clips(1, max(LENGTHS))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shared = {"model": str(build_random(folder / "tiny")), "dtype": "float32", "device": "cpu"}
+        # The first run pays for what a process does once.
+        for n_frames in tqdm((min(LENGTHS), *LENGTHS), "Costs", unit="length"):
+            video, latents = str(folder / f"{n_frames}.mp4"), str(folder / "latents")
+            frames = (render(clip.scene, time, TINY_SIZE)[0] for time in range(n_frames))
+            write_video(Path(video), frames, 24)
+            shared |= {"data_path": video, "n_frames": n_frames, "overwrite": True}
+            inversion = PreprocessConfig(
+                H=TINY_SIZE, W=TINY_SIZE, steps=steps, save_steps=steps, save_dir=latents, **shared
+            )
+            edit = PnPConfig(
+                prompt=clip.prompt,
+                n_inversion_steps=steps,
+                n_timesteps=steps,
+                latents_path=latents,
+                output_path=str(folder / "edits"),
+                **shared,
+            )
+            with meter.stage("inversion"):
+                run_inversion(inversion)
+            with meter.stage("editing"):
+                run_edit(edit, "pnp", partial(technique, edit))
+            for stage, cost in meter.stages.items():
+                measured = {
+                    "seconds_per_frame": cost.seconds / n_frames,
+                    "peak_mb": cost.peak_mb,
+                }
+                rows.append({"stage": stage, "frames": n_frames} | measured)
+    return rows[len(meter.stages) :]
+
+
+def technique(config: PnPConfig, job: Edit) -> Technique:
+    """What `run_tokenflow_pnp.py` runs."""
+    return plug_and_play(config, job.schedule, job.first_latents, job.n_frames)
+
+
+def quality_rows(args: argparse.Namespace, n_frames: int, sizes: list[int]) -> list[dict]:
+    """How one long clip fares with windows of these sizes, the last of which holds all keyframes."""
+    sd = load(str(args.model), None, *choose_device(args.device, args.dtype))
+    judge = Judge.load(args.model / "judge.safetensors")
+    config = PnPConfig(data_path="", prompt="", n_timesteps=args.steps)
+    (clip,) = held_out_clips(1, n_frames)
+    rows, shown = [], {"source": clip.frames[moments(n_frames)]}
+    with tempfile.TemporaryDirectory() as folder:
+        job = Job.prepare(sd, clip, config, Path(folder))
+        job.reconstruct()
+        for size in tqdm(sizes, "Windows", unit="edit"):
+            frames = job.with_settings(keyframe_window=size).edit_pnp()
+            label = "all" if size == sizes[-1] else str(size)
+            shown[f"window of {label}"] = frames[moments(n_frames)]
+            rows.append(
+                {"window": label}
+                | measure(clip, frames, judge)
+                | seams(clip, frames, job.config.interval, size)
+                | {"drift": colour_drift(clip, frames)}
+            )
+    write_image(args.output / "length_sheet.png", contact_sheet(shown, clip.prompt))
+    return rows
+
+
+def seams(clip: Clip, frames: np.ndarray, interval: int, size: int) -> dict[str, float]:
+    """Warp error at a gap of one where windows meet, which is somewhere in one interval, and elsewhere."""
+    n_keyframes = len(Keyframes(clip.n_frames, interval, (0,), 0).plan()[0])
+    shared = window_bounds(n_keyframes, size)[1:-1]
+    errors = {True: [], False: []}
+    for i in range(clip.n_frames - 1):
+        error = warp_error(frames[i], frames[i + 1], *clip.flow(i, i + 1))
+        errors[i // interval in shared].append(1e3 * error)
+    where = {"warp_between": errors[True], "warp_within": errors[False]}
+    return {
+        name: float(np.mean(values)) if values else float("nan") for name, values in where.items()
+    }
+
+
+def colour_drift(clip: Clip, frames: np.ndarray) -> float:
+    """How far the mean colours of object and background are apart in the first and the last frames.
+
+    Root mean square over both layers and three channels, in grey levels.
+    """
+
+    def colours(times: range) -> np.ndarray:
+        masks = np.stack([render(clip.scene, time, SIZE)[1] for time in times])
+        shown = frames[times.start : times.stop]
+        return np.stack([shown[masks].mean(0), shown[~masks].mean(0)])  # layers 3
+
+    first, last = range(ENDS), range(clip.n_frames - ENDS, clip.n_frames)
+    return float(np.sqrt(np.square(colours(first) - colours(last)).mean()))
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Arguments of the command line."""
+    parser = benchmark_parser(__doc__, "runs/length")
+    parser.add_argument("--quick", action="store_true", help="a shorter clip for the quality")
+    parser.add_argument("--steps", type=int, default=10, help="of the inversions and the edits")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, and write the report."""
+    args = parse_arguments()
+    args.output.mkdir(parents=True, exist_ok=True)
+    rows = cost_rows(4)
+    n_frames, sizes = (96, [4]) if args.quick else (384, [4, 8, 16])
+    qualities = quality_rows(args, n_frames, [*sizes, n_frames])
+    tables = length_tables(rows, qualities)
+    (args.output / "length.md").write_text(tables)
+    report = {"rows": rows, "quality": qualities}
+    for path in filter(None, (args.output / "length.json", args.json)):
+        path.write_text(json.dumps(report, indent=2))
+    length_plot(args.output / "length.png", rows)
+    print(tables)
+
+
+if __name__ == "__main__":
+    main()

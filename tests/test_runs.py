@@ -1,0 +1,261 @@
+"""Runs that are divided, ended, killed, repeated, or too large for the device."""
+
+import contextlib
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_cli import ROOT, last_line, refusal, run
+
+import runs
+import util
+from batches import Batches
+from cli import UserError
+from diffusion import StableDiffusion
+
+N_FRAMES, STEPS, KILLS = 9, 4, 12
+TECHNIQUES = ("pnp", "sdedit", "controlnet")
+# Two threads do not add as one does, and random weights amplify what is rounded otherwise.
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A folder with a clip of nine frames, as images: `clip`."""
+    folder = tmp_path_factory.mktemp("source")
+    (folder / "clip").mkdir()
+    rng = np.random.default_rng(0)
+    still = rng.integers(0, 256, (8, 8, 3)).repeat(8, 0).repeat(8, 1)
+    frames = [np.roll(still, 3 * index, axis=1).astype(np.uint8) for index in range(N_FRAMES)]
+    util.save_frames(folder / "clip", 0, frames)
+    return folder
+
+
+def invert_flags(checkpoint, save_dir):
+    flags = ["--data_path", "clip", "--model", checkpoint, "--H", 64, "--W", 64, "--steps", STEPS]
+    flags += ["--save_steps", STEPS, "--n_frames", N_FRAMES, "--batch_size", 2]
+    return [*flags, "--keyframe_interval", 2, "--dtype", "float32", "--save_dir", save_dir]
+
+
+def edit_flags(checkpoint, latents, out, technique="pnp"):
+    flags = ["--data_path", "clip", "--model", checkpoint, "--prompt", "a dog"]
+    flags += ["--n_inversion_steps", STEPS, "--n_timesteps", STEPS, "--n_frames", N_FRAMES]
+    flags += ["--batch_size", 2, "--keyframe_interval", 2, "--keyframe_window", 3]
+    flags += ["--dtype", "float32", "--latents_path", latents, "--output_path", out]
+    if technique == "controlnet":
+        flags += ["--controlnet", checkpoint / "controlnet"]
+    return flags
+
+
+def command_of(script, flags, n_processes=1):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n_processes)]
+    launched = launch if n_processes > 1 else []
+    return [sys.executable, *launched, str(ROOT / script), *map(str, flags)]
+
+
+def run_alone(script, flags, folder, n_processes=1):
+    """The path that a command printed as its own process, or as several."""
+    command = command_of(script, flags, n_processes)
+    result = subprocess.run(command, cwd=folder, env=ONE_THREAD, capture_output=True, text=True)
+    return folder / last_line(result)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """All files under a folder by relative path, but those whose text says how they were made."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in ("manifest.json", "config.yaml")
+    }
+
+
+def run_in(folder, script, flags, made):
+    """A command in a process of its own that has torch already; puts the path it printed in `made`."""
+    torch.set_num_threads(1)
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stderr(nothing):
+        made.put(folder / last_line(run(script, *flags, cwd=folder)))
+
+
+@pytest.fixture(scope="module")
+def server():
+    """Starts processes at once, of one thread each."""
+    before = dict(os.environ)
+    os.environ.update(ONE_THREAD)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_runs", "invert_video", "edit_video"])
+    yield context
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def whole(server, source, checkpoint):
+    """The files that uninterrupted runs of one process leave, by command."""
+    made, contents = server.SimpleQueue(), {}
+    for name in ("preprocess", *TECHNIQUES):
+        if name == "preprocess":
+            script, flags = "preprocess.py", invert_flags(checkpoint, "whole")
+        else:
+            script = f"run_tokenflow_{name}.py"
+            flags = edit_flags(checkpoint, "whole", "edits", name)
+        process = server.Process(target=run_in, args=(source, script, flags, made))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        contents[name] = content(made.get().parent)
+    return contents
+
+
+@pytest.mark.parametrize("name", ["preprocess", *TECHNIQUES])
+def test_two_processes_equal_one(source, checkpoint, whole, name):
+    if name == "preprocess":
+        script, flags = "preprocess.py", invert_flags(checkpoint, "shared")
+    else:
+        script = f"run_tokenflow_{name}.py"
+        flags = edit_flags(checkpoint, "whole", "shared_edits", name)
+    video = run_alone(script, flags, source, n_processes=2)
+    assert content(video.parent) == whole[name]
+
+
+def test_a_process_that_dies_ends_the_run(source, checkpoint):
+    """The others are not left waiting, what is done stays, and the next run needs only the rest."""
+    flags = [*invert_flags(checkpoint, "died"), "--n_frames", 0]
+    script = source / "dies.py"
+    script.write_text(
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import diffusion, preprocess\n"
+        "def fails(*args, **kwargs): raise FloatingPointError('of this process')\n"
+        "if os.environ['RANK'] == '1': diffusion.StableDiffusion.decode_latents = fails\n"
+        "preprocess.main()\n"
+    )
+    command = command_of(script, flags, 2)
+    begin = time.monotonic()
+    ended = subprocess.run(command, cwd=source, env=ONE_THREAD, capture_output=True, text=True)
+    assert ended.returncode != 0 and time.monotonic() - begin < 60
+    assert "error (process 1): of this process" in ended.stderr and ended.stdout == ""
+
+
+@pytest.mark.parametrize("script", ["preprocess.py", "run_tokenflow_pnp.py"])
+def test_killed_runs_go_on(server, source, checkpoint, whole, script):
+    """Killed at many moments, a run that is started again ends with the files of one that was not."""
+    if script == "preprocess.py":
+        flags, name = invert_flags(checkpoint, "killed"), "preprocess"
+    else:
+        flags, name = edit_flags(checkpoint, "whole", "killed_edits"), "pnp"
+    rng, kills, made = random.Random(0), 0, server.SimpleQueue()
+    while True:
+        process = server.Process(target=run_in, args=(source, script, flags, made))
+        process.start()
+        process.join(rng.uniform(0.1, 2.0) if kills < KILLS else None)
+        if process.exitcode == 0:
+            break
+        process.kill()
+        process.join()
+        kills += 1
+    assert kills >= 4
+    assert content(made.get().parent) == whole[name]
+
+
+def test_a_run_that_was_stopped_halfway_is_gone_on_with(source, checkpoint, monkeypatch):
+    """Segments and steps that are done are not done again; --resume false does them again."""
+    seen = []
+    predict_noise = StableDiffusion.predict_noise
+
+    def counted(self, latents, *args):
+        seen.append(len(latents))
+        if len(seen) == stop_at:
+            raise KeyboardInterrupt
+        return predict_noise(self, latents, *args)
+
+    monkeypatch.setattr(StableDiffusion, "predict_noise", counted)
+    for script, flags, halfway in (
+        ("preprocess.py", invert_flags(checkpoint, "stopped"), 40),
+        ("run_tokenflow_pnp.py", edit_flags(checkpoint, "stopped", "stopped_edits"), 20),
+    ):
+        seen.clear()
+        stop_at, evaluations = halfway, []
+        assert run(script, *flags, cwd=source).returncode == 130
+        stop_at = None
+        for more in ([], ["--overwrite"], []):
+            seen.clear()
+            last_line(run(script, *flags, *more, cwd=source))
+            evaluations.append(sum(seen))
+        assert 0 < evaluations[0] < 0.8 * evaluations[1] and evaluations[2] == 0
+
+
+def test_a_second_run_into_the_same_folder_is_refused(source, checkpoint, whole):
+    inversion = source / "whole" / "sd_tiny" / "clip" / f"steps_{STEPS}" / f"nframes_{N_FRAMES}"
+    edit = source / "edits" / "pnp_clip"
+    for script, flags, folder in (
+        ("preprocess.py", invert_flags(checkpoint, "whole"), inversion),
+        ("run_tokenflow_pnp.py", edit_flags(checkpoint, "whole", "edits"), edit),
+    ):
+        with runs.locked(folder):
+            result = run(script, *flags, "--overwrite", cwd=source)
+            refusal(result, folder.name, f"process {os.getpid()} on")
+        assert not list(folder.parent.glob(".lock*")) and not list(folder.parent.glob(".partial*"))
+    assert content(edit) == whole["pnp"]
+
+
+def test_a_lock_dies_with_its_process(tmp_path):
+    code = (
+        f"import sys, os, pathlib; sys.path.insert(0, {str(ROOT)!r}); import runs\n"
+        "with runs.locked(pathlib.Path('made')): os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path).returncode == -9
+    assert (tmp_path / ".lock-made").exists()
+    made, refused = tmp_path / "made", pytest.raises(UserError, match="at work")
+    with runs.locked(made), refused, runs.locked(made):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_another_configuration_left_is_not_gone_on_with(tmp_path):
+    def left_by(made, resume=True):
+        with (
+            contextlib.suppress(KeyboardInterrupt),
+            runs.resumable(tmp_path / "x", made, resume) as f,
+        ):
+            found = sorted(path.name for path in f.iterdir() if path.name != "run.json")
+            (f / made).touch()
+            raise KeyboardInterrupt
+        return found
+
+    assert [left_by("a"), left_by("a"), left_by("b"), left_by("b", False)] == [[], ["a"], [], []]
+    with pytest.raises(UserError), runs.resumable(tmp_path / "x", "b", True):
+        raise UserError
+    assert not list(tmp_path.iterdir())
+
+
+def test_batches_are_halved_until_they_fit():
+    passed = []
+
+    def fits_three(items):
+        if len(items) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        passed.append(len(items))
+        return 10 * items
+
+    items = torch.arange(13)
+    assert torch.equal(Batches(12, adapts=True).map(fits_three, items), 10 * items)
+    assert passed == [3, 3, 3, 3, 1]
+    with pytest.raises(torch.OutOfMemoryError):
+        Batches(12, adapts=False).map(fits_three, items)
+    with pytest.raises(ZeroDivisionError):
+        Batches(12, adapts=True).map(lambda items: 1 // 0, items)
+
+
+def test_out_of_memory_is_one_line(source, checkpoint, whole, monkeypatch):
+    def runs_out(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(StableDiffusion, "predict_noise", runs_out)
+    result = run("run_tokenflow_pnp.py", *edit_flags(checkpoint, "whole", "large"), cwd=source)
+    assert result.returncode == 1 and "--batch_size auto" in result.stderr.splitlines()[-1]
