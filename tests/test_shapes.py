@@ -67,7 +67,8 @@ def test_round_trip_and_reconstruction(trained):
 def test_tokenflow_is_steadier_than_editing_frame_by_frame(trained, tmp_path):
     (clip,) = held_out_clips(1, n_frames=8)
     config = PnPConfig(data_path="", prompt="", n_timesteps=10, batch_size=4)
-    job = Job.prepare(trained, clip, config, tmp_path / "source")
+    job = Job.prepare(trained, clip, config, tmp_path)
+    job.reconstruct()
     judge = Judge.load(SHAPES_CHECKPOINT / "judge.safetensors")
     alone = measure(clip, METHODS["per_frame"](job), judge, gaps=(1,))
     flows = measure(clip, METHODS["tokenflow_flanking"](job), judge, gaps=(1,))
