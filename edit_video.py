@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from cli import dump
 from config import ControlNetConfig, EditConfig
+from denoiser import Source, keyframes_of
 from diffusion import (
     Schedule,
     StableDiffusion,
@@ -20,12 +21,13 @@ from diffusion import (
     load,
     load_scheduler,
 )
-from editor import Source, Technique, edit, keyframes_of
+from editor import edit
 from inversion import CLEAN, Inversion, find_inversion, noisy
 from processes import Processes
 from rows import Rows
 from runs import locked, partial_path, remove, run_folder, staged
 from sheets import contact_sheet, moments
+from techniques import Technique
 from tokenflow_utils import SourceFeatures
 from trajectory import Trajectory
 from util import load_frames, save_frames, write_image, write_video_from_folders

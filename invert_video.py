@@ -126,6 +126,7 @@ class _Run:
             inversion.create_latents(name, shape)
         for folder in (inversion.vae, inversion.reconstruction):
             folder.mkdir(exist_ok=True)
+        remove(inversion.source_store.folder)  # of a run that was killed in here
         if stages.keeps_source(sd, inversion.folder, config, shape, self.editing):
             inversion.source_store.create(sd.unet, shape, self.editing.timesteps)
 

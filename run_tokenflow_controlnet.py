@@ -23,8 +23,7 @@ def main() -> None:
 
     from control import canny
     from edit_video import Edit, run_edit
-    from editor import Technique
-    from techniques import controlnet
+    from techniques import Technique, controlnet
     from util import load_frames, write_video
 
     def technique(job: Edit) -> Technique:

@@ -19,8 +19,7 @@ def main() -> None:
 
     # Slow imports, left until the configuration is known to be right.
     from edit_video import Edit, run_edit
-    from editor import Technique
-    from techniques import plug_and_play
+    from techniques import Technique, plug_and_play
 
     def technique(job: Edit) -> Technique:
         return plug_and_play(config, job.schedule, job.first_latents, job.n_frames)

@@ -19,9 +19,8 @@ def main() -> None:
 
     # Slow imports, left until the configuration is known to be right.
     from edit_video import Edit, run_edit
-    from editor import Technique
     from inversion import CLEAN
-    from techniques import sdedit
+    from techniques import Technique, sdedit
 
     def technique(job: Edit) -> Technique:
         made = job.inversion.manifest

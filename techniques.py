@@ -1,16 +1,34 @@
 """Plug-and-Play, SDEdit and ControlNet, each as what the editor needs to know of it."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from diffusers import DDIMScheduler
 
 from config import PnPConfig, SDEditConfig
 from diffusion import Control, Schedule
-from editor import Technique
 
 # For frame indices (n,), latents (n, 4, h, w).
 LatentsOf = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Technique:
+    """What makes an edit Plug-and-Play, SDEdit or ControlNet.
+
+    initial: for frame indices (n,), latents (n, 4, h, w) at the schedule's first timestep.
+    attention_steps, feature_steps: how many steps, from the first, inject the source's attention
+    and features.
+    control: for frame indices (n,), what conditions the ControlNet in each stream: three times (n).
+    """
+
+    initial: LatentsOf
+    n_frames: int
+    schedule: Schedule
+    attention_steps: int = 0
+    feature_steps: int = 0
+    control: Callable[[torch.Tensor], tuple[Control, Control, Control]] | None = None
 
 
 def plug_and_play(

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from editor import Denoiser, Latents
+from denoiser import Denoiser, Latents
 from tokenflow_utils import JointEdit
 
 

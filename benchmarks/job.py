@@ -13,15 +13,16 @@ from batches import Batches
 from benchmarks.clips import Clip
 from config import PnPConfig, SDEditConfig
 from control import canny
+from denoiser import Denoiser, Source, TokenFlowDenoiser, keyframes_of
 from diffusion import Schedule, StableDiffusion, invert, last, sample
-from editor import Denoiser, Source, Technique, TokenFlowDenoiser, edit, keyframes_of
+from editor import edit
 from metrics import frame_psnr
 from predictor import FramesPredictor
 from processes import Processes
 from shapes.controlnet import CANNY_THRESHOLDS
 from source_recorder import RecordingPredictor, install_recorder
 from source_store import SourceStore
-from techniques import controlnet, plug_and_play, sdedit
+from techniques import Technique, controlnet, plug_and_play, sdedit
 from trajectory import Trajectory
 
 SDEDIT_START = 0.7

@@ -25,14 +25,13 @@ from benchmarks.report import length_plot, length_tables
 from config import PnPConfig, PreprocessConfig
 from diffusion import choose_device, load
 from edit_video import Edit, run_edit
-from editor import Technique
 from invert_video import run_inversion
 from metrics import warp_error
 from shapes.checkpoint import build_random
 from shapes.judge import Judge
 from shapes.world import render
 from sheets import contact_sheet, moments
-from techniques import plug_and_play
+from techniques import Technique, plug_and_play
 from tokenflow_utils import Keyframes
 from util import write_image, write_video
 from windows import window_bounds

@@ -10,8 +10,9 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 from config import EditConfig
+from denoiser import Denoiser, Source
 from diffusion import StableDiffusion, sample
-from editor import Denoiser, Source, Technique
+from techniques import Technique
 from tokenflow_utils import (
     INJECTED_ATTENTION,
     Keyframes,

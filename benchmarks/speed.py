@@ -31,8 +31,9 @@ from benchmarks.report import speed_table
 from benchmarks.sd15 import random_sd15
 from cli import parse_with_yaml
 from config import PnPConfig
+from denoiser import Denoiser, Source, TokenFlowDenoiser, keyframes_of
 from diffusion import Schedule, StableDiffusion, choose_device, invert, last, load, sample
-from editor import Denoiser, Source, TokenFlowDenoiser, edit, keyframes_of
+from editor import edit
 from metrics import frame_psnr
 from predictor import FramesPredictor
 from processes import Processes

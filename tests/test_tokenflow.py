@@ -7,11 +7,12 @@ from reference import Reference
 from batches import Batches
 from benchmarks.published import Published, PublishedAttention
 from config import PnPConfig
+from denoiser import Source, TokenFlowDenoiser
 from diffusion import Schedule
-from editor import Source, Technique, TokenFlowDenoiser
 from predictor import FramesPredictor
 from source_recorder import RecordingPredictor, install_recorder
 from source_store import SourceStore, bytes_needed
+from techniques import Technique
 from tokenflow_utils import (
     Blend,
     JointEdit,
@@ -78,7 +79,7 @@ def test_equals_reference(sd, video, propagation, injects):
 @torch.no_grad()
 def test_windows_equal_the_reference(sd, monkeypatch, propagation, window, together):
     """Anchors, shared boundaries and inner keyframes, all streams in a pass or one by one."""
-    monkeypatch.setattr("editor.FILLED", {"cpu": 1 << 12 if together else 1})
+    monkeypatch.setattr("denoiser.FILLED", {"cpu": 1 << 12 if together else 1})
     generator = torch.Generator().manual_seed(1)
     base, changes, latents = torch.randn(3, 17, 4, 16, 16, generator=generator)
     source = base[:1] + 0.3 * changes
@@ -145,7 +146,7 @@ def test_what_the_speed_benchmark_compares_with(sd, video):
 @torch.no_grad()
 def test_two_streams_equal_the_reference(sd, video, tmp_path, monkeypatch, batch_size, together):
     """With the source's features noted in the inversion's passes, its stream is not needed."""
-    monkeypatch.setattr("editor.FILLED", {"cpu": 1 << 12 if together else 1})
+    monkeypatch.setattr("denoiser.FILLED", {"cpu": 1 << 12 if together else 1})
     source, latents = video
     schedule, store = Schedule.of(sd.scheduler, 10), SourceStore(tmp_path / "source")
     t = schedule.timesteps[0]

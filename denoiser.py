@@ -1,0 +1,221 @@
+"""One step of an edit: a joint pass over the keyframes, then propagation to every frame.
+
+A technique is its initial latents, a schedule, how long the source is injected, and a ControlNet's
+condition; nothing here knows which technique it is.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
+
+import torch
+from diffusers import DDIMScheduler
+
+from batches import Batches
+from config import EditConfig
+from diffusion import Control, Schedule, StableDiffusion
+from rows import Rows
+from techniques import Technique
+from tokenflow_utils import (
+    COND,
+    SOURCE,
+    STREAMS,
+    UNCOND,
+    Blend,
+    JointEdit,
+    Keyframes,
+    SourceFeatures,
+    TokenFlow,
+    flanking_blend,
+    previous_blend,
+)
+from windows import Window, anchors, windows
+
+# Latent pixels in one pass from which on more of them are no faster, only larger.
+FILLED, FILLED_GPU = {"cpu": 1 << 10}, 1 << 15
+
+# Of all frames' latents, those of some frames (n,): (n, 4, h, w). A tensor or a file.
+Latents = torch.Tensor | Rows
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an inversion knows of the source video.
+
+    latents: the inverted latents (n, 4, h, w) of a timestep for frame indices (n,).
+    features: for frames that are no keyframes, likewise, what propagation needs of the source stream;
+    without it that stream is denoised along with the others.
+    """
+
+    latents: Callable[[int, torch.Tensor], torch.Tensor]
+    features: Callable[[int, torch.Tensor], SourceFeatures] | None = None
+
+
+class Denoiser:
+    """Predicts the guided noise of a video's frames at one timestep, in passes of some streams."""
+
+    def __init__(
+        self,
+        sd: StableDiffusion,
+        flow: TokenFlow,
+        technique: Technique,
+        source: Source,
+        prompts: tuple[str, str, str],
+        config: EditConfig,
+    ) -> None:
+        self.sd, self.flow, self.config = sd, flow, config
+        self.technique, self.source = technique, source
+        self.batches = Batches(config.frames_at_once, adapts=config.batch_size is None)
+        self.text = torch.cat([sd.encode_text(prompt) for prompt in prompts])  # 3 l d
+        timesteps = technique.schedule.timesteps
+        self.attention_timesteps = frozenset(timesteps[: technique.attention_steps])
+        self.feature_timesteps = frozenset(timesteps[: technique.feature_steps])
+
+    def chunks(self, t: int) -> list:
+        """The frames of the video in chunks that processes may share; neighbours belong together."""
+        return list(torch.arange(self.technique.n_frames).split(self.config.frames_at_once))
+
+    def noise(
+        self, latents: Latents, t: int, chunks: list
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """For some of the `chunks`, one by one: frames (n,) and their guided noise (n, 4, h, w)."""
+        raise NotImplementedError
+
+    def predict_noise(self, latents: Latents, t: int) -> torch.Tensor:
+        """The guided noise (N, 4, h, w) of all frames' latents (N, 4, h, w) at timestep `t`."""
+        noise = torch.empty(latents.shape)
+        for frames, predicted in self.noise(latents, t, self.chunks(t)):
+            noise[frames] = predicted
+        return noise
+
+    def guided_noise(
+        self,
+        latents: Latents,
+        t: int,
+        frames: torch.Tensor,
+        passes: tuple[tuple[int, ...], ...] = (STREAMS,),
+    ) -> torch.Tensor:
+        """Guided noise (n, 4, h, w) of the frames (n,).
+
+        passes: which streams go through the UNet together; SOURCE may be in none.
+        """
+        controls = self.technique.control(frames) if self.technique.control else None
+        edited, noise = latents[frames], {}
+        for streams in passes:
+            self.flow.streams = streams
+            source = self.source.latents(t, frames).to(edited) if SOURCE in streams else None
+            samples = torch.cat([source if stream == SOURCE else edited for stream in streams])
+            text = self.text[list(streams)].repeat_interleave(len(frames), dim=0)
+            control = Control.cat([controls[stream] for stream in streams]) if controls else None
+            predicted = self.sd.predict_noise(samples, t, text, control)
+            noise |= zip(streams, predicted.chunk(len(streams)), strict=True)
+        return noise[UNCOND] + self.config.guidance_scale * (noise[COND] - noise[UNCOND])
+
+
+class TokenFlowDenoiser(Denoiser):
+    """Joint edit of random keyframes, window by window, and propagation to all other frames."""
+
+    def chunks(self, t: int) -> list[tuple[Window, torch.Tensor]]:
+        """Frames of one window each, and that window."""
+        keyframes, blend = self._step(t)
+        return [
+            (window, frames)
+            for window in windows(blend, len(keyframes), self.config.keyframe_window)
+            for frames in window.frames.split(self.config.frames_at_once)
+        ]
+
+    def noise(
+        self, latents: Latents, t: int, chunks: list[tuple[Window, torch.Tensor]]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """For some of the `chunks`, one by one: frames (n,) and their guided noise (n, 4, h, w)."""
+        keyframes, blend = self._step(t)
+        # Guided noise (4, h, w) of the keyframes that the layers remember, by position, in their order.
+        edited: dict[int, torch.Tensor] = {}
+        for window, of_window in groupby(chunks, itemgetter(0)):
+            edited = self._edit_window(latents, t, keyframes, window.keyframes, edited)
+            rows = torch.full_like(keyframes, -1)
+            rows[list(edited)] = torch.arange(len(edited))
+
+            def propagated(frames: torch.Tensor, rows: torch.Tensor = rows) -> torch.Tensor:
+                of_frames = blend.of(frames)
+                remembered = Blend(rows[of_frames.keyframes], of_frames.weights)
+                return self._propagate(latents, t, frames, remembered)
+
+            for _, frames in of_window:
+                whole = blend.of(frames).whole
+                # A keyframe that takes itself whole is done with the joint edit.
+                done = (whole >= 0) & (keyframes[whole] == frames)
+                noise = torch.empty(len(frames), *latents.shape[1:])
+                for index in done.nonzero().flatten().tolist():
+                    noise[index] = edited[whole[index].item()]
+                if not done.all():
+                    noise[~done] = self.batches.map(propagated, frames[~done])
+                yield frames, noise
+
+    def _edit_window(
+        self,
+        latents: Latents,
+        t: int,
+        keyframes: torch.Tensor,
+        window: list[int],
+        edited: dict[int, torch.Tensor],
+    ) -> dict[int, torch.Tensor]:
+        """Edit a window's keyframes, after those of other windows, and forget what it has no use for."""
+
+        def joint(positions: list[int], **context) -> dict[int, torch.Tensor]:
+            attention, features = t in self.attention_timesteps, t in self.feature_timesteps
+            self.flow.begin_joint_edit(JointEdit(attention, features, **context))
+            frames = keyframes[positions]
+            passes = self._passes(frames, latents, STREAMS)
+            return dict(zip(positions, self.guided_noise(latents, t, frames, passes), strict=True))
+
+        if len(window) == len(keyframes):
+            return joint(window)
+        shared = anchors(len(keyframes))
+        edited = {p: edited[p] for p in shared} if edited else joint(shared, as_context=True)
+        for boundary in (window[0], window[-1]):
+            if boundary not in edited:
+                kept = len(edited)
+                edited |= joint([boundary], context=len(shared), kept=kept, as_context=True)
+        if inner := [position for position in window if position not in edited]:
+            edited |= joint(inner, context=len(edited), kept=len(edited))
+        return edited
+
+    def _propagate(
+        self, latents: Latents, t: int, frames: torch.Tensor, blend: Blend
+    ) -> torch.Tensor:
+        """Guided noise (n, 4, h, w) of the frames (n,), which blend what the layers remember."""
+        source = self.source.features(t, frames) if self.source.features else None
+        self.flow.begin_propagation(blend, t in self.feature_timesteps, source)
+        passes = self._passes(frames, latents, (UNCOND, COND) if source else STREAMS)
+        return self.guided_noise(latents, t, frames, passes)
+
+    def _passes(
+        self, frames: torch.Tensor, latents: Latents, streams: tuple[int, ...]
+    ) -> tuple[tuple[int, ...], ...]:
+        """The streams one by one where one has enough latent pixels for the device, else together."""
+        pixels = len(frames) * latents.shape[-2] * latents.shape[-1]
+        large = pixels >= FILLED.get(self.sd.device.type, FILLED_GPU)
+        return tuple((stream,) for stream in streams) if large else (streams,)
+
+    def _step(self, t: int) -> tuple[torch.Tensor, Blend]:
+        """The keyframes (k,) of a timestep, and which of them each frame blends."""
+        keyframes, frames = self._plan[t], torch.arange(self.technique.n_frames)
+        if self.config.propagation == "previous":
+            return keyframes, previous_blend(frames, self.config.interval)
+        return keyframes, flanking_blend(frames, keyframes)
+
+    @cached_property
+    def _plan(self) -> dict[int, torch.Tensor]:
+        keyframes = keyframes_of(self.config, self.sd.scheduler, self.technique.n_frames)
+        if self.config.propagation == "previous":  # the authors' code draws none at skipped steps
+            keyframes = replace(keyframes, timesteps=self.technique.schedule.timesteps)
+        return keyframes.plan()
+
+
+def keyframes_of(config: EditConfig, scheduler: DDIMScheduler, n_frames: int) -> Keyframes:
+    """The keyframes of an edit; steps that a technique skips have theirs too."""
+    timesteps = Schedule.of(scheduler, config.n_timesteps).timesteps
+    return Keyframes(n_frames, config.interval, timesteps, config.seed)
