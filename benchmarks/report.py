@@ -115,7 +115,7 @@ def length_tables(rows: list[dict], qualities: list[dict]) -> str:
         "|---" * (len(names) + 1) + "|",
     ]
     for row in qualities:
-        cells = [f"{row[name]:.2f}" for name in names]
+        cells = ["" if row[name] is None else f"{row[name]:.2f}" for name in names]
         lines.append(f"| {row['window']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

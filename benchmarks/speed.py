@@ -157,7 +157,7 @@ def sd15_rounds(args: argparse.Namespace) -> dict:
     if device.type == "cuda":
         size, n_frames, interval, n_steps = 64, 40, 8, 50
     else:
-        size, n_frames, interval, n_steps = 32 if args.quick else 64, 8, 4, 1
+        size, n_frames, interval, n_steps = (32, 8, 4, 1) if args.quick else (64, 20, 4, 1)
     sd = random_sd15(device, dtype)
     meter = Meter(device, sd.unet)
     config = PnPConfig(
