@@ -160,7 +160,7 @@ def main() -> None:
     args = parse_arguments()
     args.output.mkdir(parents=True, exist_ok=True)
     rows = cost_rows(4)
-    n_frames, sizes = (96, [4]) if args.quick else (384, [8, 16])
+    n_frames, sizes = (96, [4]) if args.quick else (384, [4, 8, 16])
     qualities = quality_rows(args, n_frames, [*sizes, n_frames])
     tables = length_tables(rows, qualities)
     (args.output / "length.md").write_text(tables)
