@@ -10,7 +10,9 @@ JSON) and a plot.
 import argparse
 import json
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from tqdm import tqdm
 from benchmarks.arguments import benchmark_parser
 from benchmarks.clips import SIZE, Clip, held_out_clips
 from benchmarks.job import Job
-from benchmarks.meter import Meter
+from benchmarks.meter import Cost, Meter
 from benchmarks.quality import measure
 from benchmarks.report import length_plot, length_tables
 from config import PnPConfig, PreprocessConfig
@@ -43,13 +45,13 @@ ENDS = 24  # frames, whose colours are compared
 
 def cost_rows(steps: int) -> list[dict]:
     """Seconds a frame and peak memory of both commands, by length; the model's own part is small."""
-    rows, meter = [], Meter(torch.device("cpu"))
+    rows = []
     (clip,) = held_out_clips(1, max(LENGTHS))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shared = {"model": str(build_random(folder / "tiny")), "dtype": "float32", "device": "cpu"}
-        # The first run pays for what a process does once.
-        for n_frames in tqdm((min(LENGTHS), *LENGTHS), "Costs", unit="length"):
+        configs = {}
+        for n_frames in LENGTHS:
             video, latents = str(folder / f"{n_frames}.mp4"), str(folder / "latents")
             frames = (render(clip.scene, time, TINY_SIZE)[0] for time in range(n_frames))
             write_video(Path(video), frames, 24)
@@ -65,17 +67,28 @@ def cost_rows(steps: int) -> list[dict]:
                 output_path=str(folder / "edits"),
                 **shared,
             )
-            with meter.stage("inversion"):
-                run_inversion(inversion)
-            with meter.stage("editing"):
-                run_edit(edit, "pnp", partial(technique, edit))
-            for stage, cost in meter.stages.items():
-                measured = {
-                    "seconds_per_frame": cost.seconds / n_frames,
-                    "peak_mb": cost.peak_mb,
-                }
-                rows.append({"stage": stage, "frames": n_frames} | measured)
-    return rows[len(meter.stages) :]
+            configs[n_frames] = {"inversion": inversion, "editing": edit}
+        runs = [(n_frames, stage) for n_frames in LENGTHS for stage in configs[n_frames]]
+        for n_frames, stage in tqdm(runs, "Costs", unit="run"):
+            # In a process of its own, for what ran before leaves memory that counts for nothing.
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                first = configs[min(LENGTHS)][stage]
+                cost = pool.submit(cost_of, first, configs[n_frames][stage]).result()
+            measured = {"seconds_per_frame": cost.seconds / n_frames, "peak_mb": cost.peak_mb}
+            rows.append({"stage": stage, "frames": n_frames} | measured)
+    return rows
+
+
+def cost_of(*configs: PreprocessConfig | PnPConfig) -> Cost:
+    """What the last of several runs costs; the others pay for what a process does once."""
+    meter = Meter(torch.device("cpu"))
+    for config in configs:
+        with meter.stage("run"):
+            if isinstance(config, PreprocessConfig):
+                run_inversion(config)
+            else:
+                run_edit(config, "pnp", partial(technique, config))
+    return meter.stages["run"]
 
 
 def technique(config: PnPConfig, job: Edit) -> Technique:
