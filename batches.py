@@ -10,6 +10,14 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 log = logging.getLogger("tokenflow")
 
 
+def balanced(items: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
+    """Items (n,) in as few parts of at most `size` as hold them, as equal as can be.
+
+    What computes a part keeps kernels for each length it has met, so that fewer lengths are leaner.
+    """
+    return items.tensor_split(-(-len(items) // size)) if len(items) else ()
+
+
 class Batches:
     """How many frames pass at once: a fixed number, or one that is halved where memory runs out."""
 

@@ -13,7 +13,7 @@ from operator import itemgetter
 import torch
 from diffusers import DDIMScheduler
 
-from batches import Batches
+from batches import Batches, balanced
 from config import EditConfig
 from diffusion import Control, Schedule, StableDiffusion
 from rows import Rows
@@ -75,7 +75,7 @@ class Denoiser:
 
     def chunks(self, t: int) -> list:
         """The frames of the video in chunks that processes may share; neighbours belong together."""
-        return list(torch.arange(self.technique.n_frames).split(self.config.frames_at_once))
+        return list(balanced(torch.arange(self.technique.n_frames), self.config.frames_at_once))
 
     def noise(
         self, latents: Latents, t: int, chunks: list
@@ -118,19 +118,25 @@ class TokenFlowDenoiser(Denoiser):
     """Joint edit of random keyframes, window by window, and propagation to all other frames."""
 
     def chunks(self, t: int) -> list[tuple[Window, torch.Tensor]]:
-        """Frames of one window each, and that window."""
+        """Frames of one window each, and that window.
+
+        What the joint edit is all there is to is a chunk of its own.
+        """
         keyframes, blend = self._step(t)
-        return [
-            (window, frames)
-            for window in windows(blend, len(keyframes), self.config.keyframe_window)
-            for frames in window.frames.split(self.config.frames_at_once)
-        ]
+        edited, chunks = edited_whole(keyframes, blend), []
+        for window in windows(blend, len(keyframes), self.config.keyframe_window):
+            in_window = edited[window.frames]
+            propagated = balanced(window.frames[~in_window], self.config.frames_at_once)
+            parts = (window.frames[in_window], *propagated)
+            chunks += [(window, frames) for frames in parts if len(frames)]
+        return chunks
 
     def noise(
         self, latents: Latents, t: int, chunks: list[tuple[Window, torch.Tensor]]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """For some of the `chunks`, one by one: frames (n,) and their guided noise (n, 4, h, w)."""
         keyframes, blend = self._step(t)
+        needs_no_more = edited_whole(keyframes, blend)
         # Guided noise (4, h, w) of the keyframes that the layers remember, by position, in their order.
         edited: dict[int, torch.Tensor] = {}
         for window, of_window in groupby(chunks, itemgetter(0)):
@@ -144,15 +150,11 @@ class TokenFlowDenoiser(Denoiser):
                 return self._propagate(latents, t, frames, remembered)
 
             for _, frames in of_window:
-                whole = blend.of(frames).whole
-                # A keyframe that takes itself whole is done with the joint edit.
-                done = (whole >= 0) & (keyframes[whole] == frames)
-                noise = torch.empty(len(frames), *latents.shape[1:])
-                for index in done.nonzero().flatten().tolist():
-                    noise[index] = edited[whole[index].item()]
-                if not done.all():
-                    noise[~done] = self.batches.map(propagated, frames[~done])
-                yield frames, noise
+                if needs_no_more[frames].all():
+                    positions = blend.of(frames).whole.tolist()
+                    yield frames, torch.stack([edited[position] for position in positions])
+                else:
+                    yield frames, self.batches.map(propagated, frames)
 
     def _edit_window(
         self,
@@ -166,6 +168,7 @@ class TokenFlowDenoiser(Denoiser):
 
         def joint(positions: list[int], **context) -> dict[int, torch.Tensor]:
             attention, features = t in self.attention_timesteps, t in self.feature_timesteps
+            context["propagates_source"] = self.source.features is None
             self.flow.begin_joint_edit(JointEdit(attention, features, **context))
             frames = keyframes[positions]
             passes = self._passes(frames, latents, STREAMS)
@@ -213,6 +216,15 @@ class TokenFlowDenoiser(Denoiser):
         if self.config.propagation == "previous":  # the authors' code draws none at skipped steps
             keyframes = replace(keyframes, timesteps=self.technique.schedule.timesteps)
         return keyframes.plan()
+
+
+def edited_whole(keyframes: torch.Tensor, blend: Blend) -> torch.Tensor:
+    """Which frames of the video, bool (N,), the joint edit is all there is to.
+
+    They are `keyframes` (k,) that take themselves whole.
+    """
+    whole = blend.whole
+    return (whole >= 0) & (keyframes[whole] == torch.arange(len(whole)))
 
 
 def keyframes_of(config: EditConfig, scheduler: DDIMScheduler, n_frames: int) -> Keyframes:

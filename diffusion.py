@@ -22,9 +22,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from cli import UserError
 
-VAE_PIXELS = (
-    1 << 16
-)  # at once, or one frame: the VAE works at full resolution and needs the most memory
+# At once, or one frame: the VAE works at full resolution and needs the most memory.
+VAE_PIXELS = 1 << 16
 log = logging.getLogger("tokenflow")
 
 HUB_TIMEOUT = 10  # seconds

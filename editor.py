@@ -44,6 +44,7 @@ def edit(
             with trajectory.writing(step + 1) as cleaner:
                 chunks = share(predictor.chunks(t))
                 for frames, noise in predictor.noise(latents, t, chunks):
-                    cleaner[frames] = ddim_step(latents[frames], noise, *alphas)
-                    check_finite(cleaner[frames], f"the edited latents at timestep {t}")
+                    moved = ddim_step(latents[frames], noise, *alphas)
+                    check_finite(moved, f"the edited latents at timestep {t}")
+                    cleaner[frames] = moved
             yield step + 1

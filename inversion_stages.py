@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from batches import Batches
+from batches import Batches, balanced
 from cli import UserError
 from config import PreprocessConfig
 from control import canny
@@ -30,9 +30,8 @@ from diffusion import (
 from inversion import CLEAN, Inversion, noisy
 from metrics import frame_psnr, frame_ssim
 from predictor import FramesPredictor
-from source_recorder import RecordingPredictor, SourceRecorder
+from source_recorder import RecordingPredictor
 from source_store import MAX_TOKENS, bytes_needed
-from tokenflow_utils import Keyframes
 from util import decode_frames, fit_frame, frame_path, load_frames, save_frames, write_image
 
 log = logging.getLogger("tokenflow")
@@ -87,7 +86,7 @@ def read_source(config: PreprocessConfig, folder: Path, n_frames: int) -> None:
 
 def segments(config: PreprocessConfig, n_frames: int) -> list[torch.Tensor]:
     """The frames of the video in runs of neighbours, the parts of its inversion."""
-    return list(torch.arange(n_frames).split(config.frames_at_once))
+    return list(balanced(torch.arange(n_frames), config.frames_at_once))
 
 
 def keeps_source(
@@ -113,8 +112,22 @@ def keeps_source(
     return True
 
 
+def noise_predictor(
+    sd: StableDiffusion, inversion: Inversion, config: PreprocessConfig
+) -> FramesPredictor:
+    """Predicts the noise of the video's frames; one serves a whole run, which keeps its batch size."""
+    control = partial(_control, sd, inversion, config) if sd.controlnet else None
+    batches = Batches(config.frames_at_once, adapts=config.batch_size is None)
+    return FramesPredictor(sd, config.inversion_prompt, batches, control)
+
+
+def saved_latents(inversion: Inversion, t: int, frames: torch.Tensor) -> torch.Tensor:
+    """The inverted latents (n, 4, h, w) of the frames (n,) at an editing timestep."""
+    return inversion.latents(noisy(t))[frames]
+
+
 def invert_segment(
-    sd: StableDiffusion,
+    predictor: FramesPredictor,
     inversion: Inversion,
     config: PreprocessConfig,
     schedule: Schedule,
@@ -126,10 +139,10 @@ def invert_segment(
     Keeps the clean latents and those of the timesteps in `names`, under those names, and the frames
     after the VAE's round trip.
     """
+    sd = predictor.sd
     clean = sd.encode_frames(load_frames(inversion.source, frames.tolist()))
     inversion.latents(CLEAN)[frames] = clean
     save_frames(inversion.vae, frames[0].item(), sd.decode_latents(clean))
-    predictor = _predictor(sd, inversion, config)
 
     def predict_noise(latents: torch.Tensor, t: int, which: torch.Tensor) -> torch.Tensor:
         return predictor(latents, t, frames[which])
@@ -143,33 +156,24 @@ def invert_segment(
 
 def reconstruct_segment(
     sd: StableDiffusion,
+    predict_noise: FramesPredictor | RecordingPredictor,
     inversion: Inversion,
     config: PreprocessConfig,
     schedule: Schedule,
     frames: torch.Tensor,
-    recording: tuple[SourceRecorder, Keyframes] | None,
 ) -> Iterator[None]:
     """Sample the frames (n,) back on the schedule of an edit; yields after each step.
 
-    Writes what comes out, unless no reconstruction is wanted. With `recording`, what edits with those
-    keyframes need of the source is kept on the way.
+    Writes what comes out. Where no reconstruction is wanted the noise is only predicted, for what a
+    RecordingPredictor keeps.
     """
-
-    def saved(t: int, frames: torch.Tensor) -> torch.Tensor:
-        return inversion.latents(noisy(t))[frames]
-
-    predict = _predictor(sd, inversion, config)
-    if recording:
-        predict = RecordingPredictor(predict, *recording, saved, inversion.source_store)
     if config.no_reconstruction:
         for t in schedule.timesteps:
-            predict(saved(t, frames), t, frames)
+            predict_noise(saved_latents(inversion, t, frames), t, frames)
             yield
         return
-    steps = sample(
-        saved(schedule.timesteps[0], frames), schedule, lambda x, t: predict(x, t, frames)
-    )
-    for step in steps:
+    latents = saved_latents(inversion, schedule.timesteps[0], frames)
+    for step in sample(latents, schedule, lambda x, t: predict_noise(x, t, frames)):
         latents = step
         yield
     save_frames(inversion.reconstruction, frames[0].item(), sd.decode_latents(latents))
@@ -225,14 +229,6 @@ def _prompt_misleads(sd: StableDiffusion, inversion: Inversion, config: Preproce
         return (sd.predict_noise(noisy, t, text, control) - noise).square().mean().item()
 
     return error(config.inversion_prompt) > error("")
-
-
-def _predictor(
-    sd: StableDiffusion, inversion: Inversion, config: PreprocessConfig
-) -> FramesPredictor:
-    control = partial(_control, sd, inversion, config) if sd.controlnet else None
-    batches = Batches(config.frames_at_once, adapts=config.batch_size is None)
-    return FramesPredictor(sd, config.inversion_prompt, batches, control)
 
 
 def _control(

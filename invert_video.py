@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from diffusion import Schedule, StableDiffusion, check_checkpoint, choose_device
 from inversion import CLEAN, INVERTED, Inversion, Manifest, checkpoint_identity, noisy
 from processes import Processes
 from runs import Progress, locked, partial_path, remove, resumable
-from source_recorder import install_recorder
+from source_recorder import RecordingPredictor, install_recorder
 from tokenflow_utils import Keyframes
 from util import fingerprint, frame_rate, write_video_from_folders
 
@@ -81,16 +82,23 @@ class _Run:
         self.processes.wait()
         keyframes = self._keyframes if inversion.source_store.folder.exists() else None
 
+        predictor = stages.noise_predictor(sd, inversion, config)
+
         def invert(frames: torch.Tensor) -> Iterator[None]:
-            return stages.invert_segment(sd, inversion, config, self.schedule, self._names, frames)
+            return stages.invert_segment(
+                predictor, inversion, config, self.schedule, self._names, frames
+            )
 
         self._each("Inverting", len(self.schedule.timesteps), invert)
         with install_recorder(sd.unet) if keyframes else nullcontext() as recorder:
+            noting = predictor
+            if keyframes:
+                saved, store = partial(stages.saved_latents, inversion), inversion.source_store
+                noting = RecordingPredictor(predictor, recorder, keyframes, saved, store)
 
             def reconstruct(frames: torch.Tensor) -> Iterator[None]:
-                recording = (recorder, keyframes) if keyframes else None
                 return stages.reconstruct_segment(
-                    sd, inversion, config, self.editing, frames, recording
+                    sd, noting, inversion, config, self.editing, frames
                 )
 
             if keyframes or not config.no_reconstruction:

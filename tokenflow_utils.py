@@ -7,7 +7,7 @@ Shapes: (3, n, s, d) = streams (source, uncond, cond), frames, tokens, channels.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -200,7 +200,9 @@ class JointEdit:
 
     Layers hold keyframes in the order in which they were edited. The first `kept` of them stay, and the
     first `context` of those are attended to by the new ones too, if they were edited `as_context`.
-    Without `extended` attention each frame is edited by itself: what TokenFlow is compared with.
+    If propagation is given the source's features, it `propagates_source` no more, and layers remember
+    only the other streams. Without `extended` attention each frame is edited by itself: what TokenFlow
+    is compared with.
     """
 
     inject_attention: bool = False
@@ -208,6 +210,7 @@ class JointEdit:
     context: int = 0
     kept: int = 0
     as_context: bool = False
+    propagates_source: bool = True
     extended: bool = True
 
 
@@ -223,9 +226,7 @@ class TokenFlow:
         self.blend: Blend | None = None  # of propagation
         self.source: SourceFeatures | None = None  # where an inversion kept them
         self.inject_features = False
-        self.features: torch.Tensor | None = (
-            None  # n c h w, of the source in the last pass that had it
-        )
+        self.features: torch.Tensor | None = None  # n c h w, of a source that passed alone
 
     def begin_joint_edit(self, joint: JointEdit) -> None:
         """The next passes edit keyframes jointly and remember their tokens."""
@@ -271,11 +272,10 @@ class TokenFlowAttention(LayerProcessor):
         super().__init__(name)
         self.flow = flow
         self.injected = bool(INJECTED_ATTENTION.match(name))
-        self.key_outputs: torch.Tensor | None = None  # 3 k s d
+        self.key_outputs: torch.Tensor | None = None  # 3 k s d, or without the source 2 k s d
         self.context: dict[int, torch.Tensor] = {}  # by stream the keys and values: 2 k s d
-        self.injection: list[
-            torch.Tensor
-        ] = []  # of a source that passed alone, query and key: n s d
+        # Query and key (n, s, d) of a source that passed alone.
+        self.injection: list[torch.Tensor] = []
         self.nearest: torch.Tensor | None = None  # n 2 s, of the last frames whose source passed
 
     def __call__(
@@ -310,17 +310,28 @@ class TokenFlowAttention(LayerProcessor):
         else:
             output = frame_attention(query, key, value, attn.heads)
         output = output_projection(attn, output)
-        self.key_outputs[streams, joint.kept :] = output
+        remembered = [stream for stream in streams if joint.propagates_source or stream != SOURCE]
+        if remembered:
+            self._outputs_of(remembered)[:, joint.kept :] = output[-len(remembered) :]
         return output
+
+    def _outputs_of(self, streams: Sequence[int]) -> torch.Tensor:
+        """The keyframes' outputs (streams, k, s, d) in some neighbouring streams."""
+        without = len(STREAMS) - len(self.key_outputs)
+        return self.key_outputs[streams[0] - without : streams[-1] + 1 - without]
 
     def _remember(self, source: torch.Tensor, joint: JointEdit) -> None:
         """Forget all keyframes but those kept, and take in the source's tokens (n, s, d) of new ones."""
-        tokens = F.normalize(source.float(), dim=-1)
-        outputs = source.new_empty(len(STREAMS), *source.shape)
+        n_streams = len(STREAMS) if joint.propagates_source else len(STREAMS) - 1
+        outputs = source.new_empty(n_streams, *source.shape)
         if joint.kept:
-            tokens = torch.cat([self.key_tokens[: joint.kept], tokens])
             outputs = torch.cat([self.key_outputs[:, : joint.kept], outputs], dim=1)
-        self.key_tokens, self.key_outputs = tokens, outputs
+        self.key_outputs = outputs
+        if joint.propagates_source:
+            tokens = F.normalize(source.float(), dim=-1)
+            if joint.kept:
+                tokens = torch.cat([self.key_tokens[: joint.kept], tokens])
+            self.key_tokens = tokens
 
     def _in_context(
         self, key: torch.Tensor, value: torch.Tensor, joint: JointEdit, edited: list[int]
@@ -347,7 +358,7 @@ class TokenFlowAttention(LayerProcessor):
             if SOURCE in streams:
                 self.nearest = correspondences(tokens[SOURCE], self.key_tokens, blend)
             nearest = self.nearest
-        return propagate(self.key_outputs[streams[0] : streams[-1] + 1], nearest, blend)
+        return propagate(self._outputs_of(streams), nearest, blend)
 
 
 def output_projection(attn: Attention, output: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -90,27 +91,39 @@ def server():
     os.environ.update(ONE_THREAD)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_runs", "invert_video", "edit_video"])
+    first = context.Process(target=int)  # waits for what is loaded once, which is no part of a run
+    first.start()
+    first.join()
     yield context
     os.environ.clear()
     os.environ.update(before)
 
 
+class Whole(NamedTuple):
+    """What an uninterrupted run of one process leaves and takes."""
+
+    files: dict[str, bytes]
+    seconds: float
+
+
 @pytest.fixture(scope="module")
 def whole(server, source, checkpoint):
-    """The files that uninterrupted runs of one process leave, by command."""
-    made, contents = server.SimpleQueue(), {}
+    """Uninterrupted runs, by command."""
+    made, runs_of = server.SimpleQueue(), {}
     for name in ("preprocess", *TECHNIQUES):
         if name == "preprocess":
             script, flags = "preprocess.py", invert_flags(checkpoint, "whole")
         else:
             script = f"run_tokenflow_{name}.py"
             flags = edit_flags(checkpoint, "whole", "edits", name)
+        begin = time.monotonic()
         process = server.Process(target=run_in, args=(source, script, flags, made))
         process.start()
         process.join()
         assert process.exitcode == 0
-        contents[name] = content(made.get().parent)
-    return contents
+        seconds = time.monotonic() - begin
+        runs_of[name] = Whole(content(made.get().parent), seconds)
+    return runs_of
 
 
 @pytest.mark.parametrize("name", ["preprocess", *TECHNIQUES])
@@ -121,7 +134,7 @@ def test_two_processes_equal_one(source, checkpoint, whole, name):
         script = f"run_tokenflow_{name}.py"
         flags = edit_flags(checkpoint, "whole", "shared_edits", name)
     video = run_alone(script, flags, source, n_processes=2)
-    assert content(video.parent) == whole[name]
+    assert content(video.parent) == whole[name].files
 
 
 def test_a_process_that_dies_ends_the_run(source, checkpoint):
@@ -153,14 +166,16 @@ def test_killed_runs_go_on(server, source, checkpoint, whole, script):
     while True:
         process = server.Process(target=run_in, args=(source, script, flags, made))
         process.start()
-        process.join(rng.uniform(0.1, 2.0) if kills < KILLS else None)
+        # Moments that add to less than a run before the fourth, and to more before the last.
+        moment = whole[name].seconds * rng.uniform(0.02, 0.3)
+        process.join(moment if kills < KILLS else None)
         if process.exitcode == 0:
             break
         process.kill()
         process.join()
         kills += 1
     assert kills >= 4
-    assert content(made.get().parent) == whole[name]
+    assert content(made.get().parent) == whole[name].files
 
 
 def test_a_run_that_was_stopped_halfway_is_gone_on_with(source, checkpoint, monkeypatch):
@@ -201,7 +216,7 @@ def test_a_second_run_into_the_same_folder_is_refused(source, checkpoint, whole)
             result = run(script, *flags, "--overwrite", cwd=source)
             refusal(result, folder.name, f"process {os.getpid()} on")
         assert not list(folder.parent.glob(".lock*")) and not list(folder.parent.glob(".partial*"))
-    assert content(edit) == whole["pnp"]
+    assert content(edit) == whole["pnp"].files
 
 
 def test_a_lock_dies_with_its_process(tmp_path):
