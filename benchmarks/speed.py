@@ -26,7 +26,7 @@ from benchmarks.clips import Clip, held_out_clips
 from benchmarks.job import Job, predictor_of
 from benchmarks.meter import Cost, Meter
 from benchmarks.published import published_edit
-from benchmarks.quality import mean, measure
+from benchmarks.quality import GAPS, mean, measure
 from benchmarks.report import speed_table
 from benchmarks.sd15 import random_sd15
 from cli import parse_with_yaml
@@ -98,7 +98,8 @@ def quality(sd: StableDiffusion, clip: Clip, judge: Judge, pictures: Pictures) -
     round_trip = sd.decode_latents(sd.encode_frames(clip.frames))
     reconstructed = sd.decode_latents(pictures.reconstructed)
     psnr = float(np.mean(frame_psnr(reconstructed, round_trip)))
-    return {"reconstruction_psnr": psnr} | measure(clip, pictures.edited, judge)
+    gaps = tuple(gap for gap in GAPS if gap < clip.n_frames)
+    return {"reconstruction_psnr": psnr} | measure(clip, pictures.edited, judge, gaps)
 
 
 def floor(sd: StableDiffusion, costs: dict[str, Cost], latent_size: int) -> dict[str, Cost]:
@@ -119,7 +120,7 @@ def floor(sd: StableDiffusion, costs: dict[str, Cost], latent_size: int) -> dict
 
 def shapes_rounds(args: argparse.Namespace) -> tuple[dict, dict]:
     """Costs by method and stage, and qualities by method, a list of one entry for each clip."""
-    n_clips, n_frames, interval = (2, 9, 5) if args.quick else (3, 24, 8)
+    n_clips, n_frames, interval = (2, 4, 2) if args.quick else (2, 16, 8)
     sd = load(str(args.model), None, *choose_device(args.device, args.dtype))
     judge, meter = Judge.load(args.model / "judge.safetensors"), Meter(sd.device, sd.unet)
     at_defaults = PnPConfig(data_path="", prompt="", keyframe_interval=interval)
@@ -157,7 +158,7 @@ def sd15_rounds(args: argparse.Namespace) -> dict:
     if device.type == "cuda":
         size, n_frames, interval, n_steps = 64, 40, 8, 50
     else:
-        size, n_frames, interval, n_steps = (32, 8, 4, 1) if args.quick else (64, 20, 4, 1)
+        size, n_frames, interval, n_steps = (32, 4, 2, 1) if args.quick else (64, 10, 2, 1)
     sd = random_sd15(device, dtype)
     meter = Meter(device, sd.unet)
     config = PnPConfig(
