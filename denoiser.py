@@ -164,26 +164,30 @@ class TokenFlowDenoiser(Denoiser):
         window: list[int],
         edited: dict[int, torch.Tensor],
     ) -> dict[int, torch.Tensor]:
-        """Edit a window's keyframes, after those of other windows, and forget what it has no use for."""
-
-        def joint(positions: list[int], **context) -> dict[int, torch.Tensor]:
-            attention, features = t in self.attention_timesteps, t in self.feature_timesteps
-            context["propagates_source"] = self.source.features is None
-            self.flow.begin_joint_edit(JointEdit(attention, features, **context))
+        """Edit a window's keyframes but those `edited` before, and forget what it has no use for."""
+        shared, boundaries = anchors(len(keyframes)), [[window[0]], [window[-1]]]
+        groups = [window] if len(window) == len(keyframes) else [shared, *boundaries, window]
+        useful = {*shared, window[0], window[-1]}
+        kept = tuple(place for place, position in enumerate(edited) if position in useful)
+        edited = {position: edited[position] for position in edited if position in useful}
+        for group in groups:
+            if not (positions := [position for position in group if position not in edited]):
+                continue
+            inner = group is window
+            joint = JointEdit(
+                inject_attention=t in self.attention_timesteps,
+                inject_features=t in self.feature_timesteps,
+                # Boundaries attend to the anchors alone, so that they are the same in both windows.
+                context=len(edited) if inner else min(len(edited), len(shared)),
+                kept=kept,
+                as_context=not inner,
+                propagates_source=self.source.features is None,
+            )
+            self.flow.begin_joint_edit(joint)
             frames = keyframes[positions]
-            passes = self._passes(frames, latents, STREAMS)
-            return dict(zip(positions, self.guided_noise(latents, t, frames, passes), strict=True))
-
-        if len(window) == len(keyframes):
-            return joint(window)
-        shared = anchors(len(keyframes))
-        edited = {p: edited[p] for p in shared} if edited else joint(shared, as_context=True)
-        for boundary in (window[0], window[-1]):
-            if boundary not in edited:
-                kept = len(edited)
-                edited |= joint([boundary], context=len(shared), kept=kept, as_context=True)
-        if inner := [position for position in window if position not in edited]:
-            edited |= joint(inner, context=len(edited), kept=len(edited))
+            noise = self.guided_noise(latents, t, frames, self._passes(frames, latents, STREAMS))
+            edited |= zip(positions, noise, strict=True)
+            kept = tuple(range(len(edited)))
         return edited
 
     def _propagate(

@@ -198,8 +198,8 @@ class SourceFeatures:
 class JointEdit:
     """How keyframes are edited jointly, and which of those edited before the layers still remember.
 
-    Layers hold keyframes in the order in which they were edited. The first `kept` of them stay, and the
-    first `context` of those are attended to by the new ones too, if they were edited `as_context`.
+    Layers hold keyframes in the order in which they were edited. Those at `kept` places in it stay, and
+    the first `context` of those are attended to by the new ones too, if they were edited `as_context`.
     If propagation is given the source's features, it `propagates_source` no more, and layers remember
     only the other streams. Without `extended` attention each frame is edited by itself: what TokenFlow
     is compared with.
@@ -208,7 +208,7 @@ class JointEdit:
     inject_attention: bool = False
     inject_features: bool = False
     context: int = 0
-    kept: int = 0
+    kept: tuple[int, ...] = ()
     as_context: bool = False
     propagates_source: bool = True
     extended: bool = True
@@ -312,7 +312,7 @@ class TokenFlowAttention(LayerProcessor):
         output = output_projection(attn, output)
         remembered = [stream for stream in streams if joint.propagates_source or stream != SOURCE]
         if remembered:
-            self._outputs_of(remembered)[:, joint.kept :] = output[-len(remembered) :]
+            self._outputs_of(remembered)[:, len(joint.kept) :] = output[-len(remembered) :]
         return output
 
     def _outputs_of(self, streams: Sequence[int]) -> torch.Tensor:
@@ -325,12 +325,12 @@ class TokenFlowAttention(LayerProcessor):
         n_streams = len(STREAMS) if joint.propagates_source else len(STREAMS) - 1
         outputs = source.new_empty(n_streams, *source.shape)
         if joint.kept:
-            outputs = torch.cat([self.key_outputs[:, : joint.kept], outputs], dim=1)
+            outputs = torch.cat([self.key_outputs[:, joint.kept], outputs], dim=1)
         self.key_outputs = outputs
         if joint.propagates_source:
             tokens = F.normalize(source.float(), dim=-1)
             if joint.kept:
-                tokens = torch.cat([self.key_tokens[: joint.kept], tokens])
+                tokens = torch.cat([self.key_tokens[list(joint.kept)], tokens])
             self.key_tokens = tokens
 
     def _in_context(
@@ -341,11 +341,10 @@ class TokenFlowAttention(LayerProcessor):
             return key, value
         new, seen = torch.stack([key, value]), []  # 2 edited n s d
         for index, stream in enumerate(edited):
-            before = [self.context[stream]] if joint.kept else []
+            before = [self.context[stream][:, joint.kept]] if joint.kept else []
             seen.append(torch.cat([*(x[:, : joint.context] for x in before), new[:, index]], dim=1))
             if joint.as_context:
-                kept = [x[:, : joint.kept] for x in before]
-                self.context[stream] = torch.cat([*kept, new[:, index]], dim=1)
+                self.context[stream] = torch.cat([*before, new[:, index]], dim=1)
         return torch.stack(seen, dim=1)
 
     def _propagation(

@@ -29,8 +29,9 @@ def anchors(n_keyframes: int) -> list[int]:
 
 
 def windows(blend: Blend, n_keyframes: int, size: int) -> list[Window]:
-    """As few windows of at most `size` keyframes as hold them all; of each two one keyframe is shared.
+    """As few windows as hold all keyframes; neighbours share one.
 
+    size: keyframes that attend to each other, at most; in several windows the anchors are among them.
     blend: of all frames of the video.
     """
     bounds = window_bounds(n_keyframes, size)
@@ -44,5 +45,6 @@ def windows(blend: Blend, n_keyframes: int, size: int) -> list[Window]:
 
 def window_bounds(n_keyframes: int, size: int) -> list[int]:
     """Positions among the keyframes at which windows begin and end, from 0 to the last."""
-    n_windows = max(1, -(-(n_keyframes - 1) // (size - 1)))
+    own = size if n_keyframes <= size else size - ANCHORS
+    n_windows = max(1, -(-(n_keyframes - 1) // (own - 1)))
     return torch.linspace(0, n_keyframes - 1, n_windows + 1).round().long().tolist()

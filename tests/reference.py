@@ -62,7 +62,7 @@ class Reference:
         if n <= self.window:
             return [(list(range(n)), [])]
         anchors = [round(i * (n - 1) / 3) for i in range(4)]
-        n_windows = math.ceil((n - 1) / (self.window - 1))
+        n_windows = math.ceil((n - 1) / (self.window - len(anchors) - 1))
         bounds = [round(i * (n - 1) / n_windows) for i in range(n_windows + 1)]
         groups = [(anchors, [])]
         groups += [([bound], anchors) for bound in bounds if bound not in anchors]

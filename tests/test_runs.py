@@ -42,13 +42,13 @@ def source(tmp_path_factory):
 def invert_flags(checkpoint, save_dir):
     flags = ["--data_path", "clip", "--model", checkpoint, "--H", 64, "--W", 64, "--steps", STEPS]
     flags += ["--save_steps", STEPS, "--n_frames", N_FRAMES, "--batch_size", 2]
-    return [*flags, "--keyframe_interval", 2, "--dtype", "float32", "--save_dir", save_dir]
+    return [*flags, "--keyframe_interval", 1, "--dtype", "float32", "--save_dir", save_dir]
 
 
 def edit_flags(checkpoint, latents, out, technique="pnp"):
     flags = ["--data_path", "clip", "--model", checkpoint, "--prompt", "a dog"]
     flags += ["--n_inversion_steps", STEPS, "--n_timesteps", STEPS, "--n_frames", N_FRAMES]
-    flags += ["--batch_size", 2, "--keyframe_interval", 2, "--keyframe_window", 3]
+    flags += ["--batch_size", 2, "--keyframe_interval", 1, "--keyframe_window", 6]
     flags += ["--dtype", "float32", "--latents_path", latents, "--output_path", out]
     if technique == "controlnet":
         flags += ["--controlnet", checkpoint / "controlnet"]
