@@ -21,7 +21,7 @@ from batches import Batches
 from cli import UserError
 from diffusion import StableDiffusion
 
-N_FRAMES, STEPS, KILLS = 9, 4, 12
+N_FRAMES, STEPS, KILLS = 13, 4, 12
 TECHNIQUES = ("pnp", "sdedit", "controlnet")
 # Two threads do not add as one does, and random weights amplify what is rounded otherwise.
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -29,7 +29,7 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A folder with a clip of nine frames, as images: `clip`."""
+    """A folder with a clip of thirteen frames, as images: `clip`."""
     folder = tmp_path_factory.mktemp("source")
     (folder / "clip").mkdir()
     rng = np.random.default_rng(0)
@@ -42,13 +42,13 @@ def source(tmp_path_factory):
 def invert_flags(checkpoint, save_dir):
     flags = ["--data_path", "clip", "--model", checkpoint, "--H", 64, "--W", 64, "--steps", STEPS]
     flags += ["--save_steps", STEPS, "--n_frames", N_FRAMES, "--batch_size", 2]
-    return [*flags, "--keyframe_interval", 1, "--dtype", "float32", "--save_dir", save_dir]
+    return [*flags, "--keyframe_interval", 2, "--dtype", "float32", "--save_dir", save_dir]
 
 
 def edit_flags(checkpoint, latents, out, technique="pnp"):
     flags = ["--data_path", "clip", "--model", checkpoint, "--prompt", "a dog"]
     flags += ["--n_inversion_steps", STEPS, "--n_timesteps", STEPS, "--n_frames", N_FRAMES]
-    flags += ["--batch_size", 2, "--keyframe_interval", 1, "--keyframe_window", 6]
+    flags += ["--batch_size", 2, "--keyframe_interval", 2, "--keyframe_window", 6]
     flags += ["--dtype", "float32", "--latents_path", latents, "--output_path", out]
     if technique == "controlnet":
         flags += ["--controlnet", checkpoint / "controlnet"]

@@ -37,11 +37,16 @@ N_FRAMES, BATCH_SIZE, SEED = 7, 3, 5  # the last chunk is short
 PROMPTS = "a circle", "ugly", "a red circle"
 
 
+def video_of(n_frames):
+    """Latents of a source, whose frames resemble each other, and of an edit: (n, 4, 16, 16) each."""
+    generator = torch.Generator().manual_seed(0)
+    base, changes, edited = torch.randn(3, n_frames, 4, 16, 16, generator=generator)
+    return base[:1] + 0.3 * changes, edited
+
+
 @pytest.fixture(scope="module")
 def video():
-    generator = torch.Generator().manual_seed(0)
-    base, changes, edited = torch.randn(3, N_FRAMES, 4, 16, 16, generator=generator)
-    return base[:1] + 0.3 * changes, edited  # frames of the source resemble each other
+    return video_of(N_FRAMES)
 
 
 def technique_of(latents, schedule, *injecting_steps):
@@ -80,9 +85,7 @@ def test_equals_reference(sd, video, propagation, injects):
 def test_windows_equal_the_reference(sd, monkeypatch, propagation, window, together):
     """Anchors, shared boundaries and inner keyframes, all streams in a pass or one by one."""
     monkeypatch.setattr("denoiser.FILLED", {"cpu": 1 << 12 if together else 1})
-    generator = torch.Generator().manual_seed(1)
-    base, changes, latents = torch.randn(3, 21, 4, 16, 16, generator=generator)
-    source = base[:1] + 0.3 * changes
+    source, latents = video_of(21)
     config = PnPConfig(
         data_path="",
         prompt="",
@@ -143,29 +146,31 @@ def test_what_the_speed_benchmark_compares_with(sd, video):
     assert_same_noise(noise, reference, sd, source, latents, t, keyframes, (True, True))
 
 
-@pytest.mark.parametrize("batch_size, together", [(2, True), (7, True), (7, False)])
+@pytest.mark.parametrize("batch_size", [2, 7])
+@pytest.mark.parametrize("window, together", [(16, True), (16, False), (6, True), (6, False)])
 @torch.no_grad()
-def test_two_streams_equal_the_reference(sd, video, tmp_path, monkeypatch, batch_size, together):
+def test_two_streams_equal_the_reference(sd, tmp_path, monkeypatch, batch_size, window, together):
     """With the source's features noted in the inversion's passes, its stream is not needed."""
     monkeypatch.setattr("denoiser.FILLED", {"cpu": 1 << 12 if together else 1})
-    source, latents = video
+    source, latents = video_of(13)
     schedule, store = Schedule.of(sd.scheduler, 10), SourceStore(tmp_path / "source")
     t = schedule.timesteps[0]
-    keyframes = Keyframes(N_FRAMES, BATCH_SIZE, schedule.timesteps, SEED)
+    keyframes = Keyframes(13, 2, schedule.timesteps, SEED)
     store.create(sd.unet, source.shape, [t])
     predictor = FramesPredictor(sd, PROMPTS[0], Batches(batch_size, adapts=False))
     with install_recorder(sd.unet) as recorder:
         noting = RecordingPredictor(predictor, recorder, keyframes, lambda t, f: source[f], store)
-        segments = torch.arange(N_FRAMES).split(5)
+        segments = torch.arange(13).split(5)
         noted = torch.cat([noting(source[frames], t, frames) for frames in segments])
-    plain = sd.predict_noise(source, t, sd.encode_text(PROMPTS[0]).expand(N_FRAMES, -1, -1))
+    plain = sd.predict_noise(source, t, sd.encode_text(PROMPTS[0]).expand(13, -1, -1))
     torch.testing.assert_close(noted, plain, atol=1e-3, rtol=1e-3)
 
     config = PnPConfig(
         data_path="",
         prompt="",
         batch_size=2,
-        keyframe_interval=BATCH_SIZE,
+        keyframe_interval=2,
+        keyframe_window=window,
         n_timesteps=10,
         seed=SEED,
     )
@@ -174,7 +179,9 @@ def test_two_streams_equal_the_reference(sd, video, tmp_path, monkeypatch, batch
     with install_tokenflow(sd.unet) as flow:
         denoiser = TokenFlowDenoiser(sd, flow, technique, known, PROMPTS, config)
         ours = denoiser.predict_noise(latents, t)
-    reference = Reference(sd.unet, BATCH_SIZE, "flanking", INJECTED_LAYERS, own_attention=True)
+    reference = Reference(
+        sd.unet, 2, "flanking", INJECTED_LAYERS, own_attention=True, window=window
+    )
     plan = keyframes.plan()[t].tolist()
     # Injected features are kept in half precision.
     assert_same_noise(ours, reference, sd, source, latents, t, plan, (True, True), tolerance=1e-2)
