@@ -176,7 +176,7 @@ def main() -> None:
     args = parse_arguments()
     args.output.mkdir(parents=True, exist_ok=True)
     rows = cost_rows(2 if args.quick else 4)
-    n_frames, sizes = (96, [8]) if args.quick else (384, [12, 16, 20])
+    n_frames, sizes = (96, [8]) if args.quick else (384, [12, 14, 16])
     qualities = quality_rows(args, n_frames, [*sizes, n_frames])
     tables = length_tables(rows, qualities)
     (args.output / "length.md").write_text(tables)
