@@ -120,15 +120,14 @@ class TokenFlowDenoiser(Denoiser):
     def chunks(self, t: int) -> list[tuple[Window, torch.Tensor]]:
         """Frames of one window each, and that window.
 
-        What the joint edit is all there is to is a chunk of its own.
+        Those that are done with the joint edit are a chunk of their own.
         """
         keyframes, blend = self._step(t)
-        edited, chunks = edited_whole(keyframes, blend), []
+        done, chunks = done_with_joint_edit(keyframes, blend), []
         for window in windows(blend, len(keyframes), self.config.keyframe_window):
-            in_window = edited[window.frames]
-            propagated = balanced(window.frames[~in_window], self.config.frames_at_once)
-            parts = (window.frames[in_window], *propagated)
-            chunks += [(window, frames) for frames in parts if len(frames)]
+            frames, is_done = window.frames, done[window.frames]
+            parts = frames[is_done], *balanced(frames[~is_done], self.config.frames_at_once)
+            chunks += [(window, part) for part in parts if len(part)]
         return chunks
 
     def noise(
@@ -136,7 +135,7 @@ class TokenFlowDenoiser(Denoiser):
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """For some of the `chunks`, one by one: frames (n,) and their guided noise (n, 4, h, w)."""
         keyframes, blend = self._step(t)
-        needs_no_more = edited_whole(keyframes, blend)
+        done = done_with_joint_edit(keyframes, blend)
         # Guided noise (4, h, w) of the keyframes that the layers remember, by position, in their order.
         edited: dict[int, torch.Tensor] = {}
         for window, of_window in groupby(chunks, itemgetter(0)):
@@ -150,7 +149,7 @@ class TokenFlowDenoiser(Denoiser):
                 return self._propagate(latents, t, frames, remembered)
 
             for _, frames in of_window:
-                if needs_no_more[frames].all():
+                if done[frames].all():
                     positions = blend.of(frames).whole.tolist()
                     yield frames, torch.stack([edited[position] for position in positions])
                 else:
@@ -222,11 +221,8 @@ class TokenFlowDenoiser(Denoiser):
         return keyframes.plan()
 
 
-def edited_whole(keyframes: torch.Tensor, blend: Blend) -> torch.Tensor:
-    """Which frames of the video, bool (N,), the joint edit is all there is to.
-
-    They are `keyframes` (k,) that take themselves whole.
-    """
+def done_with_joint_edit(keyframes: torch.Tensor, blend: Blend) -> torch.Tensor:
+    """Which frames of the video, bool (N,), are among the `keyframes` (k,) and take themselves whole."""
     whole = blend.whole
     return (whole >= 0) & (keyframes[whole] == torch.arange(len(whole)))
 
