@@ -171,20 +171,25 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def write_report(args: argparse.Namespace, rows: list[dict], qualities: list[dict]) -> str:
+    """Write what is measured so far, and return the tables."""
+    tables = length_tables(rows, qualities)
+    (args.output / "length.md").write_text(tables)
+    report = json.dumps({"rows": rows, "quality": qualities}, indent=2)
+    for path in filter(None, (args.output / "length.json", args.json)):
+        path.write_text(report)
+    length_plot(args.output / "length.png", rows)
+    return tables
+
+
 def main() -> None:
     """Measure, and write the report."""
     args = parse_arguments()
     args.output.mkdir(parents=True, exist_ok=True)
     rows = cost_rows(2 if args.quick else 4)
+    write_report(args, rows, [])
     n_frames, sizes = (96, [8]) if args.quick else (384, [12, 14, 16])
-    qualities = quality_rows(args, n_frames, [*sizes, n_frames])
-    tables = length_tables(rows, qualities)
-    (args.output / "length.md").write_text(tables)
-    report = {"rows": rows, "quality": qualities}
-    for path in filter(None, (args.output / "length.json", args.json)):
-        path.write_text(json.dumps(report, indent=2))
-    length_plot(args.output / "length.png", rows)
-    print(tables)
+    print(write_report(args, rows, quality_rows(args, n_frames, [*sizes, n_frames])))
 
 
 if __name__ == "__main__":

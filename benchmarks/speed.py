@@ -233,18 +233,26 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def write_report(args: argparse.Namespace, rows: list[dict], qualities: dict) -> str:
+    """Write what is measured so far, and return the table."""
+    means = {method: mean(values) for method, values in qualities.items()}
+    table = speed_table(rows, means)
+    (args.output / "speed.md").write_text(table)
+    report = json.dumps({"rows": rows, "quality": means}, indent=2)
+    for path in filter(None, (args.output / "speed.json", args.json)):
+        path.write_text(report)
+    return table
+
+
 def main() -> None:
     """Time everything and write the report."""
     args = parse_arguments()
     args.output.mkdir(parents=True, exist_ok=True)
     costs, qualities = shapes_rounds(args)
-    rows = to_rows("shapes", costs) + to_rows("sd15", sd15_rounds(args))
-    means = {method: mean(values) for method, values in qualities.items()}
-    table = speed_table(rows, means)
-    (args.output / "speed.md").write_text(table)
-    for path in filter(None, (args.output / "speed.json", args.json)):
-        path.write_text(json.dumps({"rows": rows, "quality": means}, indent=2))
-    print(table)
+    rows = to_rows("shapes", costs)
+    write_report(args, rows, qualities)
+    rows += to_rows("sd15", sd15_rounds(args))
+    print(write_report(args, rows, qualities))
 
 
 if __name__ == "__main__":
