@@ -191,7 +191,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     rows = cost_rows(2, warm_up=144) if args.quick else cost_rows(4, warm_up=384)
     write_report(args, rows, [])
-    n_frames, sizes = (96, [8]) if args.quick else (384, [12, 14, 16])
+    n_frames, sizes = (72, [8]) if args.quick else (384, [12, 14, 16])
     print(write_report(args, rows, quality_rows(args, n_frames, [*sizes, n_frames])))
 
 
