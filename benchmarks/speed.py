@@ -45,7 +45,7 @@ from trajectory import Trajectory
 
 FAST = Path(__file__).parent.parent / "configs" / "fast.yaml"
 PUBLISHED_STEPS = 500
-FLOOR_BATCHES = (8, 16)
+FLOOR_BATCHES = (4, 8)
 STAGES = ("inversion", "reconstruction", "editing")
 
 
@@ -120,7 +120,7 @@ def floor(sd: StableDiffusion, costs: dict[str, Cost], latent_size: int) -> dict
 
 def shapes_rounds(args: argparse.Namespace) -> tuple[dict, dict]:
     """Costs by method and stage, and qualities by method, a list of one entry for each clip."""
-    n_clips, n_frames, interval = (2, 4, 2) if args.quick else (2, 16, 8)
+    n_clips, n_frames, interval = (2, 3, 2) if args.quick else (2, 16, 8)
     sd = load(str(args.model), None, *choose_device(args.device, args.dtype))
     judge, meter = Judge.load(args.model / "judge.safetensors"), Meter(sd.device, sd.unet)
     at_defaults = PnPConfig(data_path="", prompt="", keyframe_interval=interval)
