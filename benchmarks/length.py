@@ -129,7 +129,8 @@ def quality_rows(args: argparse.Namespace, n_frames: int, sizes: list[int]) -> l
             }
             | {"drift": colour_drift(clip, frames)}
         )
-    shown = {"source": clip.frames} | {f"window of {size}": edits[size] for size in sizes}
+    shown = {"source": clip.frames} | {f"window of {size}": edits[size] for size in sizes[:-1]}
+    shown["all keyframes jointly"] = edits[sizes[-1]]
     shown = {label: frames[moments(n_frames)] for label, frames in shown.items()}
     write_image(args.output / "length_sheet.png", contact_sheet(shown, clip.prompt))
     return rows

@@ -108,7 +108,9 @@ def length_tables(rows: list[dict], qualities: list[dict]) -> str:
             if row["stage"] == stage
         ]
         lines.append(f"| {stage} | " + " | ".join(cells) + " |")
-    names = [name for name in (qualities or [{}])[0] if name != "window"]
+    if not qualities:
+        return "\n".join(lines) + "\n"
+    names = [name for name in qualities[0] if name != "window"]
     lines += [
         "",
         "| keyframe_window | " + " | ".join(names) + " |",
