@@ -135,6 +135,7 @@ class EditConfig(ModelConfig):
     keyframe_interval: int | None = option(
         "frames, of which one is a keyframe; None: as many as batch_size", None, low=1
     )
+    # At least four anchors and two neighbours.
     keyframe_window: int = option("keyframes edited jointly, at most", 14, low=6)
     reuse_source: bool = option("use the source's features that preprocess.py kept", True)
     guidance_scale: float = option("strength of classifier-free guidance", 5.0, low=0)

@@ -125,11 +125,12 @@ def test_latents_do_not_depend_on_the_batch_size(sd, trained, clip, tmp_path, in
     # Random weights amplify rounding, and what is not trained has no fixed point to find.
     sd = trained if inversion == "fixed_point" else sd
     whole = inverted(sd, clip, tmp_path / "whole", inversion, 7)
-    parts = inverted(sd, clip, tmp_path / "parts", inversion, 3)
-    for some, all_at_once in zip(parts, whole, strict=True):
-        assert some.shape == (7, 4, 16, 16) and some.dtype == torch.float32
-        # Frames that were mixed up would differ by about 1.
-        np.testing.assert_allclose(some, all_at_once, atol=5e-3)
+    for batch_size in (1, 3):
+        parts = inverted(sd, clip, tmp_path / f"by_{batch_size}", inversion, batch_size)
+        for some, all_at_once in zip(parts, whole, strict=True):
+            assert some.shape == (7, 4, 16, 16) and some.dtype == torch.float32
+            # Frames that were mixed up would differ by about 1.
+            np.testing.assert_allclose(some, all_at_once, atol=5e-3)
 
 
 def test_non_finite_values_stop_the_run(sd):
