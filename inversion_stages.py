@@ -127,6 +127,7 @@ def saved_latents(inversion: Inversion, t: int, frames: torch.Tensor) -> torch.T
 
 
 def invert_segment(
+    sd: StableDiffusion,
     predictor: FramesPredictor,
     inversion: Inversion,
     config: PreprocessConfig,
@@ -139,7 +140,6 @@ def invert_segment(
     Keeps the clean latents and those of the timesteps in `names`, under those names, and the frames
     after the VAE's round trip.
     """
-    sd = predictor.sd
     clean = sd.encode_frames(load_frames(inversion.source, frames.tolist()))
     inversion.latents(CLEAN)[frames] = clean
     save_frames(inversion.vae, frames[0].item(), sd.decode_latents(clean))

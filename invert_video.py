@@ -86,7 +86,7 @@ class _Run:
 
         def invert(frames: torch.Tensor) -> Iterator[None]:
             return stages.invert_segment(
-                predictor, inversion, config, self.schedule, self._names, frames
+                sd, predictor, inversion, config, self.schedule, self._names, frames
             )
 
         self._each("Inverting", len(self.schedule.timesteps), invert)

@@ -8,7 +8,6 @@ JSON) and a plot.
 """
 
 import argparse
-import json
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -24,7 +23,7 @@ from benchmarks.clips import SIZE, Clip, held_out_clips
 from benchmarks.job import Job
 from benchmarks.meter import Cost, Meter
 from benchmarks.quality import measure
-from benchmarks.report import length_plot, length_tables
+from benchmarks.report import length_plot, length_tables, write_report
 from config import PnPConfig, PreprocessConfig
 from diffusion import choose_device, load
 from edit_video import Edit, run_edit
@@ -175,13 +174,10 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def write_report(args: argparse.Namespace, rows: list[dict], qualities: list[dict]) -> str:
+def report_so_far(args: argparse.Namespace, rows: list[dict], qualities: list[dict]) -> str:
     """Write what is measured so far, and return the tables."""
     tables = length_tables(rows, qualities)
-    (args.output / "length.md").write_text(tables)
-    report = json.dumps({"rows": rows, "quality": qualities}, indent=2)
-    for path in filter(None, (args.output / "length.json", args.json)):
-        path.write_text(report)
+    write_report(args, "length", tables, {"rows": rows, "quality": qualities})
     length_plot(args.output / "length.png", rows)
     return tables
 
@@ -191,9 +187,9 @@ def main() -> None:
     args = parse_arguments()
     args.output.mkdir(parents=True, exist_ok=True)
     rows = cost_rows(2, warm_up=144) if args.quick else cost_rows(4, warm_up=384)
-    write_report(args, rows, [])
+    report_so_far(args, rows, [])
     n_frames, sizes = (72, [8]) if args.quick else (384, [12, 14, 16])
-    print(write_report(args, rows, quality_rows(args, n_frames, [*sizes, n_frames])))
+    print(report_so_far(args, rows, quality_rows(args, n_frames, [*sizes, n_frames])))
 
 
 if __name__ == "__main__":

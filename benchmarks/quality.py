@@ -5,7 +5,6 @@ close to the source they are; writes a table (Markdown and JSON), a plot and a c
 """
 
 import argparse
-import json
 import os
 import tempfile
 import time
@@ -23,7 +22,7 @@ from benchmarks.arguments import benchmark_parser
 from benchmarks.baselines import ExtendedAttention, FrameByFrame
 from benchmarks.clips import Clip, held_out_clips
 from benchmarks.job import Job, reconstruction_psnr
-from benchmarks.report import method_table, plot, reconstruction_table
+from benchmarks.report import method_table, plot, reconstruction_table, write_report
 from config import PnPConfig
 from diffusion import StableDiffusion, choose_device, load
 from metrics import warp_error
@@ -103,14 +102,12 @@ def main() -> None:
         inversion: {n: psnr[inversion, n] for n in steps} for inversion in ("fixed_point", "ddim")
     }
     table = method_table(rows) + "\n" + reconstruction_table(reconstruction)
-    (args.output / "quality.md").write_text(table)
     measured = [
         {"clip": clip.prompt, "kind": clip.kind, "rows": rows}
         for clip, (rows, _) in zip(clips, done, strict=True)
     ]
     report = {"rows": rows, "reconstruction_psnr": reconstruction, "clips": measured}
-    for path in filter(None, (args.output / "quality.json", args.json)):
-        path.write_text(json.dumps(report, indent=2))
+    write_report(args, "quality", table, report)
     plot(args.output / "quality.png", rows, reconstruction)
     for index, (clip, (_, shown)) in enumerate(zip(clips, done, strict=True)):
         sheet = contact_sheet(shown, f"{clip.source_prompt} -> {clip.prompt}")

@@ -1,5 +1,7 @@
-"""The tables and the plot of the benchmarks."""
+"""The tables, plots and files of the benchmarks."""
 
+import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,13 @@ COLUMNS = {
 
 
 Reconstruction = dict[str, dict[int, float]]  # PSNR (dB) by inversion and number of steps
+
+
+def write_report(args: argparse.Namespace, name: str, table: str, report: dict) -> None:
+    """Write `name.md` and `name.json` into the folder `--output`, the latter to `--json` too."""
+    (args.output / f"{name}.md").write_text(table)
+    for path in filter(None, (args.output / f"{name}.json", args.json)):
+        path.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def method_table(rows: list[dict], title: str = "method") -> str:

@@ -7,7 +7,6 @@ over several clips, and a figure is the median over them. Writes a table (Markdo
 
 import argparse
 import dataclasses
-import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from benchmarks.job import Job, predictor_of
 from benchmarks.meter import Cost, Meter
 from benchmarks.published import published_edit
 from benchmarks.quality import GAPS, mean, measure
-from benchmarks.report import speed_table
+from benchmarks.report import speed_table, write_report
 from benchmarks.sd15 import random_sd15
 from cli import parse_with_yaml
 from config import PnPConfig
@@ -120,7 +119,7 @@ def floor(sd: StableDiffusion, costs: dict[str, Cost], latent_size: int) -> dict
 
 def shapes_rounds(args: argparse.Namespace) -> tuple[dict, dict]:
     """Costs by method and stage, and qualities by method, a list of one entry for each clip."""
-    n_clips, n_frames, interval = (2, 3, 2) if args.quick else (2, 16, 8)
+    n_clips, n_frames, interval = (2, 4, 3) if args.quick else (2, 16, 8)
     sd = load(str(args.model), None, *choose_device(args.device, args.dtype))
     judge, meter = Judge.load(args.model / "judge.safetensors"), Meter(sd.device, sd.unet)
     at_defaults = PnPConfig(data_path="", prompt="", keyframe_interval=interval)
@@ -233,14 +232,11 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def write_report(args: argparse.Namespace, rows: list[dict], qualities: dict) -> str:
+def report_so_far(args: argparse.Namespace, rows: list[dict], qualities: dict) -> str:
     """Write what is measured so far, and return the table."""
     means = {method: mean(values) for method, values in qualities.items()}
     table = speed_table(rows, means)
-    (args.output / "speed.md").write_text(table)
-    report = json.dumps({"rows": rows, "quality": means}, indent=2)
-    for path in filter(None, (args.output / "speed.json", args.json)):
-        path.write_text(report)
+    write_report(args, "speed", table, {"rows": rows, "quality": means})
     return table
 
 
@@ -250,9 +246,9 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     costs, qualities = shapes_rounds(args)
     rows = to_rows("shapes", costs)
-    write_report(args, rows, qualities)
+    report_so_far(args, rows, qualities)
     rows += to_rows("sd15", sd15_rounds(args))
-    print(write_report(args, rows, qualities))
+    print(report_so_far(args, rows, qualities))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
 """Fixtures: a tiny random checkpoint on disk, loaded as a user's is, and short clips."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+# Without a GPU triton's kernels are interpreted, which is decided when they are imported.
+os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))
 
 import diffusion
 from shapes.checkpoint import build_random

@@ -115,7 +115,7 @@ def inverted(sd, clip, folder, inversion, batch_size):
         made.create_latents(name, sd.latent_shape(7, 128, 128))
     predictor = stages.noise_predictor(sd, made, config)
     for frames in stages.segments(config, 7):
-        for _ in stages.invert_segment(predictor, made, config, schedule, names, frames):
+        for _ in stages.invert_segment(sd, predictor, made, config, schedule, names, frames):
             pass
     return [made.latents(name)[torch.arange(7)] for name in (CLEAN, *names.values())]
 

@@ -325,11 +325,9 @@ def test_nearest_tokens_in_blocks(monkeypatch):
     assert torch.equal(whole, similarity.argmax(-1))
 
 
-def test_fused_nearest_tokens_equal_the_blocked_ones(monkeypatch):
+def test_fused_nearest_tokens_equal_the_blocked_ones():
     """On a GPU as it runs there, else in triton's interpreter, where there is triton."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
     fused = pytest.importorskip("nearest_cuda").nearest_fused
     generator = torch.Generator().manual_seed(0)
     for n, s, k, d in [(2, 64, 64, 32), (3, 100, 130, 40), (1, 7, 300, 80)]:
