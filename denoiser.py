@@ -33,8 +33,7 @@ from tokenflow_utils import (
 )
 from windows import Window, anchors, windows
 
-# Latent pixels in one pass from which on more of them are no faster, only larger.
-FILLED, FILLED_GPU = {"cpu": 1 << 10}, 1 << 15
+FILLED, FILLED_GPU = {"cpu": 1 << 12}, 1 << 15  # latent pixels
 
 # Of all frames' latents, those of some frames (n,): (n, 4, h, w). A tensor or a file.
 Latents = torch.Tensor | Rows
@@ -203,7 +202,7 @@ class TokenFlowDenoiser(Denoiser):
     ) -> tuple[tuple[int, ...], ...]:
         """The streams one by one where one has enough latent pixels for the device, else together."""
         pixels = len(frames) * latents.shape[-2] * latents.shape[-1]
-        large = pixels >= FILLED.get(self.sd.device.type, FILLED_GPU)
+        large = pixels >= filling_pixels(self.sd.device)
         return tuple((stream,) for stream in streams) if large else (streams,)
 
     def _step(self, t: int) -> tuple[torch.Tensor, Blend]:
@@ -219,6 +218,11 @@ class TokenFlowDenoiser(Denoiser):
         if self.config.propagation == "previous":  # the authors' code draws none at skipped steps
             keyframes = replace(keyframes, timesteps=self.technique.schedule.timesteps)
         return keyframes.plan()
+
+
+def filling_pixels(device: torch.device) -> int:
+    """Latent pixels in one pass from which on more of them are hardly faster, only larger."""
+    return FILLED.get(device.type, FILLED_GPU)
 
 
 def done_with_joint_edit(keyframes: torch.Tensor, blend: Blend) -> torch.Tensor:

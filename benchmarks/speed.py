@@ -30,7 +30,7 @@ from benchmarks.report import speed_table, write_report
 from benchmarks.sd15 import random_sd15
 from cli import parse_with_yaml
 from config import PnPConfig
-from denoiser import Denoiser, Source, TokenFlowDenoiser, keyframes_of
+from denoiser import Denoiser, Source, TokenFlowDenoiser, filling_pixels, keyframes_of
 from diffusion import Schedule, StableDiffusion, choose_device, invert, last, load, sample
 from editor import edit
 from metrics import frame_psnr
@@ -44,7 +44,6 @@ from trajectory import Trajectory
 
 FAST = Path(__file__).parent.parent / "configs" / "fast.yaml"
 PUBLISHED_STEPS = 500
-FLOOR_BATCHES = (4, 8)
 STAGES = ("inversion", "reconstruction", "editing")
 
 
@@ -102,7 +101,7 @@ def quality(sd: StableDiffusion, clip: Clip, judge: Judge, pictures: Pictures) -
 
 
 def floor(sd: StableDiffusion, costs: dict[str, Cost], latent_size: int) -> dict[str, Cost]:
-    """The same numbers of plain UNet evaluations, at the fastest of several batch sizes."""
+    """The same numbers of plain UNet evaluations, at the faster of two batch sizes."""
     text = sd.encode_text("")
 
     def seconds_of_one(batch_size: int) -> float:
@@ -111,7 +110,9 @@ def floor(sd: StableDiffusion, costs: dict[str, Cost], latent_size: int) -> dict
         sd.predict_noise(latents, 500, text.expand(batch_size, -1, -1))
         return (time.perf_counter() - start) / batch_size
 
-    best = min(seconds_of_one(size) for size in FLOOR_BATCHES)
+    filling = filling_pixels(sd.device)
+    sizes = {max(1, pixels // latent_size**2) for pixels in (filling, 2 * filling)}
+    best = min(seconds_of_one(size) for size in sizes)
     return {
         stage: Cost(best * cost.evaluations, cost.evaluations, 0.0) for stage, cost in costs.items()
     }
