@@ -120,12 +120,11 @@ def floor(sd: StableDiffusion, costs: dict[str, Cost], latent_size: int) -> dict
 
 def shapes_rounds(args: argparse.Namespace) -> tuple[dict, dict]:
     """Costs by method and stage, and qualities by method, a list of one entry for each clip."""
-    n_clips, n_frames, interval = (2, 4, 3) if args.quick else (2, 16, 8)
+    n_clips, n_frames = (2, 3) if args.quick else (2, 16)
     sd = load(str(args.model), None, *choose_device(args.device, args.dtype))
     judge, meter = Judge.load(args.model / "judge.safetensors"), Meter(sd.device, sd.unet)
-    at_defaults = PnPConfig(data_path="", prompt="", keyframe_interval=interval)
+    at_defaults = PnPConfig(data_path="", prompt="")
     fast = parse_with_yaml(PnPConfig, "", FAST, [])
-    fast = dataclasses.replace(fast, keyframe_interval=interval)
     costs, qualities = {}, {}
 
     def note(method: str, pictures: Pictures | None = None) -> None:
