@@ -120,7 +120,7 @@ def floor(sd: StableDiffusion, costs: dict[str, Cost], latent_size: int) -> dict
 
 def shapes_rounds(args: argparse.Namespace) -> tuple[dict, dict]:
     """Costs by method and stage, and qualities by method, a list of one entry for each clip."""
-    n_clips, n_frames = (2, 3) if args.quick else (2, 16)
+    n_clips, n_frames = (1, 6) if args.quick else (2, 16)
     sd = load(str(args.model), None, *choose_device(args.device, args.dtype))
     judge, meter = Judge.load(args.model / "judge.safetensors"), Meter(sd.device, sd.unet)
     at_defaults = PnPConfig(data_path="", prompt="")
@@ -227,7 +227,7 @@ def to_rows(checkpoint: str, costs: dict[str, dict[str, list[Cost]]]) -> list[di
 def parse_arguments() -> argparse.Namespace:
     """Arguments of the command line."""
     parser = benchmark_parser(__doc__, "runs/speed")
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter clips")
+    parser.add_argument("--quick", action="store_true", help="one short clip, and small frames")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     return parser.parse_args()
 
