@@ -33,7 +33,7 @@ from tokenflow_utils import (
 )
 from windows import Window, anchors, windows
 
-FILLED, FILLED_GPU = {"cpu": 1 << 12}, 1 << 15  # latent pixels
+FILLED_CPU, FILLED_GPU = 1 << 12, 1 << 15  # latent pixels
 
 # Of all frames' latents, those of some frames (n,): (n, 4, h, w). A tensor or a file.
 Latents = torch.Tensor | Rows
@@ -222,7 +222,7 @@ class TokenFlowDenoiser(Denoiser):
 
 def filling_pixels(device: torch.device) -> int:
     """Latent pixels in one pass from which on more of them are hardly faster, only larger."""
-    return FILLED.get(device.type, FILLED_GPU)
+    return FILLED_CPU if device.type == "cpu" else FILLED_GPU
 
 
 def done_with_joint_edit(keyframes: torch.Tensor, blend: Blend) -> torch.Tensor:

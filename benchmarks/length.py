@@ -23,7 +23,7 @@ from benchmarks.clips import SIZE, Clip, held_out_clips
 from benchmarks.job import Job
 from benchmarks.meter import Cost, Meter
 from benchmarks.quality import measure
-from benchmarks.report import length_plot, length_tables, write_report
+from benchmarks.report import length_plot, length_table, window_table, write_report
 from config import PnPConfig, PreprocessConfig
 from diffusion import choose_device, load
 from edit_video import Edit, run_edit
@@ -176,7 +176,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def report_so_far(args: argparse.Namespace, rows: list[dict], qualities: list[dict]) -> str:
     """Write what is measured so far, and return the tables."""
-    tables = length_tables(rows, qualities)
+    tables = length_table(rows) + ("\n" + window_table(qualities) if qualities else "")
     write_report(args, "length", tables, {"rows": rows, "quality": qualities})
     length_plot(args.output / "length.png", rows)
     return tables

@@ -105,8 +105,8 @@ def speed_table(rows: list[dict], quality: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def length_tables(rows: list[dict], qualities: list[dict]) -> str:
-    """Costs by stage and length, then the quality by size of the window, as Markdown."""
+def length_table(rows: list[dict]) -> str:
+    """Costs by stage and length, as Markdown."""
     lengths = sorted({row["frames"] for row in rows})
     lines = ["| seconds a frame, peak MB | " + " | ".join(f"{n} frames" for n in lengths) + " |"]
     lines.append("|---" * (len(lengths) + 1) + "|")
@@ -117,15 +117,14 @@ def length_tables(rows: list[dict], qualities: list[dict]) -> str:
             if row["stage"] == stage
         ]
         lines.append(f"| {stage} | " + " | ".join(cells) + " |")
-    if not qualities:
-        return "\n".join(lines) + "\n"
-    names = [name for name in qualities[0] if name != "window"]
-    lines += [
-        "",
-        "| keyframe_window | " + " | ".join(names) + " |",
-        "|---" * (len(names) + 1) + "|",
-    ]
-    for row in qualities:
+    return "\n".join(lines) + "\n"
+
+
+def window_table(rows: list[dict]) -> str:
+    """The quality of a long edit by size of the window, as Markdown."""
+    names = [name for name in rows[0] if name != "window"]
+    lines = ["| keyframe_window | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for row in rows:
         cells = ["" if row[name] is None else f"{row[name]:.2f}" for name in names]
         lines.append(f"| {row['window']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

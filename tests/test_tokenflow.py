@@ -84,7 +84,7 @@ def test_equals_reference(sd, video, propagation, injects):
 @torch.no_grad()
 def test_windows_equal_the_reference(sd, monkeypatch, propagation, window, together):
     """Anchors, shared boundaries and inner keyframes, all streams in a pass or one by one."""
-    monkeypatch.setattr("denoiser.FILLED", {"cpu": 1 << 12 if together else 1})
+    monkeypatch.setattr("denoiser.FILLED_CPU", 1 << 12 if together else 1)
     source, latents = video_of(21)
     config = PnPConfig(
         data_path="",
@@ -151,7 +151,7 @@ def test_what_the_speed_benchmark_compares_with(sd, video):
 @torch.no_grad()
 def test_two_streams_equal_the_reference(sd, tmp_path, monkeypatch, batch_size, window, together):
     """With the source's features noted in the inversion's passes, its stream is not needed."""
-    monkeypatch.setattr("denoiser.FILLED", {"cpu": 1 << 12 if together else 1})
+    monkeypatch.setattr("denoiser.FILLED_CPU", 1 << 12 if together else 1)
     source, latents = video_of(13)
     schedule, store = Schedule.of(sd.scheduler, 10), SourceStore(tmp_path / "source")
     t = schedule.timesteps[0]
