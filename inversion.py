@@ -8,7 +8,8 @@
 - `source/`, `vae/` and `frames/`: the frames as they were encoded, after the VAE's round trip, and
   reconstructed from the noisiest latents; `inverted.mp4`, the latter as a video;
 - `source_features/`: what edits need of the source stream (see `source_store`), where it was kept;
-- `inversion_prompt.txt` and `manifest.json`, all that made them.
+- `inversion_prompt.txt` and `manifest.json`, all that made them;
+- `digests.json`, by which damage to any of these files is noticed.
 """
 
 import itertools
@@ -22,6 +23,7 @@ import torch
 
 from cli import UserError
 from config import ControlNetConfig, EditConfig, PreprocessConfig, inversion_name
+from digests import DamagedError, check
 from rows import Rows
 from source_store import SourceStore
 from tokenflow_utils import Keyframes
@@ -101,7 +103,8 @@ class Inversion:
 
     @property
     def manifest(self) -> Manifest:
-        """What made the inversion; without it there is none."""
+        """What made the inversion; without it there is none. Raises DamagedError."""
+        check(self.folder, "manifest.json".__eq__)
         stored = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
         if stored.get("keyframes"):
             timesteps = tuple(stored["keyframes"].pop("timesteps"))
@@ -126,9 +129,23 @@ class Inversion:
         text = json.dumps(asdict(manifest), indent=2, ensure_ascii=False)
         (self.folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
 
+    def check_for_edit(self, timesteps: tuple[int, ...]) -> None:
+        """Check all files that an edit of these timesteps reads, but the source's features.
+
+        Raises DamagedError.
+        """
+        manifest = self.manifest
+        names = {CLEAN, manifest.inverted, *map(noisy, timesteps)}
+        read = {"inversion_prompt.txt", *(f"latents/{name}.npy" for name in names)}
+        check(self.folder, lambda name: name in read or name.endswith(".png"))
+
+    def check_source_store(self) -> None:
+        """Check the source's features. Raises DamagedError."""
+        check(self.folder, lambda name: name.startswith(self.source_store.folder.name))
+
     def create_latents(self, name: str, shape: tuple[int, ...]) -> None:
-        """Make room for latents (N, 4, h, w) of that name."""
-        Rows.create(self._latents_file(name), shape, torch.float32)
+        """Make room for latents (N, 4, h, w) of that name, where there is none."""
+        Rows(self._latents_file(name)).ensure(shape, torch.float32)
 
     def latents(self, name: str) -> Rows:
         """Saved latents (N, 4, h, w); `noisy(t)`, `CLEAN` or `INVERTED` names them."""
@@ -161,10 +178,16 @@ def find_inversion(config: EditConfig, timesteps: tuple[int, ...]) -> tuple[Inve
         raise UserError(_no_latents(config))
     best = config.inversions[0]
     by_name = [i for i in found if i.folder.parents[2].name == best] or found
-    by_frames = sorted(by_name, key=lambda inversion: inversion.manifest.n_frames)
-    enough = [i for i in by_frames if i.manifest.n_frames >= config.n_frames > 0]
-    inversion = enough[0] if enough else by_frames[-1]
-    manifest = inversion.manifest
+    manifest = None
+    try:
+        by_frames = sorted(by_name, key=lambda inversion: inversion.manifest.n_frames)
+        enough = [i for i in by_frames if i.manifest.n_frames >= config.n_frames > 0]
+        inversion = enough[0] if enough else by_frames[-1]
+        manifest = inversion.manifest
+        inversion.check_for_edit(tuple(t for t in timesteps if t in manifest.timesteps))
+    except DamagedError as damage:
+        command = preprocess_command(config, manifest.config if manifest else None)
+        raise UserError(f"{damage}; make it again with: {command} --overwrite") from damage
     if config.n_frames > manifest.n_frames:
         raise UserError(
             f"n_frames: {config.n_frames} asked, but the latents in {inversion.folder} are of "
@@ -229,12 +252,6 @@ def _check_fits(config: EditConfig, inversion: Inversion, timesteps: tuple[int, 
             f"n_timesteps: {config.n_timesteps} steps visit timestep {missing[0]}, whose latents "
             f"are not among the {len(manifest.timesteps)} saved in {folder}; {remake}"
         )
-    shape = inversion.latents(CLEAN).shape
-    for t in timesteps:
-        if inversion.latents(noisy(t)).shape != shape:
-            raise UserError(
-                f"the latents in {folder} are not of {made['W']}x{made['H']} frames; {remake}"
-            )
     if isinstance(config, ControlNetConfig) and made["conditioned"]:
         for key in ("control", "canny_low", "canny_high"):
             if getattr(config, key) != made[key]:

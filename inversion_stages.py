@@ -7,7 +7,7 @@ share them, a killed run goes on with those that are missing, and memory does no
 import itertools
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -100,15 +100,19 @@ def keeps_source(
     if not config.keep_source or config.inversion != "fixed_point":
         return False  # sampling does not come back by the way that a naive inversion went
     needed = bytes_needed(sd.unet, latent_shape, len(editing.timesteps))
-    log.info("source features, which make edits faster, take %.0f MB of disk", needed / 1e6)
     if latent_shape[-2] * latent_shape[-1] > MAX_TOKENS:
         log.warning(
-            "which frames of this size are too large for: edits will denoise the source too"
+            "no source features are kept of frames this large: edits will denoise the source too"
         )
         return False
     if needed > shutil.disk_usage(folder).free:
-        log.warning("which is more than there is: edits will denoise the source too")
+        log.warning(
+            "no source features are kept, which would take %.0f MB of disk, more than is free: "
+            "edits will denoise the source too",
+            needed / 1e6,
+        )
         return False
+    log.info("source features, which make edits faster, take %.0f MB of disk", needed / 1e6)
     return True
 
 
@@ -177,6 +181,28 @@ def reconstruct_segment(
         latents = step
         yield
     save_frames(inversion.reconstruction, frames[0].item(), sd.decode_latents(latents))
+
+
+def inverted(inversion: Inversion, names: Iterable[str], frames: torch.Tensor) -> Iterator[bytes]:
+    """What `invert_segment` left of the frames (n,) under those names."""
+    for name in (CLEAN, *names):
+        yield inversion.latents(name).bytes_of(frames)
+    yield from pictures(inversion.vae, frames)
+
+
+def reconstructed(
+    inversion: Inversion, config: PreprocessConfig, editing: Schedule, frames: torch.Tensor
+) -> Iterator[bytes]:
+    """What `reconstruct_segment` left of the frames (n,)."""
+    if not config.no_reconstruction:
+        yield from pictures(inversion.reconstruction, frames)
+    if inversion.source_store.folder.exists():
+        yield from inversion.source_store.written(editing.timesteps, frames)
+
+
+def pictures(folder: Path, frames: torch.Tensor) -> Iterator[bytes]:
+    """The image files of the frames (n,)."""
+    return (frame_path(folder, index).read_bytes() for index in frames.tolist())
 
 
 def report(

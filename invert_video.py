@@ -15,6 +15,7 @@ import inversion_stages as stages
 from cli import UserError
 from config import PreprocessConfig
 from diffusion import Schedule, StableDiffusion, check_checkpoint, choose_device, load
+from digests import DamagedError, check, seal
 from inversion import CLEAN, INVERTED, Inversion, Manifest, checkpoint_identity, noisy
 from processes import Processes
 from runs import Progress, locked, partial_path, remove, resumable
@@ -37,13 +38,7 @@ def run_inversion(config: PreprocessConfig) -> Path:
     device, dtype = choose_device(config.device, config.dtype)
     manifest = _manifest(config, schedule, editing)
     final = Inversion.of(config, manifest.n_frames)
-    if final.exists and final.manifest.source != manifest.source:
-        raise UserError(
-            f"{final.folder} holds the inversion of another video of the same name; "
-            "use another --save_dir, or delete that folder"
-        )
-    made = final.exists and final.manifest.identity == manifest.identity
-    if made and not config.overwrite:
+    if _is_made(final, manifest, config.overwrite):
         log.info("this inversion was there already; --overwrite makes it again")
     else:
         processes = Processes(device)
@@ -60,6 +55,27 @@ def run_inversion(config: PreprocessConfig) -> Path:
     return final.folder if config.no_reconstruction else final.folder / VIDEO
 
 
+def _is_made(final: Inversion, manifest: Manifest, overwrite: bool) -> bool:
+    """Whether there is this very inversion, undamaged, and it is to stay."""
+    if not final.exists:
+        return False
+    try:
+        found = final.manifest
+        if found.source != manifest.source:
+            raise UserError(
+                f"{final.folder} holds the inversion of another video of the same name; "
+                "use another --save_dir, or delete that folder"
+            )
+        if overwrite or found.identity != manifest.identity:
+            return False
+        check(final.folder)
+    except DamagedError as damage:
+        if overwrite:
+            return False
+        raise UserError(f"{damage}; --overwrite makes the inversion again") from damage
+    return True
+
+
 @dataclass(frozen=True)
 class _Run:
     """One process's part in making an inversion, from where an earlier run was killed."""
@@ -74,11 +90,11 @@ class _Run:
     def make(self, device: torch.device, dtype: torch.dtype) -> None:
         """All stages; every process takes its segments of the video, and the main one does the rest."""
         config, inversion = self.config, self.inversion
-        n_frames = self.manifest.n_frames
-        self._once("read", lambda: stages.read_source(config, inversion.source, n_frames))
+        self._read_source()
         log.info("loading %s on %s in %s", config.model_id, device, dtype)
         sd = load(config.model_id, config.controlnet_id, device, dtype, config.cpu_offload)
-        self._once("room", lambda: self._make_room(sd))
+        if self.processes.is_main:
+            self._make_room(sd)
         self.processes.wait()
         keyframes = self._keyframes if inversion.source_store.folder.exists() else None
 
@@ -89,7 +105,8 @@ class _Run:
                 sd, predictor, inversion, config, self.schedule, self._names, frames
             )
 
-        self._each("Inverting", len(self.schedule.timesteps), invert)
+        written = partial(stages.inverted, inversion, self._names.values())
+        self._each("Inverting", len(self.schedule.timesteps), invert, written)
         with install_recorder(sd.unet) if keyframes else nullcontext() as recorder:
             noting = predictor
             if keyframes:
@@ -102,29 +119,43 @@ class _Run:
                 )
 
             if keyframes or not config.no_reconstruction:
-                self._each("Reconstructing", len(self.editing.timesteps), reconstruct)
+                written = partial(stages.reconstructed, inversion, config, self.editing)
+                self._each("Reconstructing", len(self.editing.timesteps), reconstruct, written)
         if self.processes.is_main:
             self._finish(sd, keyframes)
 
-    def _once(self, stage: str, work: Callable[[], None]) -> None:
-        progress = Progress(self.inversion.folder)
-        if self.processes.is_main and not progress.is_done(stage):
-            work()
-            progress.done(stage)
+    def _read_source(self) -> None:
+        """Write the source's frames; the main process does."""
+        folder, n_frames = self.inversion.source, self.manifest.n_frames
+        progress, frames = Progress(self.inversion.folder), torch.arange(n_frames)
+        if self.processes.is_main and not progress.is_done(
+            "read", written=stages.pictures(folder, frames)
+        ):
+            stages.read_source(self.config, folder, n_frames)
+            progress.done("read", written=stages.pictures(folder, frames))
 
     def _each(
-        self, stage: str, n_steps: int, work: Callable[[torch.Tensor], Iterator[None]]
+        self,
+        stage: str,
+        n_steps: int,
+        work: Callable[[torch.Tensor], Iterator[None]],
+        written: Callable[[torch.Tensor], Iterator[bytes]],
     ) -> None:
-        """Do the `work` of this process's segments, and wait for the other processes."""
+        """Do the `work` of this process's segments, and wait for the other processes.
+
+        written: what the work of a segment leaves.
+        """
         progress = Progress(self.inversion.folder)
         parts = self.processes.share(stages.segments(self.config, self.manifest.n_frames))
-        parts = [p for p in parts if not progress.is_done(stage, p[0].item(), len(p))]
+        parts = [
+            p for p in parts if not progress.is_done(stage, p[0].item(), len(p), written=written(p))
+        ]
         hidden = not self.processes.is_main
         with tqdm(total=len(parts) * n_steps, desc=stage, unit="step", disable=hidden) as bar:
             for frames in parts:
                 for _ in work(frames):
                     bar.update()
-                progress.done(stage, frames[0].item(), len(frames))
+                progress.done(stage, frames[0].item(), len(frames), written=written(frames))
         self.processes.wait()
 
     def _make_room(self, sd: StableDiffusion) -> None:
@@ -134,7 +165,6 @@ class _Run:
             inversion.create_latents(name, shape)
         for folder in (inversion.vae, inversion.reconstruction):
             folder.mkdir(exist_ok=True)
-        remove(inversion.source_store.folder)  # of a run that was killed in here
         if stages.keeps_source(sd, inversion.folder, config, shape, self.editing):
             inversion.source_store.create(sd.unet, shape, self.editing.timesteps)
 
@@ -149,6 +179,7 @@ class _Run:
             )
         inversion.write_manifest(replace(self.manifest, keyframes=keyframes))
         log.info(stages.report(sd, inversion, config, n_frames))
+        seal(inversion.folder)
         Progress(inversion.folder).remove()
 
     @property

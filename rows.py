@@ -24,6 +24,19 @@ class Rows:
         np.lib.format.open_memmap(path, "w+", kind, tuple(shape))
         return cls(path)
 
+    def ensure(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Create the file unless one of that shape is there, which a killed run left."""
+        try:
+            fits = self.shape == tuple(shape)
+        except (OSError, ValueError, EOFError):
+            fits = False
+        if not fits:
+            Rows.create(self.path, shape, dtype)
+
+    def bytes_of(self, frames: torch.Tensor) -> bytes:
+        """The rows of the frames (n,) as they lie in the file."""
+        return self[frames].numpy().tobytes()
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the whole, frames first."""

@@ -5,12 +5,13 @@ import itertools
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from cli import UserError
+from digests import digest_of
 
 
 @contextmanager
@@ -38,12 +39,12 @@ def resumable(path: Path, made: str, resume: bool) -> Iterator[Path]:
     the folder stays, for the next run. Without `resume` what is there is removed first.
     """
     partial = partial_path(path)
-    note = partial / "run.json"
+    note = partial / ".run.json"
     with _made_folder(path.parent):
-        if not (resume and note.is_file() and note.read_text(encoding="utf-8") == made):
+        if not (resume and note.is_file() and note.read_bytes() == made.encode()):
             remove(partial)
             partial.mkdir()
-            note.write_text(made, encoding="utf-8")
+            note.write_bytes(made.encode())
         try:
             yield partial
         except (UserError, FloatingPointError):
@@ -59,19 +60,23 @@ def partial_path(path: Path) -> Path:
 
 
 class Progress:
-    """Which parts of a run's stages are done, as empty files: all that must be known of a killed run."""
+    """Which parts of a run's stages are done: a file for each, which holds the digest of what it wrote."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder / "progress"
+        self.folder = folder / ".progress"
 
-    def is_done(self, stage: str, *part: int) -> bool:
-        """Whether that part, or a stage that has none, is done."""
-        return self._file(stage, part).exists()
+    def is_done(self, stage: str, *part: int, written: Iterable[bytes]) -> bool:
+        """Whether that part, or a stage that has none, is done, and what it wrote is there unharmed."""
+        file = self._file(stage, part)
+        try:
+            return file.is_file() and file.read_bytes() == digest_of(written).encode()
+        except (OSError, ValueError, EOFError):  # what was written cannot be read any more
+            return False
 
-    def done(self, stage: str, *part: int) -> None:
-        """Note that its files are written."""
+    def done(self, stage: str, *part: int, written: Iterable[bytes]) -> None:
+        """Note that its files are written, and what with."""
         self.folder.mkdir(exist_ok=True)
-        self._file(stage, part).touch()
+        self._file(stage, part).write_bytes(digest_of(written).encode())
 
     def remove(self) -> None:
         """The run is done."""
@@ -100,7 +105,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def _lock(path: Path, folder: Path) -> IO:
     while True:
-        file = path.open("a+")
+        file = path.open("a+", errors="replace")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -169,7 +174,7 @@ def _claim_folder(parent: Path, name: str, config: str) -> tuple[Path, bool]:
     """A folder for `config`, and whether it is new; runs side by side get different ones."""
     claim = parent / f".claim-{name}-{os.getpid()}"
     claim.mkdir()
-    (claim / "config.yaml").write_text(config, encoding="utf-8")
+    (claim / "config.yaml").write_bytes(config.encode())
     try:
         for number in itertools.count(1):
             folder = parent / (name if number == 1 else f"{name}_{number}")
@@ -177,7 +182,7 @@ def _claim_folder(parent: Path, name: str, config: str) -> tuple[Path, bool]:
                 claim.rename(folder)
                 return folder, True
             existing = folder / "config.yaml"
-            if existing.is_file() and existing.read_text(encoding="utf-8") == config:
+            if existing.is_file() and existing.read_bytes() == config.encode():
                 return folder, False
     finally:
         remove(claim)

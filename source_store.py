@@ -8,7 +8,7 @@ denoises two streams instead of three.
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,13 +35,14 @@ class SourceStore:
         latent_shape: tuple[int, ...],
         timesteps: Iterable[int],
     ) -> None:
-        """Make room for a video of latents (N, 4, h, w) at the timesteps."""
+        """Make room for a video of latents (N, 4, h, w) at the timesteps, where there is none."""
         tokens = tokens_by_layer(unet, latent_shape)
         n_frames = latent_shape[0]
         for t in timesteps:
-            Rows.create(self._file("nearest", t), (n_frames, 2, sum(tokens.values())), torch.int16)
+            shape = (n_frames, 2, sum(tokens.values()))
+            Rows(self._file("nearest", t)).ensure(shape, torch.int16)
             shape = (n_frames, *features_shape(unet, latent_shape))
-            Rows.create(self._file("features", t), shape, torch.float16)
+            Rows(self._file("features", t)).ensure(shape, torch.float16)
         (self.folder / "layers.json").write_text(json.dumps(tokens, indent=2) + "\n")
 
     def write(self, t: int, frames: torch.Tensor, source: SourceFeatures) -> None:
@@ -57,6 +58,12 @@ class SourceStore:
         features = Rows(self._file("features", t))[frames].to(device)
         per_layer = nearest.long().split(list(layers.values()), dim=-1)
         return SourceFeatures(dict(zip(layers, per_layer, strict=True)), features)
+
+    def written(self, timesteps: Iterable[int], frames: torch.Tensor) -> Iterator[bytes]:
+        """What is kept of the frames (n,), as it lies in the files."""
+        for t in timesteps:
+            for kind in ("nearest", "features"):
+                yield Rows(self._file(kind, t)).bytes_of(frames)
 
     def _layers(self) -> dict[str, int]:
         return json.loads((self.folder / "layers.json").read_text())

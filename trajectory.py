@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from digests import file_digest
 from processes import Processes
 from rows import Rows
 from runs import partial_path, remove
@@ -19,8 +20,9 @@ class Trajectory:
 
     @property
     def steps_done(self) -> int | None:
-        """Steps that are whole on disk; None before the initial latents are."""
-        return max((int(path.stem) for path in self.folder.glob("[0-9]*.npy")), default=None)
+        """Steps that are whole on disk, and undamaged; None before the initial latents are."""
+        written = (int(path.stem) for path in self.folder.glob("[0-9]*.npy"))
+        return max(filter(self._is_whole, written), default=None)
 
     def latents(self, steps_done: int) -> Rows:
         """The latents after that many steps."""
@@ -36,9 +38,20 @@ class Trajectory:
         yield Rows(partial_path(path))
         self.processes.wait()
         if is_main:
+            self._digest_file(steps_done).write_text(file_digest(partial_path(path)))
             partial_path(path).replace(path)
             remove(self._file(steps_done - 1))
+            remove(self._digest_file(steps_done - 1))
         self.processes.wait()
+
+    def _is_whole(self, steps_done: int) -> bool:
+        digest = self._digest_file(steps_done)
+        return (
+            digest.is_file() and digest.read_bytes() == file_digest(self._file(steps_done)).encode()
+        )
+
+    def _digest_file(self, steps_done: int) -> Path:
+        return self._file(steps_done).with_suffix(".digest")
 
     def _file(self, steps_done: int) -> Path:
         return self.folder / f"{steps_done}.npy"

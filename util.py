@@ -15,6 +15,9 @@ from cli import UserError
 from runs import staged
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
+# x264's AVX-512 code reads memory that it did not write (in its macroblock tree), so that the same
+# frames give different files; what does not depend on the processor gives one file everywhere.
+X264_OPTIONS = {"crf": "12", "x264-params": "cpu-independent=1"}
 FOLDER_FPS = Fraction(24)  # a folder of images does not say how fast it plays
 
 
@@ -127,9 +130,10 @@ def write_video(path: Path, frames: Iterable[np.ndarray], fps: Fraction) -> None
                 stream = container.add_stream("libx264", rate=fps)
                 stream.height, stream.width = frame.shape[:2]
                 stream.pix_fmt = "yuv420p"
-                stream.options = {"crf": "12"}
+                stream.options = X264_OPTIONS
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            container.mux(stream.encode(picture))
+            # Converted here, since the conversion inside the encoder varies from time to time.
+            container.mux(stream.encode(picture.reformat(format=stream.pix_fmt)))
         container.mux(stream.encode())
 
 

@@ -84,7 +84,7 @@ class Job:
         """Frames (N, H, W, 3) edited with SDEdit from the inversion's noise."""
         first = self.schedule.timesteps[0]
         steps = self.config.n_timesteps
-        config = SDEditConfig(data_path="", prompt="", n_timesteps=steps, start=SDEDIT_START)
+        config = SDEditConfig(data_path="", prompt="unused", n_timesteps=steps, start=SDEDIT_START)
         scheduler, inverted, clean = self.sd.scheduler, self.first_latents, self.clean.__getitem__
         n_frames = self.clip.n_frames
         return self._edit(

@@ -118,7 +118,7 @@ def main() -> None:
 def edit_clip(args: argparse.Namespace, n_steps: int, clip: Clip) -> tuple[dict, dict]:
     """By method, the measurements of a clip's edit, and some of its frames."""
     sd, judge = loaded(args), Judge.load(args.model / "judge.safetensors")
-    config = PnPConfig(data_path="", prompt="", n_timesteps=n_steps)
+    config = PnPConfig(data_path="", prompt="unused", n_timesteps=n_steps)
     rows, shown = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         job = Job.prepare(sd, clip, config, Path(folder))

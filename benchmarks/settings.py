@@ -42,7 +42,7 @@ def main() -> None:
     args = parse_arguments()
     sd = load(str(args.model), None, *choose_device(args.device, args.dtype))
     judge = Judge.load(args.model / "judge.safetensors")
-    config = PnPConfig(data_path="", prompt="", n_timesteps=args.steps)
+    config = PnPConfig(data_path="", prompt="unused", n_timesteps=args.steps)
     changes = [{}] + [{key: value} for key, values in VARIED.items() for value in values]
     measured = [[] for _ in changes]
     with tqdm(desc="Editing", total=args.clips * len(changes), unit="video") as bar:

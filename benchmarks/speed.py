@@ -123,7 +123,7 @@ def shapes_rounds(args: argparse.Namespace) -> tuple[dict, dict]:
     n_clips, n_frames = (1, 6) if args.quick else (2, 16)
     sd = load(str(args.model), None, *choose_device(args.device, args.dtype))
     judge, meter = Judge.load(args.model / "judge.safetensors"), Meter(sd.device, sd.unet)
-    at_defaults = PnPConfig(data_path="", prompt="")
+    at_defaults = PnPConfig(data_path="", prompt="unused")
     fast = parse_with_yaml(PnPConfig, "", FAST, [])
     costs, qualities = {}, {}
 
@@ -161,7 +161,12 @@ def sd15_rounds(args: argparse.Namespace) -> dict:
     sd = random_sd15(device, dtype)
     meter = Meter(device, sd.unet)
     config = PnPConfig(
-        data_path="", prompt="", n_timesteps=n_steps, batch_size=interval, pnp_attn_t=1, pnp_f_t=1
+        data_path="",
+        prompt="unused",
+        n_timesteps=n_steps,
+        batch_size=interval,
+        pnp_attn_t=1,
+        pnp_f_t=1,
     )
     schedule, costs = Schedule.of(sd.scheduler, n_steps), {}
     generator = torch.Generator().manual_seed(0)

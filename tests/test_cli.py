@@ -17,8 +17,8 @@ import pytest
 import yaml
 
 import util
-from cli import build
-from config import ControlNetConfig, PnPConfig, SDEditConfig
+from cli import UserError, build
+from config import ControlNetConfig, PnPConfig, PreprocessConfig, SDEditConfig
 
 ROOT = Path(__file__).parent.parent
 TECHNIQUES = {"pnp": PnPConfig, "sdedit": SDEditConfig, "controlnet": ControlNetConfig}
@@ -231,7 +231,7 @@ def test_folder_input_with_stride(tmp_path, checkpoint, clip_frames):
         (["--sd_version", "3"], ["sd_version", "1.5, 2.0, 2.1, ControlNet"]),
         (["--stpes", 3], ["stpes", "did you mean 'steps'"]),
         (["--steps", "many"], ["steps", "whole number"]),
-        (["--batch_size", 0], ["batch_size", "at least 1"]),
+        (["--batch_size", 0], ["batch_size", "between 1 and"]),
         (["--device", "tpu"], ["device", "auto, cpu"]),
         (["--model", "nobody/nothing"], ["nobody/nothing", "huggingface", "--model"]),
         (["--model", "empty"], ["empty", "no such checkpoint"]),
@@ -265,6 +265,7 @@ def test_preprocess_protects_another_video_of_the_same_name(work, checkpoint, cl
 @pytest.mark.parametrize(
     "changes, words",
     [
+        (["--device", "cuda:" + 30 * "9"], ["device"]),
         (["--promt", "x"], ["promt", "did you mean 'prompt'"]),
         (["--guidance_scale", "strong"], ["guidance_scale", "a number"]),
         (["--pnp_f_t", 1.5], ["pnp_f_t", "between 0 and 1"]),
@@ -278,17 +279,13 @@ def test_preprocess_protects_another_video_of_the_same_name(work, checkpoint, cl
         ),
         (["--n_timesteps", 4], ["n_timesteps", "preprocess.py", "--save_steps 4"]),
         (["--n_frames", 8], ["n_frames: 8", "7 frames", "preprocess.py"]),
-        (["--latents_path", "changed"], ["64x64", "preprocess.py"]),
         (["--model", "copy/tiny"], ["another model", "preprocess.py"]),
     ],
 )
 def test_edit_refuses(work, checkpoint, changes, words):
     folder, _, _ = work
     (folder / "bad.yaml").write_text("gidance_scale: 3\n")
-    if not (folder / "changed").exists():
-        shutil.copytree(folder / "latents", folder / "changed")
-        path = "sd_tiny/clip/steps_5/nframes_7/latents/noisy_latents_401.npy"
-        np.save(folder / "changed" / path, np.zeros((7, 4, 16, 16), np.float32))
+    if not (folder / "copy").exists():
         shutil.copytree(checkpoint, folder / "copy" / "tiny")
         weights = folder / "copy" / "tiny" / "unet" / "diffusion_pytorch_model.safetensors"
         weights.write_bytes(weights.read_bytes() + b" ")
@@ -302,14 +299,41 @@ def test_sdedit_that_runs_no_step(tmp_path):
     refusal(run("run_tokenflow_sdedit.py", *flags, cwd=tmp_path), "start", "at least 0.02")
 
 
-@pytest.mark.parametrize("technique", TECHNIQUES)
-def test_shipped_configs_are_the_defaults(technique):
+@pytest.mark.parametrize(
+    "name, cls, changes",
+    [
+        *((f"config_{technique}.yaml", cls, {}) for technique, cls in TECHNIQUES.items()),
+        ("fast.yaml", PnPConfig, {"n_inversion_steps": 25, "n_timesteps": 25}),
+    ],
+)
+def test_shipped_configs_are_the_defaults(name, cls, changes):
     """The YAML a user starts from and the code's defaults never drift apart."""
-    written = yaml.safe_load((ROOT / "configs" / f"config_{technique}.yaml").read_text())
-    config = build(TECHNIQUES[technique], written)
-    assert set(written) == {f.name for f in fields(config)}
-    for f in fields(config):
-        assert f.name in ("data_path", "prompt") or getattr(config, f.name) == f.default, f.name
+    written = yaml.safe_load((ROOT / "configs" / name).read_text())
+    assert set(written) == {f.name for f in fields(cls)}
+    needed = {"data_path": "a.mp4", "prompt": "a dog"}
+    assert all(written[key] is None for key in needed)
+    assert build(cls, written | needed) == cls(**needed, **changes)
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_a_prompt_is_never_made_up(work, technique):
+    folder, _, _ = work
+    script, flags = f"run_tokenflow_{technique}.py", ["--data_path", "clip.mp4"]
+    for more in ([], ["--config_path", ROOT / "configs" / "fast.yaml"], ["--prompt", " "]):
+        if technique == "pnp" or "--config_path" not in more:
+            refusal(run(script, *flags, *more, cwd=folder), "prompt: ")
+    refusal(run(script, "--prompt", "a dog", cwd=folder), "data_path: missing")
+
+
+@pytest.mark.parametrize("cls", [PreprocessConfig, *TECHNIQUES.values()])
+def test_numbers_are_bounded(cls):
+    """No number is so large that only what is computed from it fails."""
+    needed = {"data_path": "a.mp4"} | ({} if cls is PreprocessConfig else {"prompt": "a dog"})
+    numbers = [f for f in fields(cls) if f.type in (int, float, int | None)]
+    assert len(numbers) > 5
+    for f in numbers:
+        with pytest.raises(UserError, match=f"{f.name}: .* must be between"):
+            build(cls, {**needed, f.name: "9" * 30})
 
 
 def test_help_names_every_option(tmp_path):

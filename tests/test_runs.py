@@ -73,7 +73,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in ("manifest.json", "config.yaml")
+        if path.is_file() and path.name not in ("manifest.json", "config.yaml", "digests.json")
     }
 
 
@@ -238,7 +238,7 @@ def test_what_another_configuration_left_is_not_gone_on_with(tmp_path):
             contextlib.suppress(KeyboardInterrupt),
             runs.resumable(tmp_path / "x", made, resume) as f,
         ):
-            found = sorted(path.name for path in f.iterdir() if path.name != "run.json")
+            found = sorted(path.name for path in f.iterdir() if path.name != ".run.json")
             (f / made).touch()
             raise KeyboardInterrupt
         return found

@@ -66,7 +66,7 @@ def test_round_trip_and_reconstruction(trained):
 
 def test_tokenflow_is_steadier_than_editing_frame_by_frame(trained, tmp_path):
     (clip,) = held_out_clips(1, n_frames=8)
-    config = PnPConfig(data_path="", prompt="", n_timesteps=10, batch_size=4)
+    config = PnPConfig(data_path="", prompt="unused", n_timesteps=10, batch_size=4)
     job = Job.prepare(trained, clip, config, tmp_path)
     job.reconstruct()
     judge = Judge.load(SHAPES_CHECKPOINT / "judge.safetensors")

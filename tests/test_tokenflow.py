@@ -62,7 +62,7 @@ def test_equals_reference(sd, video, propagation, injects):
     t = schedule.timesteps[0]
     config = PnPConfig(
         data_path="",
-        prompt="",
+        prompt="x",
         batch_size=BATCH_SIZE,
         propagation=propagation,
         seed=SEED,
@@ -88,7 +88,7 @@ def test_windows_equal_the_reference(sd, monkeypatch, propagation, window, toget
     source, latents = video_of(21)
     config = PnPConfig(
         data_path="",
-        prompt="",
+        prompt="x",
         batch_size=3,
         keyframe_interval=2,
         keyframe_window=window,
@@ -134,7 +134,7 @@ def test_what_the_speed_benchmark_compares_with(sd, video):
     source, latents = video
     schedule = Schedule.of(sd.scheduler, 10)
     t = schedule.timesteps[0]
-    config = PnPConfig(data_path="", prompt="", batch_size=BATCH_SIZE, seed=SEED)
+    config = PnPConfig(data_path="", prompt="x", batch_size=BATCH_SIZE, seed=SEED)
     technique = technique_of(latents, schedule, 1, 1)
     published = Published(sd, technique, Source(lambda t, f: source[f]), PROMPTS, config)
     with self_attentions_replaced(
@@ -167,7 +167,7 @@ def test_two_streams_equal_the_reference(sd, tmp_path, monkeypatch, batch_size, 
 
     config = PnPConfig(
         data_path="",
-        prompt="",
+        prompt="x",
         batch_size=2,
         keyframe_interval=2,
         keyframe_window=window,
@@ -238,7 +238,7 @@ def test_single_frame_is_the_untouched_unet(sd, video):
 def test_every_frame_may_be_a_keyframe(sd, video):
     """With chunks of one frame nothing is left to propagate to."""
     source, latents = video[0][:2], video[1][:2]
-    config = PnPConfig(data_path="", prompt="", batch_size=1, n_timesteps=10)
+    config = PnPConfig(data_path="", prompt="x", batch_size=1, n_timesteps=10)
     technique = technique_of(latents, Schedule.of(sd.scheduler, 10))
     with install_tokenflow(sd.unet) as flow:
         known = Source(lambda t, f: source[f])

@@ -1,0 +1,144 @@
+"""Files that are not as an earlier run wrote them: never a traceback, never a wrong result in silence."""
+
+import contextlib
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from test_cli import edit_flags, last_line, refusal, run
+
+from processes import Processes
+from rows import Rows
+from trajectory import Trajectory
+
+
+def flipped(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 255]) + data[middle + 1 :]
+
+
+WAYS = {
+    "emptied": lambda data: b"",
+    "cut": lambda data: data[: len(data) // 2],
+    "flipped": flipped,
+    "zeroed": lambda data: bytes(len(data)),
+    "missing": None,
+}
+
+
+@contextlib.contextmanager
+def damaged(path: Path, way: str):
+    """The file is damaged in the block, and as it was after it."""
+    data = path.read_bytes()
+    path.unlink() if WAYS[way] is None else path.write_bytes(WAYS[way](data))
+    try:
+        yield
+    finally:
+        path.write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, checkpoint, clip):
+    """A folder with the inversion of a clip and an edit of it, and the flags of both commands."""
+    folder = tmp_path_factory.mktemp("made")
+    shutil.copy(clip, folder / "clip.mp4")
+    invert = ["--data_path", "clip.mp4", "--model", checkpoint, "--H", 64, "--W", 64]
+    invert += ["--steps", 5, "--save_steps", 5, "--n_frames", 7, "--keyframe_interval", 3]
+    invert += ["--inversion_prompt", "a red square"]
+    edit = edit_flags(checkpoint, "pnp")
+    inversion = (folder / last_line(run("preprocess.py", *invert, cwd=folder))).parent
+    edited = (folder / last_line(run("run_tokenflow_pnp.py", *edit, cwd=folder))).parent
+    return folder, inversion, edited, invert, edit
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_damaged_inversion_is_refused(made, way):
+    folder, inversion, _, _, edit = made
+    latents = sorted((inversion / "latents").glob("*.npy"))
+    pictures = [inversion / name / "00002.png" for name in ("source", "vae", "frames")]
+    texts = [inversion / name for name in ("inversion_prompt.txt", "manifest.json", "digests.json")]
+    for path in [*latents, *pictures, *texts]:
+        with damaged(path, way):
+            result = run("run_tokenflow_pnp.py", *edit, "--output_path", "new", cwd=folder)
+        gone = path.name == "manifest.json" and way == "missing"  # then there is no inversion
+        refusal(
+            result,
+            "no latents" if gone else path.relative_to(folder),
+            "python preprocess.py",
+            "--data_path",
+        )
+        assert not (folder / "new").exists()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_there_already_is_checked(made, way):
+    folder, inversion, edited, invert, edit = made
+    features = sorted((inversion / "source_features").iterdir())[0]
+    for path in (inversion / "inverted.mp4", features):
+        with damaged(path, way):
+            refusal(run("preprocess.py", *invert, cwd=folder), path.name, "--overwrite")
+    names = ("frames/00000.png", "comparison.mp4", "contact_sheet.png", "digests.json")
+    for path in [edited / name for name in names]:
+        with damaged(path, way):
+            refusal(run("run_tokenflow_pnp.py", *edit, cwd=folder), path.name, "--overwrite")
+    assert last_line(run("preprocess.py", *invert, cwd=folder)).name == "inverted.mp4"
+    assert last_line(run("run_tokenflow_pnp.py", *edit, cwd=folder)).name == "edited.mp4"
+
+
+def test_edits_go_on_without_damaged_source_features(made):
+    folder, inversion, _, _, edit = made
+    without = run("run_tokenflow_pnp.py", *edit, "--reuse_source", "false", cwd=folder)
+    expected = (folder / last_line(without)).read_bytes()
+    store = inversion / "source_features"
+    kinds = [next(store.glob("nearest_*")), next(store.glob("features_*")), store / "layers.json"]
+    for index, way in enumerate(WAYS):
+        path, out = kinds[index % 3], f"features_{way}"
+        with damaged(path, way):
+            result = run("run_tokenflow_pnp.py", *edit, "--output_path", out, cwd=folder)
+        assert (folder / last_line(result)).read_bytes() == expected
+        assert "warning: " in result.stderr and path.name in result.stderr
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_damaged_step_of_an_edit_is_not_gone_on_from(tmp_path, way):
+    trajectory = Trajectory(tmp_path, (3, 4, 2, 2), Processes(torch.device("cpu")))
+    for step in range(3):
+        with trajectory.writing(step) as latents:
+            latents[torch.arange(3)] = torch.full((3, 4, 2, 2), float(step + 1))
+    assert trajectory.steps_done == 2
+    with damaged(tmp_path / "2.npy", way):
+        assert trajectory.steps_done is None
+    assert trajectory.steps_done == 2 and trajectory.latents(2).shape == (3, 4, 2, 2)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_rows_that_a_killed_run_left_are_kept_only_if_they_fit(tmp_path, way):
+    rows, frames = Rows(tmp_path / "rows.npy"), torch.arange(3)
+    rows.ensure((3, 2), torch.float32)
+    rows[frames] = torch.ones(3, 2)
+    rows.ensure((3, 2), torch.float32)
+    assert torch.equal(rows[frames], torch.ones(3, 2))
+    with damaged(rows.path, way):
+        rows.ensure((3, 2), torch.float32)
+        assert rows.shape == (3, 2)
+
+
+def test_a_broken_checkpoint_is_named(tmp_path, checkpoint, clip):
+    broken = shutil.copytree(checkpoint, tmp_path / "broken")
+    flags = ["--data_path", clip, "--model", broken, "--H", 64, "--W", 64, "--n_frames", 2]
+    flags += ["--steps", 2, "--save_steps", 2]
+    for name, way in (
+        ("unet/config.json", "cut"),
+        ("unet/config.json", "emptied"),
+        ("scheduler/scheduler_config.json", "zeroed"),
+        ("unet/diffusion_pytorch_model.safetensors", "cut"),
+        ("unet/diffusion_pytorch_model.safetensors", "emptied"),
+        ("vae/diffusion_pytorch_model.safetensors", "zeroed"),
+        ("text_encoder/model.safetensors", "cut"),
+        ("text_encoder/config.json", "cut"),
+    ):
+        with damaged(broken / name, way):
+            result = run("preprocess.py", *flags, cwd=tmp_path)
+        refusal(result, broken / name, "is broken")
+    assert not (tmp_path / "latents").exists()
