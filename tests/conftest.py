@@ -14,7 +14,8 @@ import diffusion
 from shapes.checkpoint import build_random
 from util import write_video
 
-torch.set_num_threads(2)
+# Two threads wait for each other where something else keeps the cores busy; the tests are small.
+torch.set_num_threads(1)
 
 SHAPES_CHECKPOINT = Path(__file__).parent.parent / "data" / "shapes-sd"
 
