@@ -179,7 +179,8 @@ class TokenFlowDenoiser(Denoiser):
                 context=len(edited) if inner else min(len(edited), len(shared)),
                 kept=kept,
                 as_context=not inner,
-                propagates_source=self.source.features is None,
+                propagates_source=self.config.propagation == "previous",
+                finds_correspondences=self.source.features is None,
             )
             self.flow.begin_joint_edit(joint)
             frames = keyframes[positions]

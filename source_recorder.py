@@ -15,10 +15,9 @@ from tokenflow_utils import (
     Keyframes,
     LayerProcessor,
     SourceFeatures,
-    attention,
     correspondences,
     flanking_blend,
-    output_projection,
+    frame_self_attention,
     self_attentions_replaced,
 )
 
@@ -72,10 +71,7 @@ class RecordingAttention(LayerProcessor):
             if self.key_tokens is None or self.key_tokens.shape != shape:
                 self.key_tokens = tokens.new_empty(shape)
             self.key_tokens[recorder.positions] = tokens
-        query, key, value = (
-            project(hidden_states) for project in (attn.to_q, attn.to_k, attn.to_v)
-        )
-        return output_projection(attn, attention(query, key, value, attn.heads))
+        return frame_self_attention(attn, hidden_states)
 
 
 class RecordingPredictor:

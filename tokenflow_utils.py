@@ -200,9 +200,10 @@ class JointEdit:
 
     Layers hold keyframes in the order in which they were edited. Those at `kept` places in it stay, and
     the first `context` of those are attended to by the new ones too, if they were edited `as_context`.
-    If propagation is given the source's features, it `propagates_source` no more, and layers remember
-    only the other streams. Without `extended` attention each frame is edited by itself: what TokenFlow
-    is compared with.
+    If the source's outputs are propagated like those of the other streams, as the authors' code does,
+    layers remember them too; else the source always has its own attention. What they remember of its
+    tokens finds correspondences, unless propagation is given the source's features. Without `extended`
+    attention each frame is edited by itself: what TokenFlow is compared with.
     """
 
     inject_attention: bool = False
@@ -210,7 +211,8 @@ class JointEdit:
     context: int = 0
     kept: tuple[int, ...] = ()
     as_context: bool = False
-    propagates_source: bool = True
+    propagates_source: bool = False
+    finds_correspondences: bool = True
     extended: bool = True
 
 
@@ -286,7 +288,7 @@ class TokenFlowAttention(LayerProcessor):
         tokens = hidden_states.unflatten(0, (len(streams), -1))  # streams n s d
         if self.flow.joint is not None:
             return self._joint_edit(attn, tokens, self.flow.joint, list(streams)).flatten(0, 1)
-        return self._propagation(tokens, self.flow.blend, streams).flatten(0, 1)
+        return self._propagation(attn, tokens, self.flow.blend, streams).flatten(0, 1)
 
     def _joint_edit(
         self, attn: Attention, tokens: torch.Tensor, joint: JointEdit, streams: list[int]
@@ -327,7 +329,7 @@ class TokenFlowAttention(LayerProcessor):
         if joint.kept:
             outputs = torch.cat([self.key_outputs[:, joint.kept], outputs], dim=1)
         self.key_outputs = outputs
-        if joint.propagates_source:
+        if joint.finds_correspondences:
             tokens = F.normalize(source.float(), dim=-1)
             if joint.kept:
                 tokens = torch.cat([self.key_tokens[list(joint.kept)], tokens])
@@ -348,7 +350,7 @@ class TokenFlowAttention(LayerProcessor):
         return torch.stack(seen, dim=1)
 
     def _propagation(
-        self, tokens: torch.Tensor, blend: Blend, streams: tuple[int, ...]
+        self, attn: Attention, tokens: torch.Tensor, blend: Blend, streams: tuple[int, ...]
     ) -> torch.Tensor:
         self.injection = []
         if self.flow.source is not None:
@@ -357,7 +359,19 @@ class TokenFlowAttention(LayerProcessor):
             if SOURCE in streams:
                 self.nearest = correspondences(tokens[SOURCE], self.key_tokens, blend)
             nearest = self.nearest
-        return propagate(self._outputs_of(streams), nearest, blend)
+        if SOURCE not in streams or len(self.key_outputs) == len(STREAMS):
+            return propagate(self._outputs_of(streams), nearest, blend)
+        own = frame_self_attention(attn, tokens[SOURCE])[None]
+        edited = streams[1:]
+        return (
+            torch.cat([own, propagate(self._outputs_of(edited), nearest, blend)]) if edited else own
+        )
+
+
+def frame_self_attention(attn: Attention, tokens: torch.Tensor) -> torch.Tensor:
+    """What a layer does without TokenFlow: input (n, s, d) to output, each frame by itself."""
+    output = attention(attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens), attn.heads)
+    return output_projection(attn, output)
 
 
 def output_projection(attn: Attention, output: torch.Tensor) -> torch.Tensor:

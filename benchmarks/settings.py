@@ -24,7 +24,6 @@ VARIED = {
     "pnp_attn_t": (0.0, 0.25, 0.75),
     "pnp_f_t": (0.4, 0.6, 1.0),
     "propagation": ("previous",),
-    "reuse_source": (False,),
 }
 
 

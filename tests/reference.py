@@ -18,11 +18,10 @@ class Reference:
         batch_size,
         propagation,
         attention_layers,
-        own_attention=False,  # of the source stream, while the others are propagated
         window=100,
     ):
         self.unet, self.batch_size, self.propagation = unet, batch_size, propagation
-        self.own_attention, self.window = own_attention, window
+        self.window = window
         self.attention_layers = attention_layers
         self.memory = {}  # by layer and position of the keyframe: source tokens, outputs, keys, values
         self.keyframes, self.chunk, self.group, self.context = None, None, None, None
@@ -97,7 +96,7 @@ class Reference:
                 out = self._extended(attn, streams, inject, self.memory[name])
             else:
                 out = self._propagated(streams[0], self.memory[name])
-                if self.own_attention:
+                if self.propagation == "flanking":
                     out[0] = self._own(attn, streams[0])
             return torch.cat(out)
 

@@ -179,9 +179,7 @@ def test_two_streams_equal_the_reference(sd, tmp_path, monkeypatch, batch_size, 
     with install_tokenflow(sd.unet) as flow:
         denoiser = TokenFlowDenoiser(sd, flow, technique, known, PROMPTS, config)
         ours = denoiser.predict_noise(latents, t)
-    reference = Reference(
-        sd.unet, 2, "flanking", INJECTED_LAYERS, own_attention=True, window=window
-    )
+    reference = Reference(sd.unet, 2, "flanking", INJECTED_LAYERS, window=window)
     plan = keyframes.plan()[t].tolist()
     # Injected features are kept in half precision.
     assert_same_noise(ours, reference, sd, source, latents, t, plan, (True, True), tolerance=1e-2)
