@@ -1,22 +1,30 @@
 """Invert a video: encode its frames, run DDIM inversion, save the latents, reconstruct the video.
 
+    python preprocess.py --data_path wolf.mp4 --inversion_prompt "a wolf in the snow"
+
 The last line on stdout is the path of the reconstruction, inverted.mp4, or, without one, of the folder.
-Look at it: an edit can be no better than it is. A run that was killed is gone on with.
+Look at it: an edit can be no better than it is. A run that was killed is resumed.
 """
 
-from cli import command, parse
-from config import PreprocessConfig
+from tokenflow.cli import command, parse
+from tokenflow.config import PreprocessConfig
 
 
 @command
 def main() -> None:
-    """Parse, invert, and print where the result is."""
+    """Parse, open, invert, reconstruct, and print where the result is."""
     config = parse(PreprocessConfig, __doc__)
 
     # Slow imports, left until the configuration is known to be right.
-    from invert_video import run_inversion
+    from tokenflow.inversion.run import open_inversion
 
-    print(run_inversion(config))
+    with open_inversion(config) as run:
+        if not run.is_finished:
+            run.read_frames()
+            run.invert()
+            run.reconstruct()
+            run.finish()
+    print(run.result)
 
 
 if __name__ == "__main__":

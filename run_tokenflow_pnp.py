@@ -1,30 +1,30 @@
 """Edit a video with Plug-and-Play and TokenFlow.
 
+    python run_tokenflow_pnp.py --data_path wolf.mp4 --prompt "a robotic wolf in the snow"
+
 The edit starts from the inversion's noise, and in the first steps takes over the source's
 self-attention (pnp_attn_t) and features (pnp_f_t), which hold the layout. Run preprocess.py first.
 The last line on stdout is the path of the edited video.
 """
 
-from pathlib import Path
-
-from cli import command, parse_with_yaml
-from config import PnPConfig
+from tokenflow.cli import command, parse
+from tokenflow.config import PnPConfig
 
 
 @command
 def main() -> None:
-    """Parse, edit, and print where the result is."""
-    default = Path(__file__).parent / "configs" / "config_pnp.yaml"
-    config = parse_with_yaml(PnPConfig, __doc__, default)
+    """Parse, open, edit, write, and print where the result is."""
+    config = parse(PnPConfig, __doc__, "config_pnp.yaml")
 
     # Slow imports, left until the configuration is known to be right.
-    from edit_video import Edit, run_edit
-    from techniques import Technique, plug_and_play
+    from tokenflow.editing.run import open_edit
+    from tokenflow.editing.techniques import plug_and_play
 
-    def technique(job: Edit) -> Technique:
-        return plug_and_play(config, job.schedule, job.first_latents, job.n_frames)
-
-    print(run_edit(config, "pnp", technique))
+    with open_edit(config, "pnp") as run:
+        if not run.is_finished:
+            technique = plug_and_play(config, run.schedule, run.first_latents)
+            run.write(run.denoise(technique))
+    print(run.video)
 
 
 if __name__ == "__main__":

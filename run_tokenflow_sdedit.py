@@ -1,41 +1,33 @@
 """Edit a video with SDEdit and TokenFlow.
 
+    python run_tokenflow_sdedit.py --data_path wolf.mp4 --prompt "a robotic wolf in the snow" --start 0.8
+
 The source is noised part of the way (start) and denoised with the new prompt; the less noise, the
 closer the edit stays to the source. Run preprocess.py first.
 The last line on stdout is the path of the edited video.
 """
 
-from pathlib import Path
-
-from cli import command, parse_with_yaml
-from config import SDEditConfig
+from tokenflow.cli import command, parse
+from tokenflow.config import SDEditConfig
 
 
 @command
 def main() -> None:
-    """Parse, edit, and print where the result is."""
-    default = Path(__file__).parent / "configs" / "config_sdedit.yaml"
-    config = parse_with_yaml(SDEditConfig, __doc__, default)
+    """Parse, open, edit, write, and print where the result is."""
+    config = parse(SDEditConfig, __doc__, "config_sdedit.yaml")
 
     # Slow imports, left until the configuration is known to be right.
-    from edit_video import Edit, run_edit
-    from inversion import CLEAN
-    from techniques import Technique, sdedit
+    from tokenflow.editing.run import open_edit
+    from tokenflow.editing.techniques import sdedit
+    from tokenflow.inversion.files import CLEAN
 
-    def technique(job: Edit) -> Technique:
-        made = job.inversion.manifest
-        clean, inverted = job.latents(CLEAN), job.latents(made.inverted)
-        return sdedit(
-            config,
-            job.schedule,
-            job.sd.scheduler,
-            clean,
-            inverted,
-            made.inverted_timestep,
-            job.n_frames,
-        )
-
-    print(run_edit(config, "sdedit", technique))
+    with open_edit(config, "sdedit") as run:
+        if not run.is_finished:
+            manifest = run.inversion.manifest
+            latents = run.latents(CLEAN), run.latents(manifest.inverted), manifest.inverted_timestep
+            technique = sdedit(config, run.schedule, run.sd.scheduler, *latents)
+            run.write(run.denoise(technique))
+    print(run.video)
 
 
 if __name__ == "__main__":

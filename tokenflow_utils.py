@@ -1,13 +1,27 @@
 """TokenFlow: joint editing of keyframes and propagation of their tokens to all other frames.
 
-The algorithm of Geyer et al., TokenFlow (ICLR 2024, arXiv 2307.10373), as pure tensor functions,
-and the one context manager that installs it in a diffusers UNet.
+The algorithm of Geyer et al., TokenFlow (ICLR 2024, arXiv 2307.10373):
 
-Shapes: (3, n, s, d) = streams (source, uncond, cond), frames, tokens, channels.
+    for each timestep, the noisiest first:
+        keyframes = one random frame of each interval               KeyframeSchedule.draw
+        pass the keyframes' latents through the UNet; in every self-attention      begin_joint_edit
+            source stream: each frame attends to itself             attention
+            uncond, cond: each frame attends to all keyframes       extended_attention
+            remember the source's tokens and the edits' outputs     KeyframeCache
+        pass all other frames through the UNet; in every self-attention           begin_propagation
+            find each source token's nearest in two keyframes       flanking_blend, correspondences
+            uncond, cond: blend those keyframes' outputs there      propagate
+        noise = uncond + guidance * (cond - uncond), one DDIM step  editing.denoiser, editing.run
+
+Plug-and-Play gives uncond and cond the source's queries, keys and features in the first steps. Above are
+pure tensor functions; below, `install_tokenflow` puts them in a diffusers UNet and takes them out again.
+
+Shapes: streams are source, uncond and cond; (n, s, d) = frames, tokens, channels, of one stream.
+Indices: a *frame* counts in the video, a *position* among a timestep's keyframes, a *row* in the cache.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,15 +30,10 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
-try:
-    import nearest_cuda
-except ImportError:  # triton comes with CUDA builds of torch only
-    nearest_cuda = None
+from tokenflow.keyframe_cache import KeyframeCache
+from tokenflow.nearest import nearest_tokens
 
 STREAMS = SOURCE, UNCOND, COND = 0, 1, 2
-
-# Similarities held at once while nearest tokens are searched: 64 MiB in fp32.
-SIMILARITY_BLOCK = 1 << 24
 
 # Plug-and-Play injects into the decoder's self-attentions but the first (the paper's layers 4-11),
 # and into the output of one residual block of the decoder (Tumanyan et al., arXiv 2211.12572).
@@ -45,44 +54,17 @@ def attention(
 def extended_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int
 ) -> torch.Tensor:
-    """Self-attention of the joint edit (section 4.1): every frame attends over the tokens of all.
+    """Self-attention of the joint edit (section 4.1): every frame attends to the tokens of all.
 
-    query: (streams, n, s, d). key, value: (streams, m, s, d), of those frames and of others that were
-    edited before. Frames that share keys and values are one long sequence, so nothing is repeated.
+    query: (n, s, d). key, value: (m, s, d), of those frames and of others that were edited before.
+    Frames that share keys and values are one long sequence, so nothing is repeated.
     """
-    return attention(*(x.flatten(1, 2) for x in (query, key, value)), heads).view_as(query)
-
-
-def frame_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int
-) -> torch.Tensor:
-    """Plain self-attention, each frame within itself: (streams, n, s, d) to the same."""
-    output = attention(*(x.flatten(0, 1) for x in (query, key, value)), heads)
-    return output.view_as(query)
+    sequences = (x.flatten(0, 1)[None] for x in (query, key, value))  # 1 ns d
+    return attention(*sequences, heads).view_as(query)
 
 
 @dataclass(frozen=True)
-class Blend:
-    """Which two keyframes each frame blends: their positions among the keyframes, and weights, (n, 2).
-
-    The weights of a frame sum to 1; where the second is 0, the first keyframe counts alone.
-    """
-
-    keyframes: torch.Tensor
-    weights: torch.Tensor
-
-    def of(self, frames: torch.Tensor) -> "Blend":
-        """The blend of some of the frames."""
-        return Blend(self.keyframes[frames], self.weights[frames])
-
-    @property
-    def whole(self) -> torch.Tensor:
-        """For each frame the one keyframe that it takes whole, else -1: (n,)."""
-        return torch.where(self.weights[:, 0] == 1, self.keyframes[:, 0], -1)
-
-
-@dataclass(frozen=True)
-class Keyframes:
+class KeyframeSchedule:
     """All that decides which frames are keyframes at which timestep."""
 
     n_frames: int
@@ -90,7 +72,7 @@ class Keyframes:
     timesteps: tuple[int, ...]  # the noisiest first
     seed: int
 
-    def plan(self) -> dict[int, torch.Tensor]:
+    def draw(self) -> dict[int, torch.Tensor]:
         """The keyframes of each timestep: one random frame of each interval, ascending (k,)."""
         generator = torch.Generator().manual_seed(self.seed)  # draws nothing else
         starts = torch.arange(0, self.n_frames, self.interval)
@@ -103,8 +85,24 @@ class Keyframes:
         }
 
 
+@dataclass(frozen=True)
+class Blend:
+    """Which two keyframes each frame blends: their positions (n, 2), and their weights (n, 2).
+
+    The weights of a frame sum to 1; where the second is 0, the first keyframe counts alone.
+    """
+
+    positions: torch.Tensor
+    weights: torch.Tensor
+
+    @property
+    def whole(self) -> torch.Tensor:
+        """For each frame the position of the one keyframe that it takes whole, else -1: (n,)."""
+        return torch.where(self.weights[:, 0] == 1, self.positions[:, 0], -1)
+
+
 def flanking_blend(frames: torch.Tensor, keyframes: torch.Tensor) -> Blend:
-    """The paper's blend (section 4.2): the nearest keyframe on each side, in proportion to closeness.
+    """The paper's blend (section 4.2): the nearest keyframe on each side, weighted by closeness.
 
     A keyframe takes itself whole; frames outside the outermost keyframes take the outermost.
     `frames` (n,) and `keyframes` (k,), ascending, are indices in the video.
@@ -131,55 +129,39 @@ def previous_blend(frames: torch.Tensor, interval: int) -> Blend:
     return Blend(torch.stack([own, previous], dim=1), torch.stack([w_own, 1 - w_own], dim=1))
 
 
-def nearest_tokens(tokens: torch.Tensor, key_tokens: torch.Tensor) -> torch.Tensor:
-    """For each of `tokens` (n, s, d) the index of the most similar of `key_tokens` (k, d): (n, s).
-
-    Cosine similarity, for which the `key_tokens` must have unit length; the length of a token itself
-    changes no order.
-    """
-    if tokens.is_cuda and nearest_cuda and nearest_cuda.runs_on(tokens.device):
-        return nearest_cuda.nearest_fused(tokens, key_tokens)
-    return nearest_in_blocks(tokens, key_tokens)
-
-
-def nearest_in_blocks(tokens: torch.Tensor, key_tokens: torch.Tensor) -> torch.Tensor:
-    """As `nearest_tokens`, on any device: only a block of the similarities exists at any time."""
-    rows = max(1, SIMILARITY_BLOCK // len(key_tokens))
-    blocks = tokens.flatten(0, 1).split(rows)
-    nearest = [(block.float() @ key_tokens.T).argmax(-1) for block in blocks]
-    return torch.cat(nearest).view(tokens.shape[:2])
-
-
-def correspondences(tokens: torch.Tensor, key_tokens: torch.Tensor, blend: Blend) -> torch.Tensor:
+def correspondences(
+    tokens: torch.Tensor, key_tokens: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
     """The nearest tokens (equation 3) in the two keyframes that each frame blends: (n, 2, s).
 
-    tokens: (n, s, d), the source tokens of the frames. key_tokens: (k, s, d), those of the
-    keyframes, of unit length. Indices are 0 where a keyframe has no weight.
+    tokens: (n, s, d), the source tokens of the frames. key_tokens: (k, s, d), those of keyframes, of
+    unit length. rows, weights: (n, 2), which of those keyframes. Where the weight is 0, so are indices.
     """
     n_frames, n_tokens, _ = tokens.shape
     nearest = torch.zeros(n_frames, 2, n_tokens, dtype=torch.long, device=tokens.device)
-    for keyframe in blend.keyframes.unique().tolist():
-        used = (blend.keyframes == keyframe) & (blend.weights > 0)  # n 2
-        frames, sides = used.nonzero(as_tuple=True)
-        nearest[frames, sides] = nearest_tokens(tokens[frames], key_tokens[keyframe])
+    for row in rows.unique().tolist():
+        frames, sides = ((rows == row) & (weights > 0)).nonzero(as_tuple=True)
+        nearest[frames, sides] = nearest_tokens(tokens[frames], key_tokens[row])
     return nearest
 
 
-def propagate(key_outputs: torch.Tensor, nearest: torch.Tensor, blend: Blend) -> torch.Tensor:
-    """Propagate the keyframes' self-attention outputs to other frames (equation 4).
+def propagate(
+    key_outputs: torch.Tensor, nearest: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Propagate the keyframes' self-attention outputs (k, s, d) to n frames (equation 4): (n, s, d).
 
-    key_outputs: (streams, k, s, d). nearest: (n, 2, s), from `correspondences`.
-    Returns (streams, n, s, d).
+    nearest: (n, 2, s), from `correspondences` with the same rows (n, 2) and weights (n, 2).
     """
-    n_tokens = key_outputs.shape[2]
-    # Gathered from all keyframes' tokens in one row.
-    rows = nearest + n_tokens * blend.keyframes.to(nearest.device)[..., None]  # n 2 s
-    outputs = key_outputs.flatten(1, 2)  # streams ks d
+    n_tokens = key_outputs.shape[1]
+    # Gathered from all keyframes' tokens in one sequence.
+    tokens = nearest + n_tokens * rows.to(nearest.device)[..., None]  # n 2 s
     first, second = (
-        outputs.index_select(1, rows[:, side].flatten()).unflatten(1, (-1, n_tokens))
+        key_outputs.flatten(0, 1)
+        .index_select(0, tokens[:, side].flatten())
+        .unflatten(0, (-1, n_tokens))
         for side in (0, 1)
-    )  # streams n s d
-    return first.lerp_(second, blend.weights[:, 1].to(outputs)[:, None, None])
+    )  # n s d
+    return first.lerp_(second, weights[:, 1].to(key_outputs)[:, None, None])
 
 
 @dataclass(frozen=True)
@@ -195,54 +177,62 @@ class SourceFeatures:
 
 
 @dataclass(frozen=True)
-class JointEdit:
-    """How keyframes are edited jointly, and which of those edited before the layers still remember.
+class JointPass:
+    """Keyframes, by position, that pass the UNet together, and those that they attend to as well.
 
-    Layers hold keyframes in the order in which they were edited. Those at `kept` places in it stay, and
-    the first `context` of those are attended to by the new ones too, if they were edited `as_context`.
-    If the source's outputs are propagated like those of the other streams, as the authors' code does,
-    layers remember them too; else the source always has its own attention. What they remember of its
-    tokens finds correspondences, unless propagation is given the source's features. Without `extended`
-    attention each frame is edited by itself: what TokenFlow is compared with.
+    attended: were edited before. attended_later: whether keyframes of later passes attend to these.
     """
 
-    inject_attention: bool = False
-    inject_features: bool = False
-    context: int = 0
-    kept: tuple[int, ...] = ()
-    as_context: bool = False
-    propagates_source: bool = False
-    finds_correspondences: bool = True
-    extended: bool = True
+    edited: Sequence[int]
+    attended: Sequence[int] = ()
+    attended_later: bool = False
 
 
 class TokenFlow:
     """What the layers of one UNet do in its next pass, and what they remember between passes.
 
-    The streams of a pass may be all or some; those without the source come after those with it.
+    A pass may be of all streams or of some; those without the source come after those with it.
+    propagated: the streams whose outputs are propagated. The authors' code propagates the source's too;
+    without that the source always has its own attention, as when it was inverted.
+    finds_correspondences: whether the source's tokens are remembered, to be searched.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, propagated: Sequence[int], finds_correspondences: bool) -> None:
+        self.propagated, self.finds_correspondences = propagated, finds_correspondences
+        self.cache = KeyframeCache()
         self.streams: tuple[int, ...] = STREAMS  # of the next pass, ascending
-        self.joint: JointEdit | None = None  # None: propagation
-        self.blend: Blend | None = None  # of propagation
+        self.joint: JointPass | None = None  # None: propagation
+        self.inject_attention = self.inject_features = False
+        self.extended = True
+        self.rows: torch.Tensor | None = None  # (n, 2), of the keyframes that each frame blends
+        self.weights: torch.Tensor | None = None  # (n, 2)
         self.source: SourceFeatures | None = None  # where an inversion kept them
-        self.inject_features = False
         self.features: torch.Tensor | None = None  # n c h w, of a source that passed alone
 
-    def begin_joint_edit(self, joint: JointEdit) -> None:
-        """The next passes edit keyframes jointly and remember their tokens."""
-        self.joint, self.source = joint, None
-        self.inject_features = joint.inject_features
+    def begin_joint_edit(
+        self,
+        joint: JointPass,
+        inject_attention: bool = False,
+        inject_features: bool = False,
+        extended: bool = True,
+    ) -> None:
+        """The next passes edit keyframes jointly, which are in the cache from then on.
+
+        Without `extended` attention each is edited by itself: what TokenFlow is compared with.
+        """
+        self.cache.positions += joint.edited
+        self.joint, self.source, self.extended = joint, None, extended
+        self.inject_attention, self.inject_features = inject_attention, inject_features
 
     def begin_propagation(
         self, blend: Blend, inject_features: bool, source: SourceFeatures | None = None
     ) -> None:
-        """The next passes take their self-attention outputs from the remembered keyframes, by `blend`.
+        """The next passes propagate the outputs of keyframes in the cache to frames, by their `blend`.
 
         With the `source`'s features the source need not be among the streams.
         """
-        self.joint, self.blend, self.source = None, blend, source
+        self.rows, self.weights = self.cache.rows(blend.positions), blend.weights
+        self.joint, self.source = None, source
         self.inject_features = inject_features
 
     def _feature_hook(self, module, args, output: torch.Tensor) -> torch.Tensor | None:
@@ -260,11 +250,10 @@ class TokenFlow:
 
 
 class LayerProcessor:
-    """Attention processor of one self-attention layer, which remembers the keyframes' tokens."""
+    """Attention processor of one self-attention layer."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.key_tokens: torch.Tensor | None = None  # k s d, of unit length
 
 
 class TokenFlowAttention(LayerProcessor):
@@ -274,98 +263,80 @@ class TokenFlowAttention(LayerProcessor):
         super().__init__(name)
         self.flow = flow
         self.injected = bool(INJECTED_ATTENTION.match(name))
-        self.key_outputs: torch.Tensor | None = None  # 3 k s d, or without the source 2 k s d
-        self.context: dict[int, torch.Tensor] = {}  # by stream the keys and values: 2 k s d
-        # Query and key (n, s, d) of a source that passed alone.
-        self.injection: list[torch.Tensor] = []
-        self.nearest: torch.Tensor | None = None  # n 2 s, of the last frames whose source passed
+        # Of a source that passed before the streams that need it:
+        self.injection: tuple[torch.Tensor, ...] = ()  # query and key (n, s, d)
+        self.nearest: torch.Tensor | None = None  # n 2 s
 
     def __call__(
         self, attn: Attention, hidden_states: torch.Tensor, *args, **kwargs
     ) -> torch.Tensor:
         """Input of the layer, which is `norm1`'s output, to its output: (streams x n, s, d)."""
-        streams = self.flow.streams
-        tokens = hidden_states.unflatten(0, (len(streams), -1))  # streams n s d
         if self.flow.joint is not None:
-            return self._joint_edit(attn, tokens, self.flow.joint, list(streams)).flatten(0, 1)
-        return self._propagation(attn, tokens, self.flow.blend, streams).flatten(0, 1)
+            return self._joint_edit(attn, hidden_states, self.flow.joint)
+        return self._propagation(attn, hidden_states)
 
     def _joint_edit(
-        self, attn: Attention, tokens: torch.Tensor, joint: JointEdit, streams: list[int]
+        self, attn: Attention, hidden_states: torch.Tensor, joint: JointPass
     ) -> torch.Tensor:
-        query, key, value = attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)
-        n_source = int(SOURCE in streams)
-        edited = streams[n_source:]
-        if n_source:
-            self._remember(tokens[SOURCE], joint)
-        if self.injected and joint.inject_attention:
-            source = [query[SOURCE], key[SOURCE]] if n_source else self.injection
-            self.injection = [] if edited and n_source else source
-            query, key = (x.expand_as(value) for x in source)
-        if joint.extended:
-            output = torch.empty_like(query)
-            if n_source:
-                output[SOURCE] = attention(query[SOURCE], key[SOURCE], value[SOURCE], attn.heads)
-            if edited:
-                seen = self._in_context(key[n_source:], value[n_source:], joint, edited)
-                output[n_source:] = extended_attention(query[n_source:], *seen, attn.heads)
-        else:
-            output = frame_attention(query, key, value, attn.heads)
-        output = output_projection(attn, output)
-        remembered = [stream for stream in streams if joint.propagates_source or stream != SOURCE]
-        if remembered:
-            self._outputs_of(remembered)[:, len(joint.kept) :] = output[-len(remembered) :]
+        cache, streams = self.flow.cache, self.flow.streams
+        query, key, value = (
+            self._by_stream(project(hidden_states)) for project in (attn.to_q, attn.to_k, attn.to_v)
+        )  # each n s d, by stream
+        if SOURCE in streams and self.flow.finds_correspondences:
+            tokens = F.normalize(self._by_stream(hidden_states)[SOURCE].float(), dim=-1)
+            cache.write((self.name, "tokens"), joint.edited, tokens)
+        if self.injected and self.flow.inject_attention:
+            self.injection = (query[SOURCE], key[SOURCE]) if SOURCE in streams else self.injection
+            for stream in streams:
+                query[stream], key[stream] = self.injection
+        outputs = []
+        for stream in streams:
+            if stream == SOURCE or not self.flow.extended:
+                attended, attend = (key[stream], value[stream]), attention
+            else:
+                attended = (
+                    self._with_attended(("keys", stream), key[stream], joint),
+                    self._with_attended(("values", stream), value[stream], joint),
+                )
+                attend = extended_attention
+            outputs.append(attend(query[stream], *attended, attn.heads))
+        output = output_projection(attn, torch.cat(outputs))
+        for stream, of_stream in self._by_stream(output).items():
+            if stream in self.flow.propagated:
+                cache.write((self.name, "outputs", stream), joint.edited, of_stream)
         return output
 
-    def _outputs_of(self, streams: Sequence[int]) -> torch.Tensor:
-        """The keyframes' outputs (streams, k, s, d) in some neighbouring streams."""
-        without = len(STREAMS) - len(self.key_outputs)
-        return self.key_outputs[streams[0] - without : streams[-1] + 1 - without]
-
-    def _remember(self, source: torch.Tensor, joint: JointEdit) -> None:
-        """Forget all keyframes but those kept, and take in the source's tokens (n, s, d) of new ones."""
-        n_streams = len(STREAMS) if joint.propagates_source else len(STREAMS) - 1
-        outputs = source.new_empty(n_streams, *source.shape)
-        if joint.kept:
-            outputs = torch.cat([self.key_outputs[:, joint.kept], outputs], dim=1)
-        self.key_outputs = outputs
-        if joint.finds_correspondences:
-            tokens = F.normalize(source.float(), dim=-1)
-            if joint.kept:
-                tokens = torch.cat([self.key_tokens[list(joint.kept)], tokens])
-            self.key_tokens = tokens
-
-    def _in_context(
-        self, key: torch.Tensor, value: torch.Tensor, joint: JointEdit, edited: list[int]
-    ) -> Iterable[torch.Tensor]:
-        """Keys and values (edited, n, s, d) after those of the context, which they may join."""
-        if not (joint.context or joint.as_context):
-            return key, value
-        new, seen = torch.stack([key, value]), []  # 2 edited n s d
-        for index, stream in enumerate(edited):
-            before = [self.context[stream][:, joint.kept]] if joint.kept else []
-            seen.append(torch.cat([*(x[:, : joint.context] for x in before), new[:, index]], dim=1))
-            if joint.as_context:
-                self.context[stream] = torch.cat([*before, new[:, index]], dim=1)
-        return torch.stack(seen, dim=1)
-
-    def _propagation(
-        self, attn: Attention, tokens: torch.Tensor, blend: Blend, streams: tuple[int, ...]
+    def _with_attended(
+        self, kind: tuple[str, int], new: torch.Tensor, joint: JointPass
     ) -> torch.Tensor:
-        self.injection = []
-        if self.flow.source is not None:
-            nearest = self.flow.source.nearest[self.name]
-        else:
-            if SOURCE in streams:
-                self.nearest = correspondences(tokens[SOURCE], self.key_tokens, blend)
-            nearest = self.nearest
-        if SOURCE not in streams or len(self.key_outputs) == len(STREAMS):
-            return propagate(self._outputs_of(streams), nearest, blend)
-        own = frame_self_attention(attn, tokens[SOURCE])[None]
-        edited = streams[1:]
-        return (
-            torch.cat([own, propagate(self._outputs_of(edited), nearest, blend)]) if edited else own
-        )
+        """Keys or values (n, s, d) of new keyframes, after those of keyframes edited before."""
+        name, cache = (self.name, *kind), self.flow.cache
+        attended = cache.read(name, joint.attended)
+        if joint.attended_later:
+            cache.write(name, joint.edited, new)
+        return torch.stack([*attended, *new]) if attended else new
+
+    def _propagation(self, attn: Attention, hidden_states: torch.Tensor) -> torch.Tensor:
+        flow, tokens = self.flow, self._by_stream(hidden_states)
+        self.injection = ()
+        if flow.source is not None:
+            self.nearest = flow.source.nearest[self.name]
+        elif SOURCE in tokens:
+            key_tokens = flow.cache.tensor((self.name, "tokens"))
+            self.nearest = correspondences(tokens[SOURCE], key_tokens, flow.rows, flow.weights)
+        outputs = []
+        for stream in flow.streams:
+            if stream in flow.propagated:
+                remembered = flow.cache.tensor((self.name, "outputs", stream))
+                outputs.append(propagate(remembered, self.nearest, flow.rows, flow.weights))
+            else:
+                outputs.append(frame_self_attention(attn, tokens[stream]))
+        return torch.cat(outputs)
+
+    def _by_stream(self, tensor: torch.Tensor) -> dict[int, torch.Tensor]:
+        """A tensor of all streams of the pass (streams x n, ...) as one (n, ...) for each."""
+        streams = self.flow.streams
+        return dict(zip(streams, tensor.chunk(len(streams)), strict=True))
 
 
 def frame_self_attention(attn: Attention, tokens: torch.Tensor) -> torch.Tensor:
@@ -381,13 +352,18 @@ def output_projection(attn: Attention, output: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def install_tokenflow(unet: UNet2DConditionModel) -> Iterator[TokenFlow]:
+def install_tokenflow(
+    unet: UNet2DConditionModel,
+    propagated: Sequence[int] = (UNCOND, COND),
+    finds_correspondences: bool = True,
+) -> Iterator[TokenFlow]:
     """Install TokenFlow in every self-attention of `unet`, and take it out again at the end.
 
-    Yields the handle that says what the next pass does. Passes take the streams concatenated, all three
-    (3n, 4, h, w) or those that the handle's `streams` name. Raises as `self_attentions_replaced` does.
+    Yields the handle that says what the next pass does; see there for the arguments. Passes take the
+    streams concatenated, all three (3n, 4, h, w) or those that the handle's `streams` name.
+    Raises as `self_attentions_replaced` does.
     """
-    flow = TokenFlow()
+    flow = TokenFlow(propagated, finds_correspondences)
     with self_attentions_replaced(
         unet, lambda name: TokenFlowAttention(flow, name), flow._feature_hook
     ):

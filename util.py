@@ -11,8 +11,8 @@ import av
 import cv2
 import numpy as np
 
-from cli import UserError
-from runs import staged
+from tokenflow.errors import UserError
+from tokenflow.runtime.run_folder import staged
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 # x264's AVX-512 code reads memory that it did not write (in its macroblock tree), so that the same

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
-from denoiser import Denoiser, Latents
-from tokenflow_utils import JointEdit
+from tokenflow.editing.denoiser import Denoiser, Latents
+from tokenflow_utils import JointPass
 
 
 class FrameByFrame(Denoiser):
@@ -17,9 +17,10 @@ class FrameByFrame(Denoiser):
         self, latents: Latents, t: int, chunks: list[torch.Tensor]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """For the `chunks`, one by one: frames (n,) and their guided noise (n, 4, h, w)."""
-        attention, features = t in self.attention_timesteps, t in self.feature_timesteps
+        injects = t in self.attention_timesteps, t in self.feature_timesteps
         for frames in chunks:
-            self.flow.begin_joint_edit(JointEdit(attention, features, extended=self.extended))
+            self.flow.cache.keep([])
+            self.flow.begin_joint_edit(JointPass(frames.tolist()), *injects, self.extended)
             yield frames, self.guided_noise(latents, t, frames)
 
 
@@ -30,4 +31,4 @@ class ExtendedAttention(FrameByFrame):
 
     def chunks(self, t: int) -> list[torch.Tensor]:
         """All frames together, since they attend to each other."""
-        return [torch.arange(self.technique.n_frames)]
+        return [torch.arange(self.source.n_frames)]

@@ -9,21 +9,25 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from batches import Batches
 from benchmarks.clips import Clip
-from config import PnPConfig, SDEditConfig
-from control import canny
-from denoiser import Denoiser, Source, TokenFlowDenoiser, keyframes_of
-from diffusion import Schedule, StableDiffusion, invert, last, sample
-from editor import edit
-from metrics import frame_psnr
-from predictor import FramesPredictor
-from processes import Processes
 from shapes.controlnet import CANNY_THRESHOLDS
-from source_recorder import RecordingPredictor, install_recorder
-from source_store import SourceStore
-from techniques import Technique, controlnet, plug_and_play, sdedit
-from trajectory import Trajectory
+from tokenflow.config import PnPConfig, SDEditConfig
+from tokenflow.diffusion.control import canny
+from tokenflow.diffusion.ddim import Schedule, invert, last, sample
+from tokenflow.diffusion.stable_diffusion import StableDiffusion
+from tokenflow.editing.denoiser import Denoiser, Source, TokenFlowDenoiser, keyframe_schedule
+from tokenflow.editing.run import edit
+from tokenflow.editing.techniques import Technique, controlnet, plug_and_play, sdedit
+from tokenflow.inversion.predictor import VideoNoisePredictor
+from tokenflow.inversion.source_features import (
+    RecordingPredictor,
+    SourceFeatureFiles,
+    install_recorder,
+)
+from tokenflow.metrics import frame_psnr
+from tokenflow.runtime.batching import Batches
+from tokenflow.runtime.distributed import Processes
+from tokenflow.runtime.edit_checkpoint import EditCheckpoint
 
 SDEDIT_START = 0.7
 INVERSION_BATCH = 16  # frames
@@ -45,30 +49,27 @@ class Job:
     def prepare(cls, sd: StableDiffusion, clip: Clip, config: PnPConfig, folder: Path) -> "Job":
         """Encode and invert a clip on the editing steps; files go to the `folder`."""
         schedule = Schedule.of(sd.scheduler, config.n_timesteps)
-        clean, predictor = sd.encode_frames(clip.frames), predictor_of(sd, clip)
-        inverted = dict(invert(clean, schedule, predictor, fixed_point=True))
+        clean, frames = sd.encode_frames(clip.frames), torch.arange(clip.n_frames)
+        inverted = dict(invert(clean, frames, schedule, predictor_of(sd, clip), fixed_point=True))
         config = dataclasses.replace(config, prompt=clip.prompt)
         return cls(sd, clip, clean, inverted, folder, schedule, config)
 
     def reconstruct(self) -> torch.Tensor:
         """Latents (N, 4, h, w) sampled back; the source's features are kept on the way."""
         frames = torch.arange(self.clip.n_frames)
-        keyframes = keyframes_of(self.config, self.sd.scheduler, self.clip.n_frames)
-        self.store.create(self.sd.unet, self.clean.shape, self.schedule.timesteps)
+        keyframes = keyframe_schedule(self.config, self.sd.scheduler, self.clip.n_frames)
+        self.files.create(self.sd.unet, self.clean.shape, self.schedule.timesteps)
         with install_recorder(self.sd.unet) as recorder:
             predictor = predictor_of(self.sd, self.clip)
             recording = RecordingPredictor(
-                predictor, recorder, keyframes, self._source_latents, self.store
+                predictor, recorder, keyframes, self._source_latents, self.files
             )
-            steps = sample(
-                self.first_latents(frames), self.schedule, lambda x, t: recording(x, t, frames)
-            )
-            return last(steps)
+            return last(sample(self.first_latents(frames), frames, self.schedule, recording))
 
     @property
-    def store(self) -> SourceStore:
+    def files(self) -> SourceFeatureFiles:
         """The source's features, once `reconstruct` has kept them."""
-        return SourceStore(self.folder / "source")
+        return SourceFeatureFiles(self.folder / "source")
 
     def with_settings(self, **changes) -> "Job":
         """The same job with other values in its configuration."""
@@ -76,9 +77,7 @@ class Job:
 
     def edit_pnp(self, denoiser: type[Denoiser] = TokenFlowDenoiser) -> np.ndarray:
         """Frames (N, H, W, 3) edited with Plug-and-Play."""
-        n_frames = self.clip.n_frames
-        technique = plug_and_play(self.config, self.schedule, self.first_latents, n_frames)
-        return self._edit(technique, denoiser)
+        return self._edit(plug_and_play(self.config, self.schedule, self.first_latents), denoiser)
 
     def edit_sdedit(self) -> np.ndarray:
         """Frames (N, H, W, 3) edited with SDEdit from the inversion's noise."""
@@ -86,16 +85,13 @@ class Job:
         steps = self.config.n_timesteps
         config = SDEditConfig(data_path="", prompt="unused", n_timesteps=steps, start=SDEDIT_START)
         scheduler, inverted, clean = self.sd.scheduler, self.first_latents, self.clean.__getitem__
-        n_frames = self.clip.n_frames
-        return self._edit(
-            sdedit(config, self.schedule, scheduler, clean, inverted, first, n_frames)
-        )
+        return self._edit(sdedit(config, self.schedule, scheduler, clean, inverted, first))
 
     def edit_controlnet(self) -> np.ndarray:
         """Frames (N, H, W, 3) edited with a Canny ControlNet, on an inversion without it."""
         edges = self.sd.to_images(canny(self.clip.frames, *CANNY_THRESHOLDS))
-        inverted, n_frames, scales = self.first_latents, self.clip.n_frames, (0.0, 1.0)
-        return self._edit(controlnet(self.schedule, inverted, n_frames, edges.__getitem__, *scales))
+        inverted, scales = self.first_latents, (0.0, 1.0)
+        return self._edit(controlnet(self.schedule, inverted, edges.__getitem__, *scales))
 
     def first_latents(self, frames: torch.Tensor) -> torch.Tensor:
         """The inverted latents (n, 4, h, w) of the first editing timestep, of the frames (n,)."""
@@ -107,32 +103,32 @@ class Job:
         prompts = (self.clip.source_prompt, self.config.negative_prompt, self.config.prompt)
         source = self._source()
         with tempfile.TemporaryDirectory() as folder:
-            trajectory = Trajectory(Path(folder), self.clean.shape, Processes(self.sd.device))
+            checkpoint = EditCheckpoint(Path(folder), self.clean.shape, Processes(self.sd.device))
             steps = last(
-                edit(self.sd, technique, source, prompts, self.config, trajectory, denoiser)
+                edit(self.sd, technique, source, prompts, self.config, checkpoint, denoiser)
             )
-            edited = trajectory.latents(steps)[torch.arange(self.clip.n_frames)]
+            edited = checkpoint.latents(steps)[torch.arange(self.clip.n_frames)]
         return self.sd.decode_latents(edited)
 
     def _source(self) -> Source:
-        features = partial(self.store.read, device=self.sd.device)
+        features = partial(self.files.read, device=self.sd.device)
         reused = self.config.reuse_source and self.config.propagation == "flanking"
-        return Source(self._source_latents, features if reused else None)
+        return Source(self.clip.n_frames, self._source_latents, features if reused else None)
 
     def _source_latents(self, t: int, frames: torch.Tensor) -> torch.Tensor:
         return self.inverted[t][frames]
 
 
-def predictor_of(sd: StableDiffusion, clip: Clip) -> FramesPredictor:
+def predictor_of(sd: StableDiffusion, clip: Clip) -> VideoNoisePredictor:
     """Predicts the noise of a clip's frames under its own caption."""
-    return FramesPredictor(sd, clip.source_prompt, Batches(INVERSION_BATCH, adapts=False))
+    return VideoNoisePredictor(sd, clip.source_prompt, Batches(INVERSION_BATCH, adapts=False))
 
 
 def reconstruction_psnr(sd: StableDiffusion, clip: Clip, n_steps: int, fixed_point: bool) -> float:
     """PSNR (dB), against the VAE's round trip, of inverting and sampling in `n_steps` steps."""
     schedule, predictor = Schedule.of(sd.scheduler, n_steps), predictor_of(sd, clip)
     clean, frames = sd.encode_frames(clip.frames), torch.arange(clip.n_frames)
-    _, noisiest = last(invert(clean, schedule, predictor, fixed_point))
-    reconstructed = last(sample(noisiest, schedule, lambda x, t: predictor(x, t, frames)))
+    _, noisiest = last(invert(clean, frames, schedule, predictor, fixed_point))
+    reconstructed = last(sample(noisiest, frames, schedule, predictor))
     pair = sd.decode_latents(reconstructed), sd.decode_latents(clean)
     return float(np.mean(frame_psnr(*pair)))

@@ -10,7 +10,6 @@ JSON) and a plot.
 import argparse
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -24,18 +23,18 @@ from benchmarks.job import Job
 from benchmarks.meter import Cost, Meter
 from benchmarks.quality import measure
 from benchmarks.report import length_plot, length_table, window_table, write_report
-from config import PnPConfig, PreprocessConfig
-from diffusion import choose_device, load
-from edit_video import Edit, run_edit
-from invert_video import run_inversion
-from metrics import warp_error
 from shapes.checkpoint import build_random
 from shapes.judge import Judge
 from shapes.world import render
-from sheets import contact_sheet, moments
-from techniques import Technique, plug_and_play
+from tokenflow.config import PnPConfig, PreprocessConfig
+from tokenflow.contact_sheet import contact_sheet, moments
+from tokenflow.diffusion.checkpoints import choose_device, load
+from tokenflow.editing.run import open_edit
+from tokenflow.editing.techniques import plug_and_play
+from tokenflow.editing.windows import window_bounds
+from tokenflow.inversion.run import open_inversion
+from tokenflow.metrics import warp_error
 from util import write_image, write_video
-from windows import window_bounds
 
 LENGTHS = (24, 96, 384, 1536)  # frames
 TINY_SIZE = 64  # pixels
@@ -87,16 +86,16 @@ def cost_of(*configs: PreprocessConfig | PnPConfig) -> Cost:
     meter = Meter(torch.device("cpu"))
     for config in configs:
         with meter.stage("run"):
-            if isinstance(config, PreprocessConfig):
-                run_inversion(config)
-            else:
-                run_edit(config, "pnp", partial(technique, config))
+            if isinstance(config, PreprocessConfig):  # what `preprocess.py` does
+                with open_inversion(config) as run:
+                    run.read_frames()
+                    run.invert()
+                    run.reconstruct()
+                    run.finish()
+            else:  # what `run_tokenflow_pnp.py` does
+                with open_edit(config, "pnp") as run:
+                    run.write(run.denoise(plug_and_play(config, run.schedule, run.first_latents)))
     return meter.stages["run"]
-
-
-def technique(config: PnPConfig, job: Edit) -> Technique:
-    """What `run_tokenflow_pnp.py` runs."""
-    return plug_and_play(config, job.schedule, job.first_latents, job.n_frames)
 
 
 def quality_rows(args: argparse.Namespace, n_frames: int, sizes: list[int]) -> list[dict]:

@@ -9,13 +9,15 @@ from collections.abc import Iterator
 import torch
 from diffusers.models.attention_processor import Attention
 
-from config import EditConfig
-from denoiser import Denoiser, Source
-from diffusion import StableDiffusion, sample
-from techniques import Technique
+from tokenflow.config import EditConfig
+from tokenflow.diffusion.ddim import sample
+from tokenflow.diffusion.stable_diffusion import StableDiffusion
+from tokenflow.editing.denoiser import Denoiser, Source
+from tokenflow.editing.techniques import Technique
 from tokenflow_utils import (
     INJECTED_ATTENTION,
-    Keyframes,
+    STREAMS,
+    KeyframeSchedule,
     LayerProcessor,
     TokenFlow,
     self_attentions_replaced,
@@ -97,19 +99,21 @@ class Published(Denoiser):
         prompts: tuple[str, str, str],
         config: EditConfig,
     ) -> None:
-        super().__init__(sd, TokenFlow(), technique, source, prompts, config)
-        timesteps, n_frames = technique.schedule.timesteps, technique.n_frames
+        super().__init__(TokenFlow(STREAMS, True), sd, technique, source, prompts, config)
+        timesteps, n_frames = technique.schedule.timesteps, source.n_frames
         self.interval = config.interval
-        self.plan = Keyframes(n_frames, self.interval, timesteps, config.seed).plan()
+        self.keyframes = KeyframeSchedule(n_frames, self.interval, timesteps, config.seed).draw()
         self.chunk: int | None = None  # None: the joint edit
         self.inject_attention = self.inject_features = False
 
-    def predict_noise(self, latents: torch.Tensor, t: int) -> torch.Tensor:
+    def predict_noise(
+        self, latents: torch.Tensor, t: int, frames: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The guided noise (N, 4, h, w) of all frames' latents (N, 4, h, w) at timestep `t`."""
         self.inject_attention = t in self.attention_timesteps
         self.inject_features = t in self.feature_timesteps
         self.chunk = None
-        self.guided_noise(latents, t, self.plan[t])
+        self.guided_noise(latents, t, self.keyframes[t])
         noise = []
         for chunk, frames in enumerate(torch.arange(len(latents)).split(self.interval)):
             self.chunk = chunk
@@ -128,10 +132,11 @@ def published_edit(
     prompts: tuple[str, str, str],
     config: EditConfig,
 ) -> Iterator[torch.Tensor]:
-    """As `editor.edit`, in memory: yields the latents (N, 4, h, w) after each step."""
+    """As `editing.run.edit`, in memory: yields the latents (N, 4, h, w) after each step."""
     published = Published(sd, technique, source, prompts, config)
-    initial = technique.initial(torch.arange(technique.n_frames))
+    frames = torch.arange(source.n_frames)
     with self_attentions_replaced(
         sd.unet, lambda name: PublishedAttention(published, name), published.feature_hook
     ):
-        yield from sample(initial, technique.schedule, published.predict_noise)
+        initial = technique.initial(frames)
+        yield from sample(initial, frames, technique.schedule, published.predict_noise)

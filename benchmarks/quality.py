@@ -23,11 +23,12 @@ from benchmarks.baselines import ExtendedAttention, FrameByFrame
 from benchmarks.clips import Clip, held_out_clips
 from benchmarks.job import Job, reconstruction_psnr
 from benchmarks.report import method_table, plot, reconstruction_table, write_report
-from config import PnPConfig
-from diffusion import StableDiffusion, choose_device, load
-from metrics import warp_error
 from shapes.judge import Judge
-from sheets import contact_sheet, moments
+from tokenflow.config import PnPConfig
+from tokenflow.contact_sheet import contact_sheet, moments
+from tokenflow.diffusion.checkpoints import choose_device, load
+from tokenflow.diffusion.stable_diffusion import StableDiffusion
+from tokenflow.metrics import warp_error
 from util import write_image
 
 GAPS = (1, 8)  # frames between the two that a warp error compares

@@ -3,8 +3,8 @@
 import torch
 from diffusers import UNet2DConditionModel
 
-from diffusion import StableDiffusion
 from shapes.checkpoint import BOS, Size, build_scheduler, build_text_encoder, build_tokenizer
+from tokenflow.diffusion.stable_diffusion import StableDiffusion
 
 TEXT = Size((), (), (), text_width=768, text_layers=1, prompt_tokens=77, control_channels=())
 

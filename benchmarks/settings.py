@@ -15,9 +15,9 @@ from benchmarks.clips import held_out_clips
 from benchmarks.job import Job
 from benchmarks.quality import mean, measure
 from benchmarks.report import method_table
-from config import PnPConfig
-from diffusion import choose_device, load
 from shapes.judge import Judge
+from tokenflow.config import PnPConfig
+from tokenflow.diffusion.checkpoints import choose_device, load
 
 VARIED = {
     "guidance_scale": (3.0, 7.5, 10.0),

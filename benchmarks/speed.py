@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from batches import Batches
 from benchmarks.arguments import benchmark_parser
 from benchmarks.baselines import FrameByFrame
 from benchmarks.clips import Clip, held_out_clips
@@ -28,21 +27,32 @@ from benchmarks.published import published_edit
 from benchmarks.quality import GAPS, mean, measure
 from benchmarks.report import speed_table, write_report
 from benchmarks.sd15 import random_sd15
-from cli import parse_with_yaml
-from config import PnPConfig
-from denoiser import Denoiser, Source, TokenFlowDenoiser, filling_pixels, keyframes_of
-from diffusion import Schedule, StableDiffusion, choose_device, invert, last, load, sample
-from editor import edit
-from metrics import frame_psnr
-from predictor import FramesPredictor
-from processes import Processes
 from shapes.judge import Judge
-from source_recorder import RecordingPredictor, install_recorder
-from source_store import SourceStore
-from techniques import plug_and_play
-from trajectory import Trajectory
+from tokenflow.cli import parse
+from tokenflow.config import PnPConfig
+from tokenflow.diffusion.checkpoints import choose_device, load
+from tokenflow.diffusion.ddim import Schedule, invert, last, sample
+from tokenflow.diffusion.stable_diffusion import StableDiffusion
+from tokenflow.editing.denoiser import (
+    Denoiser,
+    Source,
+    TokenFlowDenoiser,
+    filling_pixels,
+    keyframe_schedule,
+)
+from tokenflow.editing.run import edit
+from tokenflow.editing.techniques import plug_and_play
+from tokenflow.inversion.predictor import VideoNoisePredictor
+from tokenflow.inversion.source_features import (
+    RecordingPredictor,
+    SourceFeatureFiles,
+    install_recorder,
+)
+from tokenflow.metrics import frame_psnr
+from tokenflow.runtime.batching import Batches
+from tokenflow.runtime.distributed import Processes
+from tokenflow.runtime.edit_checkpoint import EditCheckpoint
 
-FAST = Path(__file__).parent.parent / "configs" / "fast.yaml"
 PUBLISHED_STEPS = 500
 STAGES = ("inversion", "reconstruction", "editing")
 
@@ -61,17 +71,17 @@ def published(meter: Meter, sd: StableDiffusion, clip: Clip, config: PnPConfig) 
     editing = Schedule.of(sd.scheduler, config.n_timesteps)
     predictor, frames = predictor_of(sd, clip), torch.arange(clip.n_frames)
     with meter.stage("inversion"):
-        inverted = dict(invert(sd.encode_frames(clip.frames), schedule, predictor))
+        clean = sd.encode_frames(clip.frames)
+        inverted = dict(invert(clean, frames, schedule, predictor))
     with meter.stage("reconstruction"):
         noisiest = inverted[schedule.timesteps[0]]
-        steps = sample(noisiest, schedule, lambda x, t: predictor(x, t, frames))
-        reconstructed = last(steps)
+        reconstructed = last(sample(noisiest, frames, schedule, predictor))
         sd.decode_latents(reconstructed)
     config = dataclasses.replace(config, prompt=clip.prompt)
     first = inverted[editing.timesteps[0]].__getitem__
-    technique = plug_and_play(config, editing, first, clip.n_frames)
+    technique = plug_and_play(config, editing, first)
     prompts = (clip.source_prompt, config.negative_prompt, config.prompt)
-    source = Source(lambda t, frames: inverted[t][frames])
+    source = Source(clip.n_frames, lambda t, frames: inverted[t][frames])
     with meter.stage("editing"):
         edited = sd.decode_latents(last(published_edit(sd, technique, source, prompts, config)))
     return Pictures(reconstructed, edited)
@@ -124,7 +134,7 @@ def shapes_rounds(args: argparse.Namespace) -> tuple[dict, dict]:
     sd = load(str(args.model), None, *choose_device(args.device, args.dtype))
     judge, meter = Judge.load(args.model / "judge.safetensors"), Meter(sd.device, sd.unet)
     at_defaults = PnPConfig(data_path="", prompt="unused")
-    fast = parse_with_yaml(PnPConfig, "", FAST, [])
+    fast = parse(PnPConfig, "", "fast.yaml", [])
     costs, qualities = {}, {}
 
     def note(method: str, pictures: Pictures | None = None) -> None:
@@ -160,36 +170,32 @@ def sd15_rounds(args: argparse.Namespace) -> dict:
         size, n_frames, interval, n_steps = (32, 4, 2, 1) if args.quick else (64, 10, 2, 1)
     sd = random_sd15(device, dtype)
     meter = Meter(device, sd.unet)
+    always = {"pnp_attn_t": 1, "pnp_f_t": 1}
     config = PnPConfig(
-        data_path="",
-        prompt="unused",
-        n_timesteps=n_steps,
-        batch_size=interval,
-        pnp_attn_t=1,
-        pnp_f_t=1,
+        data_path="", prompt="unused", n_timesteps=n_steps, batch_size=interval, **always
     )
     schedule, costs = Schedule.of(sd.scheduler, n_steps), {}
     generator = torch.Generator().manual_seed(0)
     still, moving = torch.randn(2, n_frames, 4, size, size, generator=generator)
     inverted = still[:1] + 0.3 * moving  # frames of one video resemble each other
-    technique = plug_and_play(config, schedule, inverted.__getitem__, n_frames)
+    technique = plug_and_play(config, schedule, inverted.__getitem__)
     with tempfile.TemporaryDirectory() as folder:
-        store, processes = SourceStore(Path(folder) / "source"), Processes(device)
-        store.create(sd.unet, inverted.shape, schedule.timesteps)
-        keyframes = keyframes_of(config, sd.scheduler, n_frames)
-        three = Source(lambda t, frames: inverted[frames])
-        predictor = FramesPredictor(sd, "", Batches(interval, adapts=False))
+        files, processes = SourceFeatureFiles(Path(folder) / "source"), Processes(device)
+        files.create(sd.unet, inverted.shape, schedule.timesteps)
+        keyframes = keyframe_schedule(config, sd.scheduler, n_frames)
+        three = Source(n_frames, lambda t, frames: inverted[frames])
+        predictor = VideoNoisePredictor(sd, "", Batches(interval, adapts=False))
         with install_recorder(sd.unet) as recorder:
-            recording = RecordingPredictor(predictor, recorder, keyframes, three.latents, store)
+            recording = RecordingPredictor(predictor, recorder, keyframes, three.latents, files)
             for t in schedule.timesteps:
                 recording(inverted, t, torch.arange(n_frames))
-        two = Source(three.latents, lambda t, frames: store.read(t, frames, device))
+        two = Source(n_frames, three.latents, lambda t, frames: files.read(t, frames, device))
         prompts = ("", "", "")
 
         def tokenflow(source: Source, denoiser: type[Denoiser] = TokenFlowDenoiser) -> Iterator:
             with tempfile.TemporaryDirectory(dir=folder) as steps:
-                trajectory = Trajectory(Path(steps), inverted.shape, processes)
-                yield from edit(sd, technique, source, prompts, config, trajectory, denoiser)
+                checkpoint = EditCheckpoint(Path(steps), inverted.shape, processes)
+                yield from edit(sd, technique, source, prompts, config, checkpoint, denoiser)
 
         runs = {
             "published": lambda: published_edit(sd, technique, three, prompts, config),

@@ -5,8 +5,8 @@ import torch
 from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from control import canny
 from shapes.unet import add_noise
+from tokenflow.diffusion.control import canny
 
 BATCH = 16
 CANNY_THRESHOLDS = 100, 200  # the defaults of an edit

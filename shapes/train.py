@@ -36,7 +36,7 @@ from shapes.text import text_loss, tokenize, vocabulary
 from shapes.unet import unet_loss
 from shapes.vae import encode, round_trip_psnr, vae_loss
 from shapes.world import VALUES
-from sheets import contact_sheet
+from tokenflow.contact_sheet import contact_sheet
 from util import write_image
 
 TRAINING_SEEDS = range(8_000)

@@ -10,8 +10,9 @@ import torch
 # Without a GPU triton's kernels are interpreted, which is decided when they are imported.
 os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))
 
-import diffusion
 from shapes.checkpoint import build_random
+from tokenflow.diffusion.checkpoints import load
+from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from util import write_video
 
 # Two threads wait for each other where something else keeps the cores busy; the tests are small.
@@ -27,17 +28,17 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def sd(checkpoint) -> diffusion.StableDiffusion:
+def sd(checkpoint) -> StableDiffusion:
     """The tiny checkpoint and its ControlNet, loaded on the CPU in fp32."""
     controlnet = str(checkpoint / "controlnet")
-    return diffusion.load(str(checkpoint), controlnet, torch.device("cpu"), torch.float32)
+    return load(str(checkpoint), controlnet, torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture(scope="session")
-def trained() -> diffusion.StableDiffusion:
+def trained() -> StableDiffusion:
     """The shapes checkpoint with its ControlNet."""
     folder, device = str(SHAPES_CHECKPOINT), torch.device("cpu")
-    return diffusion.load(folder, f"{folder}/controlnet", device, torch.float32)
+    return load(folder, f"{folder}/controlnet", device, torch.float32)
 
 
 @pytest.fixture(scope="session")

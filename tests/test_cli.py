@@ -18,9 +18,10 @@ import yaml
 from conftest import SHAPES_CHECKPOINT
 
 import util
-from cli import UserError, build
-from config import ControlNetConfig, PnPConfig, PreprocessConfig, SDEditConfig
-from metrics import frame_psnr
+from tokenflow.cli import build
+from tokenflow.config import ControlNetConfig, PnPConfig, PreprocessConfig, SDEditConfig
+from tokenflow.errors import UserError
+from tokenflow.metrics import frame_psnr
 
 ROOT = Path(__file__).parent.parent
 TECHNIQUES = {"pnp": PnPConfig, "sdedit": SDEditConfig, "controlnet": ControlNetConfig}

@@ -8,9 +8,9 @@ import pytest
 import torch
 from test_cli import edit_flags, last_line, refusal, run
 
-from processes import Processes
-from rows import Rows
-from trajectory import Trajectory
+from tokenflow.runtime.distributed import Processes
+from tokenflow.runtime.edit_checkpoint import EditCheckpoint
+from tokenflow.runtime.frame_array import FrameArray
 
 
 def flipped(data: bytes) -> bytes:
@@ -102,19 +102,19 @@ def test_edits_go_on_without_damaged_source_features(made):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_damaged_step_of_an_edit_is_not_gone_on_from(tmp_path, way):
-    trajectory = Trajectory(tmp_path, (3, 4, 2, 2), Processes(torch.device("cpu")))
+    saved = EditCheckpoint(tmp_path, (3, 4, 2, 2), Processes(torch.device("cpu")))
     for step in range(3):
-        with trajectory.writing(step) as latents:
+        with saved.writing(step) as latents:
             latents[torch.arange(3)] = torch.full((3, 4, 2, 2), float(step + 1))
-    assert trajectory.steps_done == 2
+    assert saved.steps_done == 2
     with damaged(tmp_path / "2.npy", way):
-        assert trajectory.steps_done is None
-    assert trajectory.steps_done == 2 and trajectory.latents(2).shape == (3, 4, 2, 2)
+        assert saved.steps_done is None
+    assert saved.steps_done == 2 and saved.latents(2).shape == (3, 4, 2, 2)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_rows_that_a_killed_run_left_are_kept_only_if_they_fit(tmp_path, way):
-    rows, frames = Rows(tmp_path / "rows.npy"), torch.arange(3)
+    rows, frames = FrameArray(tmp_path / "rows.npy"), torch.arange(3)
     rows.ensure((3, 2), torch.float32)
     rows[frames] = torch.ones(3, 2)
     rows.ensure((3, 2), torch.float32)

@@ -5,14 +5,18 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from conftest import SHAPES_CHECKPOINT
 from diffusers import DDIMScheduler
+from test_cli import last_line, run
 
-import inversion_stages as stages
-from cli import UserError
-from config import PreprocessConfig
-from diffusion import Schedule, check_finite, ddim_step, invert, sample
-from inversion import CLEAN, Inversion, noisy
 from shapes.checkpoint import build_scheduler
+from tokenflow.config import PreprocessConfig
+from tokenflow.diffusion.ddim import Schedule, check_finite, ddim_step, invert, sample
+from tokenflow.errors import UserError
+from tokenflow.inversion import stages as stages
+from tokenflow.inversion.run import schedules
+
+FRAMES = torch.arange(1000)
 
 
 def latents_of(sd, n=2):
@@ -36,13 +40,13 @@ def test_sampling_equals_diffusers(sd):
     schedule, text = Schedule.of(sd.scheduler, 10), sd.encode_text("a circle")
     ours = theirs = latents_of(sd)
 
-    def predict(latents, t):
+    def predict(latents, t, frames):
         return sd.predict_noise(latents, t, text.expand(len(latents), -1, -1))
 
-    *_, ours = sample(ours, schedule, predict)
+    *_, ours = sample(ours, FRAMES[:2], schedule, predict)
     sd.scheduler.set_timesteps(10)
     for t in sd.scheduler.timesteps:
-        theirs = sd.scheduler.step(predict(theirs, t), t, theirs).prev_sample
+        theirs = sd.scheduler.step(predict(theirs, t, None), t, theirs).prev_sample
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
@@ -51,14 +55,14 @@ def test_sampling_undoes_inversion():
     alphas = build_scheduler().alphas_cumprod
     s, latents = 2.0, 2 * torch.randn(1000, generator=torch.Generator().manual_seed(0))
 
-    def predict(x, t):
+    def predict(x, t, frames):
         return (1 - alphas[t]).sqrt() * x / (alphas[t] * s**2 + 1 - alphas[t])
 
     errors, ends = [], []
     for n_steps in (20, 200):
         schedule = Schedule.of(build_scheduler(), n_steps)
-        *_, (t, noisiest) = invert(latents, schedule, lambda x, t, frames: predict(x, t))
-        *_, back = sample(noisiest, schedule, predict)
+        *_, (t, noisiest) = invert(latents, FRAMES, schedule, predict)
+        *_, back = sample(noisiest, FRAMES, schedule, predict)
         errors.append((back - latents).abs().max().item())
         a, b = schedule.alphas[0], schedule.alphas[-1]
         exact = latents * ((a * s**2 + 1 - a) / (b * s**2 + 1 - b)) ** 0.5
@@ -74,18 +78,18 @@ def test_fixed_point_inversion_is_undone_by_sampling():
     latents[5] = 0  # has nothing to move: its first evaluation of a step is its last
     evaluations = torch.zeros(6)
 
-    def predict(x, t):
+    def predict(x, t, frames):
         return (1 - alphas[t]).sqrt() * x / (alphas[t] * s**2 + 1 - alphas[t])
 
     def counted(x, t, frames):
         evaluations[frames] += 1
-        return predict(x, t)
+        return predict(x, t, frames)
 
     schedule = Schedule.of(build_scheduler(), 20)
     errors = []
     for fixed_point in (False, True):
-        *_, (_, noisiest) = invert(latents, schedule, counted, fixed_point)
-        *_, back = sample(noisiest, schedule, predict)
+        *_, (_, noisiest) = invert(latents, FRAMES[:6], schedule, counted, fixed_point)
+        *_, back = sample(noisiest, FRAMES, schedule, predict)
         errors.append((back - latents).square().mean().sqrt().item())
     assert errors[1] < errors[0] / 15 and errors[1] < 0.005
     assert evaluations[5] == 20 + 20 and 20 + 20 < evaluations[0] < 20 + 25
@@ -101,34 +105,23 @@ def test_v_prediction_is_turned_into_noise(sd):
     torch.testing.assert_close(sd.predict_noise(latents, t, text), expected)
 
 
-def inverted(sd, clip, folder, inversion, batch_size):
-    """The latents of all timesteps, inverted from disk to disk in batches of that size."""
-    config = PreprocessConfig(
-        data_path=str(clip), H=128, W=128, batch_size=batch_size, inversion=inversion
-    )
-    schedule, made = Schedule.of(sd.scheduler, 5), Inversion(folder)
-    folder.mkdir()
-    made.vae.mkdir()
-    stages.read_source(config, made.source, 7)
-    names = {t: noisy(t) for t in schedule.timesteps}
-    for name in (CLEAN, *names.values()):
-        made.create_latents(name, sd.latent_shape(7, 128, 128))
-    predictor = stages.noise_predictor(sd, made, config)
-    for frames in stages.segments(config, 7):
-        for _ in stages.invert_segment(sd, predictor, made, config, schedule, names, frames):
-            pass
-    return [made.latents(name)[torch.arange(7)] for name in (CLEAN, *names.values())]
-
-
 @pytest.mark.parametrize("inversion", ["ddim", "fixed_point"])
-def test_latents_do_not_depend_on_the_batch_size(sd, trained, clip, tmp_path, inversion):
+def test_latents_do_not_depend_on_the_batch_size(checkpoint, clip, tmp_path, inversion):
     # Random weights amplify rounding, and what is not trained has no fixed point to find.
-    sd = trained if inversion == "fixed_point" else sd
-    whole = inverted(sd, clip, tmp_path / "whole", inversion, 7)
+    model = SHAPES_CHECKPOINT if inversion == "fixed_point" else checkpoint
+    flags = ["--data_path", clip, "--model", model, "--H", 128, "--W", 128, "--n_frames", 7]
+    flags += ["--inversion", inversion, "--steps", 5, "--save_steps", 5, "--dtype", "float32"]
+    flags += ["--no_reconstruction", "--keep_source", "false"]
+
+    def latents(batch_size):
+        batches = ["--batch_size", batch_size, "--save_dir", f"by_{batch_size}"]
+        made = tmp_path / last_line(run("preprocess.py", *flags, *batches, cwd=tmp_path))
+        return [np.load(path) for path in sorted((made / "latents").iterdir())]
+
+    whole = latents(7)
     for batch_size in (1, 3):
-        parts = inverted(sd, clip, tmp_path / f"by_{batch_size}", inversion, batch_size)
-        for some, all_at_once in zip(parts, whole, strict=True):
-            assert some.shape == (7, 4, 16, 16) and some.dtype == torch.float32
+        for some, all_at_once in zip(latents(batch_size), whole, strict=True):
+            assert some.shape == (7, 4, 16, 16) and some.dtype == np.float32
             # Frames that were mixed up would differ by about 1.
             np.testing.assert_allclose(some, all_at_once, atol=5e-3)
 
@@ -137,7 +130,10 @@ def test_non_finite_values_stop_the_run(sd):
     schedule = Schedule.of(sd.scheduler, 5)
     with pytest.raises(FloatingPointError, match=r"timestep 201 .*--dtype"):
         for _ in invert(
-            latents_of(sd), schedule, lambda x, t, _: x * (float("inf") if t > 200 else 1)
+            latents_of(sd),
+            FRAMES[:2],
+            schedule,
+            lambda x, t, _: x * (float("inf") if t > 200 else 1),
         ):
             pass
     check_finite(torch.ones(1), "ones")
@@ -148,4 +144,4 @@ def test_steps_that_miss_editing_timesteps(checkpoint):
     with pytest.raises(
         UserError, match=r"70 .* 50 editing steps; these do: 50, 99, 100, .* 250, .* 500"
     ):
-        stages.schedules(config)
+        schedules(config)

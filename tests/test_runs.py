@@ -15,11 +15,11 @@ import pytest
 import torch
 from test_cli import ROOT, last_line, refusal, run
 
-import runs
 import util
-from batches import Batches
-from cli import UserError
-from diffusion import StableDiffusion
+from tokenflow.diffusion.stable_diffusion import StableDiffusion
+from tokenflow.errors import UserError
+from tokenflow.runtime import run_folder
+from tokenflow.runtime.batching import Batches
 
 N_FRAMES, STEPS, KILLS = 13, 4, 12
 TECHNIQUES = ("pnp", "sdedit", "controlnet")
@@ -90,7 +90,9 @@ def server():
     before = dict(os.environ)
     os.environ.update(ONE_THREAD)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_runs", "invert_video", "edit_video"])
+    context.set_forkserver_preload(
+        ["test_runs", "tokenflow.inversion.run", "tokenflow.editing.run"]
+    )
     first = context.Process(target=int)  # waits for what is loaded once, which is no part of a run
     first.start()
     first.join()
@@ -143,9 +145,10 @@ def test_a_process_that_dies_ends_the_run(source, checkpoint):
     script = source / "dies.py"
     script.write_text(
         f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import diffusion, preprocess\n"
+        "import preprocess\n"
+        "from tokenflow.diffusion.stable_diffusion import StableDiffusion\n"
         "def fails(*args, **kwargs): raise FloatingPointError('of this process')\n"
-        "if os.environ['RANK'] == '1': diffusion.StableDiffusion.decode_latents = fails\n"
+        "if os.environ['RANK'] == '1': StableDiffusion.decode_latents = fails\n"
         "preprocess.main()\n"
     )
     command = command_of(script, flags, 2)
@@ -212,7 +215,7 @@ def test_a_second_run_into_the_same_folder_is_refused(source, checkpoint, whole)
         ("preprocess.py", invert_flags(checkpoint, "whole"), inversion),
         ("run_tokenflow_pnp.py", edit_flags(checkpoint, "whole", "edits"), edit),
     ):
-        with runs.locked(folder):
+        with run_folder.locked(folder):
             result = run(script, *flags, "--overwrite", cwd=source)
             refusal(result, folder.name, f"process {os.getpid()} on")
         assert not list(folder.parent.glob(".lock*")) and not list(folder.parent.glob(".partial*"))
@@ -221,13 +224,14 @@ def test_a_second_run_into_the_same_folder_is_refused(source, checkpoint, whole)
 
 def test_a_lock_dies_with_its_process(tmp_path):
     code = (
-        f"import sys, os, pathlib; sys.path.insert(0, {str(ROOT)!r}); import runs\n"
-        "with runs.locked(pathlib.Path('made')): os.kill(os.getpid(), 9)"
+        f"import sys, os, pathlib; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from tokenflow.runtime import run_folder\n"
+        "with run_folder.locked(pathlib.Path('made')): os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path).returncode == -9
     assert (tmp_path / ".lock-made").exists()
     made, refused = tmp_path / "made", pytest.raises(UserError, match="at work")
-    with runs.locked(made), refused, runs.locked(made):
+    with run_folder.locked(made), refused, run_folder.locked(made):
         pass
     assert not list(tmp_path.iterdir())
 
@@ -236,7 +240,7 @@ def test_what_another_configuration_left_is_not_gone_on_with(tmp_path):
     def left_by(made, resume=True):
         with (
             contextlib.suppress(KeyboardInterrupt),
-            runs.resumable(tmp_path / "x", made, resume) as f,
+            run_folder.resumable(tmp_path / "x", made, resume) as f,
         ):
             found = sorted(path.name for path in f.iterdir() if path.name != ".run.json")
             (f / made).touch()
@@ -244,7 +248,7 @@ def test_what_another_configuration_left_is_not_gone_on_with(tmp_path):
         return found
 
     assert [left_by("a"), left_by("a"), left_by("b"), left_by("b", False)] == [[], ["a"], [], []]
-    with pytest.raises(UserError), runs.resumable(tmp_path / "x", "b", True):
+    with pytest.raises(UserError), run_folder.resumable(tmp_path / "x", "b", True):
         raise UserError
     assert not list(tmp_path.iterdir())
 

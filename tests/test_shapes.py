@@ -7,11 +7,11 @@ from conftest import SHAPES_CHECKPOINT
 from benchmarks.clips import held_out_clips
 from benchmarks.job import Job, reconstruction_psnr
 from benchmarks.quality import METHODS, measure
-from config import PnPConfig
-from metrics import frame_psnr, warp_error
 from shapes.flow import flow
 from shapes.judge import Judge
 from shapes.world import BAR, OBJECT, pixel_centers, render, sample_scene, top_layer
+from tokenflow.config import PnPConfig
+from tokenflow.metrics import frame_psnr, warp_error
 
 
 @pytest.mark.parametrize("seed", range(4))

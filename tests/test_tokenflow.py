@@ -4,30 +4,33 @@ import pytest
 import torch
 from reference import Reference
 
-from batches import Batches
 from benchmarks.published import Published, PublishedAttention
-from config import PnPConfig
-from denoiser import Source, TokenFlowDenoiser
-from diffusion import Schedule
-from predictor import FramesPredictor
-from source_recorder import RecordingPredictor, install_recorder
-from source_store import SourceStore, bytes_needed
-from techniques import Technique
+from tokenflow.config import PnPConfig
+from tokenflow.diffusion.ddim import Schedule
+from tokenflow.editing.denoiser import Source, TokenFlowDenoiser
+from tokenflow.editing.techniques import Technique
+from tokenflow.editing.windows import anchors, windows
+from tokenflow.inversion.predictor import VideoNoisePredictor
+from tokenflow.inversion.source_features import (
+    RecordingPredictor,
+    SourceFeatureFiles,
+    bytes_needed,
+    install_recorder,
+)
+from tokenflow.nearest import nearest_in_blocks, nearest_tokens
+from tokenflow.runtime.batching import Batches
 from tokenflow_utils import (
     Blend,
-    JointEdit,
-    Keyframes,
+    JointPass,
+    KeyframeSchedule,
     TokenFlowAttention,
+    attention,
     extended_attention,
     flanking_blend,
-    frame_attention,
     install_tokenflow,
-    nearest_in_blocks,
-    nearest_tokens,
     previous_blend,
     self_attentions_replaced,
 )
-from windows import anchors, windows
 
 INJECTED_LAYERS = {
     f"up_blocks.{block}.attentions.{index}.transformer_blocks.0.attn1"
@@ -49,8 +52,13 @@ def video():
     return video_of(N_FRAMES)
 
 
-def technique_of(latents, schedule, *injecting_steps):
-    return Technique(latents.__getitem__, len(latents), schedule, *injecting_steps)
+def config_of(**changes):
+    return PnPConfig(data_path="", prompt="x", **{"seed": SEED, "n_timesteps": 10} | changes)
+
+
+def source_of(latents, features=None):
+    """What an inversion would know of a source of the same latents at every timestep."""
+    return Source(len(latents), lambda t, frames: latents[frames], features)
 
 
 @pytest.mark.parametrize("propagation", ["flanking", "previous"])
@@ -60,21 +68,13 @@ def test_equals_reference(sd, video, propagation, injects):
     source, latents = video
     schedule = Schedule.of(sd.scheduler, 10)
     t = schedule.timesteps[0]
-    config = PnPConfig(
-        data_path="",
-        prompt="x",
-        batch_size=BATCH_SIZE,
-        propagation=propagation,
-        seed=SEED,
-        n_timesteps=10,
-    )
-    technique = technique_of(latents, schedule, *map(int, injects))
-    known = Source(lambda t, f: source[f])
-    with install_tokenflow(sd.unet) as flow:
-        denoiser = TokenFlowDenoiser(sd, flow, technique, known, PROMPTS, config)
+    config = config_of(batch_size=BATCH_SIZE, propagation=propagation)
+    technique = Technique(latents.__getitem__, schedule, *map(int, injects))
+    edit = sd, technique, source_of(source), PROMPTS, config
+    with TokenFlowDenoiser.installed(*edit) as denoiser:
         ours = denoiser.predict_noise(latents, t)
 
-    keyframes = Keyframes(N_FRAMES, BATCH_SIZE, schedule.timesteps, SEED).plan()[t].tolist()
+    keyframes = KeyframeSchedule(N_FRAMES, BATCH_SIZE, schedule.timesteps, SEED).draw()[t].tolist()
     reference = Reference(sd.unet, BATCH_SIZE, propagation, INJECTED_LAYERS)
     assert_same_noise(ours, reference, sd, source, latents, t, keyframes, injects)
 
@@ -84,23 +84,14 @@ def test_equals_reference(sd, video, propagation, injects):
 @torch.no_grad()
 def test_windows_equal_the_reference(sd, monkeypatch, propagation, window, together):
     """Anchors, shared boundaries and inner keyframes, all streams in a pass or one by one."""
-    monkeypatch.setattr("denoiser.FILLED_CPU", 1 << 12 if together else 1)
+    monkeypatch.setattr("tokenflow.editing.denoiser.FILLED_CPU", 1 << 12 if together else 1)
     source, latents = video_of(21)
-    config = PnPConfig(
-        data_path="",
-        prompt="x",
-        batch_size=3,
-        keyframe_interval=2,
-        keyframe_window=window,
-        propagation=propagation,
-        seed=SEED,
-        n_timesteps=10,
-    )
+    sizes = {"batch_size": 3, "keyframe_interval": 2, "keyframe_window": window}
+    config = config_of(propagation=propagation, **sizes)
     schedule = Schedule.of(sd.scheduler, 10)
-    t, technique = schedule.timesteps[0], technique_of(latents, schedule, 1, 1)
-    known = Source(lambda t, f: source[f])
-    with install_tokenflow(sd.unet) as flow:
-        denoiser = TokenFlowDenoiser(sd, flow, technique, known, PROMPTS, config)
+    t, technique = schedule.timesteps[0], Technique(latents.__getitem__, schedule, 1, 1)
+    edit = sd, technique, source_of(source), PROMPTS, config
+    with TokenFlowDenoiser.installed(*edit) as denoiser:
         ours = denoiser.predict_noise(latents, t)
         # Whoever takes which chunks, the frames come out the same.
         chunks = denoiser.chunks(t)
@@ -108,7 +99,7 @@ def test_windows_equal_the_reference(sd, monkeypatch, propagation, window, toget
             for frames, noise in denoiser.noise(latents, t, part):
                 assert torch.equal(noise, ours[frames])
 
-    keyframes = Keyframes(21, 2, schedule.timesteps, SEED).plan()[t].tolist()
+    keyframes = KeyframeSchedule(21, 2, schedule.timesteps, SEED).draw()[t].tolist()
     reference = Reference(sd.unet, 2, propagation, INJECTED_LAYERS, window=window)
     assert_same_noise(ours, reference, sd, source, latents, t, keyframes, (True, True))
 
@@ -119,12 +110,12 @@ def test_windows_share_one_keyframe_each(n_keyframes, size):
     blend = flanking_blend(torch.arange(4 * n_keyframes), keyframes)
     found = windows(blend, n_keyframes, size)
     assert torch.equal(torch.cat([w.frames for w in found]), torch.arange(4 * n_keyframes))
-    attending = [{*w.keyframes, *anchors(n_keyframes)} for w in found]
-    assert all(len(keyframes) <= size for keyframes in attending)
+    attending = [{*w.positions, *anchors(n_keyframes)} for w in found]
+    assert all(len(positions) <= size for positions in attending)
     for one, following in zip(found[:-1], found[1:], strict=True):
-        assert one.keyframes[-1] == following.keyframes[0]
+        assert one.positions[-1] == following.positions[0]
     for window in found:
-        assert set(blend.of(window.frames).keyframes.flatten().tolist()) <= set(window.keyframes)
+        assert set(blend.positions[window.frames].flatten().tolist()) <= set(window.positions)
     assert len(found) == (1 if n_keyframes <= size else -(-(n_keyframes - 1) // (size - 5)))
 
 
@@ -134,14 +125,14 @@ def test_what_the_speed_benchmark_compares_with(sd, video):
     source, latents = video
     schedule = Schedule.of(sd.scheduler, 10)
     t = schedule.timesteps[0]
-    config = PnPConfig(data_path="", prompt="x", batch_size=BATCH_SIZE, seed=SEED)
-    technique = technique_of(latents, schedule, 1, 1)
-    published = Published(sd, technique, Source(lambda t, f: source[f]), PROMPTS, config)
+    config = config_of(batch_size=BATCH_SIZE)
+    technique = Technique(latents.__getitem__, schedule, 1, 1)
+    published = Published(sd, technique, source_of(source), PROMPTS, config)
     with self_attentions_replaced(
         sd.unet, lambda name: PublishedAttention(published, name), published.feature_hook
     ):
         noise = published.predict_noise(latents, t)
-    keyframes = Keyframes(N_FRAMES, BATCH_SIZE, schedule.timesteps, SEED).plan()[t].tolist()
+    keyframes = KeyframeSchedule(N_FRAMES, BATCH_SIZE, schedule.timesteps, SEED).draw()[t].tolist()
     reference = Reference(sd.unet, BATCH_SIZE, "previous", INJECTED_LAYERS)
     assert_same_noise(noise, reference, sd, source, latents, t, keyframes, (True, True))
 
@@ -151,40 +142,31 @@ def test_what_the_speed_benchmark_compares_with(sd, video):
 @torch.no_grad()
 def test_two_streams_equal_the_reference(sd, tmp_path, monkeypatch, batch_size, window, together):
     """With the source's features noted in the inversion's passes, its stream is not needed."""
-    monkeypatch.setattr("denoiser.FILLED_CPU", 1 << 12 if together else 1)
+    monkeypatch.setattr("tokenflow.editing.denoiser.FILLED_CPU", 1 << 12 if together else 1)
     source, latents = video_of(13)
-    schedule, store = Schedule.of(sd.scheduler, 10), SourceStore(tmp_path / "source")
+    schedule, files = Schedule.of(sd.scheduler, 10), SourceFeatureFiles(tmp_path / "source")
     t = schedule.timesteps[0]
-    keyframes = Keyframes(13, 2, schedule.timesteps, SEED)
-    store.create(sd.unet, source.shape, [t])
-    predictor = FramesPredictor(sd, PROMPTS[0], Batches(batch_size, adapts=False))
+    keyframes = KeyframeSchedule(13, 2, schedule.timesteps, SEED)
+    files.create(sd.unet, source.shape, [t])
+    predictor = VideoNoisePredictor(sd, PROMPTS[0], Batches(batch_size, adapts=False))
     with install_recorder(sd.unet) as recorder:
-        noting = RecordingPredictor(predictor, recorder, keyframes, lambda t, f: source[f], store)
+        noting = RecordingPredictor(predictor, recorder, keyframes, lambda t, f: source[f], files)
         segments = torch.arange(13).split(5)
         noted = torch.cat([noting(source[frames], t, frames) for frames in segments])
     plain = sd.predict_noise(source, t, sd.encode_text(PROMPTS[0]).expand(13, -1, -1))
     torch.testing.assert_close(noted, plain, atol=1e-3, rtol=1e-3)
 
-    config = PnPConfig(
-        data_path="",
-        prompt="x",
-        batch_size=2,
-        keyframe_interval=2,
-        keyframe_window=window,
-        n_timesteps=10,
-        seed=SEED,
-    )
-    known = Source(lambda t, f: source[f], lambda t, f: store.read(t, f, sd.device))
-    technique = technique_of(latents, schedule, 1, 1)
-    with install_tokenflow(sd.unet) as flow:
-        denoiser = TokenFlowDenoiser(sd, flow, technique, known, PROMPTS, config)
+    config = config_of(batch_size=2, keyframe_interval=2, keyframe_window=window)
+    known = source_of(source, lambda t, frames: files.read(t, frames, sd.device))
+    technique = Technique(latents.__getitem__, schedule, 1, 1)
+    with TokenFlowDenoiser.installed(sd, technique, known, PROMPTS, config) as denoiser:
         ours = denoiser.predict_noise(latents, t)
     reference = Reference(sd.unet, 2, "flanking", INJECTED_LAYERS, window=window)
-    plan = keyframes.plan()[t].tolist()
+    plan = keyframes.draw()[t].tolist()
     # Injected features are kept in half precision.
     assert_same_noise(ours, reference, sd, source, latents, t, plan, (True, True), tolerance=1e-2)
-    files = [path for path in store.folder.glob("*.npy") if str(t) in path.name]
-    written = sum(path.stat().st_size - 128 for path in files)
+    kept = [path for path in files.folder.glob("*.npy") if str(t) in path.name]
+    written = sum(path.stat().st_size - 128 for path in kept)
     assert written == bytes_needed(sd.unet, source.shape, 1)
 
 
@@ -223,7 +205,7 @@ def test_single_frame_is_the_untouched_unet(sd, video):
     plain = sd.predict_noise(latents[:1], 500, text)
     streams = torch.cat([source[:1], latents[:1], latents[:1]])
     with install_tokenflow(sd.unet) as flow:
-        flow.begin_joint_edit(JointEdit())
+        flow.begin_joint_edit(JointPass([0]))
         joint = sd.predict_noise(streams, 500, text.expand(3, -1, -1))
         alone = Blend(torch.zeros(1, 2, dtype=torch.long), torch.tensor([[1.0, 0.0]]))
         flow.begin_propagation(alone, inject_features=False)
@@ -236,11 +218,10 @@ def test_single_frame_is_the_untouched_unet(sd, video):
 def test_every_frame_may_be_a_keyframe(sd, video):
     """With chunks of one frame nothing is left to propagate to."""
     source, latents = video[0][:2], video[1][:2]
-    config = PnPConfig(data_path="", prompt="x", batch_size=1, n_timesteps=10)
-    technique = technique_of(latents, Schedule.of(sd.scheduler, 10))
-    with install_tokenflow(sd.unet) as flow:
-        known = Source(lambda t, f: source[f])
-        denoiser = TokenFlowDenoiser(sd, flow, technique, known, PROMPTS, config)
+    config = config_of(batch_size=1)
+    technique = Technique(latents.__getitem__, Schedule.of(sd.scheduler, 10))
+    edit = sd, technique, source_of(source), PROMPTS, config
+    with TokenFlowDenoiser.installed(*edit) as denoiser:
         assert torch.isfinite(denoiser.predict_noise(latents, 901)).all()
 
 
@@ -251,7 +232,7 @@ def test_unet_is_restored(sd, video):
 
     def use_and_fail():
         with install_tokenflow(sd.unet) as flow:
-            flow.begin_joint_edit(JointEdit(inject_attention=True, inject_features=True))
+            flow.begin_joint_edit(JointPass([0]), inject_attention=True, inject_features=True)
             sd.predict_noise(latents.repeat(3, 1, 1, 1), 500, text.expand(3, -1, -1))
             with pytest.raises(RuntimeError, match="already installed"), install_tokenflow(sd.unet):
                 pass
@@ -286,12 +267,12 @@ def test_injected_layers_by_name(sd):
 
 def test_extended_attention_sees_all_frames():
     generator = torch.Generator().manual_seed(0)
-    query, key, value = torch.randn(3, 2, 2, 5, 8, generator=generator)
+    query, key, value = torch.randn(3, 2, 5, 8, generator=generator)
     changed = value.clone()
-    changed[:, 1] += 1.0
-    for attend, sees in ((extended_attention, True), (frame_attention, False)):
+    changed[1] += 1.0
+    for attend, sees in ((extended_attention, True), (attention, False)):
         change = attend(query, key, changed, heads=2) - attend(query, key, value, heads=2)
-        assert ((change[:, 0].abs() > 0.1).all() if sees else (change[:, 0] == 0).all()).item()
+        assert ((change[0].abs() > 0.1).all() if sees else (change[0] == 0).all()).item()
 
 
 def test_blend_of_the_paper():
@@ -299,17 +280,17 @@ def test_blend_of_the_paper():
     third = 1 / 3
     weights = [[1, 0], [1, 0], [2 * third, third], [third, 2 * third], [1, 0], [1, 0], [1, 0]]
     torch.testing.assert_close(blend.weights, torch.tensor(weights))
-    assert blend.keyframes[:, 0].tolist() == [0, 0, 0, 0, 1, 1, 1]
-    assert blend.keyframes[2:4, 1].tolist() == [1, 1]
+    assert blend.positions[:, 0].tolist() == [0, 0, 0, 0, 1, 1, 1]
+    assert blend.positions[2:4, 1].tolist() == [1, 1]
     assert blend.whole.tolist() == [0, 0, -1, -1, 1, 1, 1]
 
 
 def test_blend_of_the_authors_code():
     blend = previous_blend(torch.arange(8), interval=4)
-    assert blend.weights[:4].tolist() == [[1, 0]] * 4 and blend.keyframes[:4, 0].tolist() == [0] * 4
+    assert blend.weights[:4].tolist() == [[1, 0]] * 4 and blend.positions[:4, 0].tolist() == [0] * 4
     own = torch.sigmoid(torch.tensor([2 / 4, 3 / 4, 4 / 4, 5 / 6]))  # d2 / (d1 + d2)
     torch.testing.assert_close(blend.weights[4:], torch.stack([own, 1 - own], dim=1))
-    assert blend.keyframes[4:].tolist() == [[1, 0]] * 4
+    assert blend.positions[4:].tolist() == [[1, 0]] * 4
 
 
 def test_nearest_tokens_in_blocks(monkeypatch):
@@ -317,7 +298,7 @@ def test_nearest_tokens_in_blocks(monkeypatch):
     tokens = torch.randn(3, 10, 6, generator=generator)
     keys = torch.nn.functional.normalize(torch.randn(8, 6, generator=generator), dim=-1)
     whole = nearest_tokens(tokens, keys)
-    monkeypatch.setattr("tokenflow_utils.SIMILARITY_BLOCK", 8 * 7)  # does not divide the tokens
+    monkeypatch.setattr("tokenflow.nearest.SIMILARITY_BLOCK", 8 * 7)  # does not divide the tokens
     assert torch.equal(nearest_tokens(tokens, keys), whole)
     similarity = torch.nn.functional.cosine_similarity(tokens[:, :, None], keys, dim=-1)
     assert torch.equal(whole, similarity.argmax(-1))
@@ -326,7 +307,7 @@ def test_nearest_tokens_in_blocks(monkeypatch):
 def test_fused_nearest_tokens_equal_the_blocked_ones():
     """On a GPU as it runs there, else in triton's interpreter, where there is triton."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    fused = pytest.importorskip("nearest_cuda").nearest_fused
+    fused = pytest.importorskip("tokenflow.nearest_triton").nearest_fused
     generator = torch.Generator().manual_seed(0)
     for n, s, k, d in [(2, 64, 64, 32), (3, 100, 130, 40), (1, 7, 300, 80)]:
         tokens = torch.randn(n, s, d, generator=generator).to(device)
@@ -338,10 +319,10 @@ def test_fused_nearest_tokens_equal_the_blocked_ones():
 
 
 def test_keyframes_are_one_an_interval_and_repeatable():
-    plans = [Keyframes(11, 4, (9, 5), seed).plan() for seed in range(50)]
+    plans = [KeyframeSchedule(11, 4, (9, 5), seed).draw() for seed in range(50)]
     draws = [keyframes for plan in plans for keyframes in plan.values()]
     assert all((draw // 4).tolist() == [0, 1, 2] and draw[-1] <= 10 for draw in draws)
     assert {draw[0].item() for draw in draws} == {0, 1, 2, 3}
     assert any(not torch.equal(plan[9], plan[5]) for plan in plans)
-    again = Keyframes(11, 4, (9, 5), 3).plan()
+    again = KeyframeSchedule(11, 4, (9, 5), 3).draw()
     assert all(torch.equal(again[t], plans[3][t]) for t in again)

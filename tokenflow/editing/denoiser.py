@@ -1,42 +1,47 @@
-"""One step of an edit: a joint pass over the keyframes, then propagation to every frame.
+"""One step of an edit: joint passes over the keyframes, then propagation to every frame.
 
 A technique is its initial latents, a schedule, how long the source is injected, and a ControlNet's
 condition; nothing here knows which technique it is.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import groupby
 from operator import itemgetter
+from typing import Self
 
 import torch
 from diffusers import DDIMScheduler
 
-from batches import Batches, balanced
-from config import EditConfig
-from diffusion import Control, Schedule, StableDiffusion
-from rows import Rows
-from techniques import Technique
+from tokenflow.config import EditConfig
+from tokenflow.diffusion.control import Control
+from tokenflow.diffusion.ddim import Schedule
+from tokenflow.diffusion.stable_diffusion import StableDiffusion
+from tokenflow.editing.techniques import Technique
+from tokenflow.editing.windows import Window, joint_passes, seen_by_all, windows
+from tokenflow.runtime.batching import Batches, balanced
+from tokenflow.runtime.frame_array import FrameArray
 from tokenflow_utils import (
     COND,
     SOURCE,
     STREAMS,
     UNCOND,
     Blend,
-    JointEdit,
-    Keyframes,
+    JointPass,
+    KeyframeSchedule,
     SourceFeatures,
     TokenFlow,
     flanking_blend,
+    install_tokenflow,
     previous_blend,
 )
-from windows import Window, anchors, windows
 
 FILLED_CPU, FILLED_GPU = 1 << 12, 1 << 15  # latent pixels
 
 # Of all frames' latents, those of some frames (n,): (n, 4, h, w). A tensor or a file.
-Latents = torch.Tensor | Rows
+Latents = torch.Tensor | FrameArray
 
 
 @dataclass(frozen=True)
@@ -48,23 +53,27 @@ class Source:
     without it that stream is denoised along with the others.
     """
 
+    n_frames: int
     latents: Callable[[int, torch.Tensor], torch.Tensor]
     features: Callable[[int, torch.Tensor], SourceFeatures] | None = None
 
 
 class Denoiser:
-    """Predicts the guided noise of a video's frames at one timestep, in passes of some streams."""
+    """Predicts the guided noise of a video's frames at one timestep, in passes of some streams.
+
+    prompts: of the source, uncond and cond streams.
+    """
 
     def __init__(
         self,
-        sd: StableDiffusion,
         flow: TokenFlow,
+        sd: StableDiffusion,
         technique: Technique,
         source: Source,
         prompts: tuple[str, str, str],
         config: EditConfig,
     ) -> None:
-        self.sd, self.flow, self.config = sd, flow, config
+        self.flow, self.sd, self.config = flow, sd, config
         self.technique, self.source = technique, source
         self.batches = Batches(config.frames_at_once, adapts=config.batch_size is None)
         self.text = torch.cat([sd.encode_text(prompt) for prompt in prompts])  # 3 l d
@@ -72,9 +81,24 @@ class Denoiser:
         self.attention_timesteps = frozenset(timesteps[: technique.attention_steps])
         self.feature_timesteps = frozenset(timesteps[: technique.feature_steps])
 
+    @classmethod
+    @contextmanager
+    def installed(
+        cls,
+        sd: StableDiffusion,
+        technique: Technique,
+        source: Source,
+        prompts: tuple[str, str, str],
+        config: EditConfig,
+    ) -> Iterator[Self]:
+        """A denoiser, with TokenFlow in its UNet while the block lasts."""
+        propagated = STREAMS if config.propagation == "previous" else (UNCOND, COND)
+        with install_tokenflow(sd.unet, propagated, source.features is None) as flow:
+            yield cls(flow, sd, technique, source, prompts, config)
+
     def chunks(self, t: int) -> list:
         """The frames of the video in chunks that processes may share; neighbours belong together."""
-        return list(balanced(torch.arange(self.technique.n_frames), self.config.frames_at_once))
+        return list(balanced(torch.arange(self.source.n_frames), self.config.frames_at_once))
 
     def noise(
         self, latents: Latents, t: int, chunks: list
@@ -121,7 +145,7 @@ class TokenFlowDenoiser(Denoiser):
 
         Those that are done with the joint edit are a chunk of their own.
         """
-        keyframes, blend = self._step(t)
+        keyframes, blend = self._keyframes_and_blend(t)
         done, chunks = done_with_joint_edit(keyframes, blend), []
         for window in windows(blend, len(keyframes), self.config.keyframe_window):
             frames, is_done = window.frames, done[window.frames]
@@ -133,68 +157,42 @@ class TokenFlowDenoiser(Denoiser):
         self, latents: Latents, t: int, chunks: list[tuple[Window, torch.Tensor]]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """For some of the `chunks`, one by one: frames (n,) and their guided noise (n, 4, h, w)."""
-        keyframes, blend = self._step(t)
-        done = done_with_joint_edit(keyframes, blend)
-        # Guided noise (4, h, w) of the keyframes that the layers remember, by position, in their order.
-        edited: dict[int, torch.Tensor] = {}
+        keyframes, blend = self._keyframes_and_blend(t)
+        done, cache = done_with_joint_edit(keyframes, blend), self.flow.cache
+        cache.keep([])
         for window, of_window in groupby(chunks, itemgetter(0)):
-            edited = self._edit_window(latents, t, keyframes, window.keyframes, edited)
-            rows = torch.full_like(keyframes, -1)
-            rows[list(edited)] = torch.arange(len(edited))
-
-            def propagated(frames: torch.Tensor, rows: torch.Tensor = rows) -> torch.Tensor:
-                of_frames = blend.of(frames)
-                remembered = Blend(rows[of_frames.keyframes], of_frames.weights)
-                return self._propagate(latents, t, frames, remembered)
-
+            seen = seen_by_all(window, len(keyframes))
+            cache.keep([position for position in cache.positions if position in seen])
+            for joint in joint_passes(window, len(keyframes), cache.positions):
+                self._edit_jointly(latents, t, keyframes[joint.edited], joint)
             for _, frames in of_window:
                 if done[frames].all():
-                    positions = blend.of(frames).whole.tolist()
-                    yield frames, torch.stack([edited[position] for position in positions])
+                    yield frames, torch.stack(cache.read("noise", blend.whole[frames].tolist()))
                 else:
-                    yield frames, self.batches.map(propagated, frames)
+                    propagated = partial(self._propagate, latents, t)
+                    parts = frames, blend.positions[frames], blend.weights[frames]
+                    yield frames, self.batches.map(propagated, *parts)
 
-    def _edit_window(
+    def _edit_jointly(
+        self, latents: Latents, t: int, frames: torch.Tensor, joint: JointPass
+    ) -> None:
+        """Edit keyframes, which are the frames (k,); their guided noise is then in the cache."""
+        injects = t in self.attention_timesteps, t in self.feature_timesteps
+        self.flow.begin_joint_edit(joint, *injects)
+        noise = self.guided_noise(latents, t, frames, self._passes(frames, latents, STREAMS))
+        self.flow.cache.write("noise", joint.edited, noise)
+
+    def _propagate(
         self,
         latents: Latents,
         t: int,
-        keyframes: torch.Tensor,
-        window: list[int],
-        edited: dict[int, torch.Tensor],
-    ) -> dict[int, torch.Tensor]:
-        """Edit a window's keyframes but those `edited` before, and forget what it has no use for."""
-        shared, boundaries = anchors(len(keyframes)), [[window[0]], [window[-1]]]
-        groups = [window] if len(window) == len(keyframes) else [shared, *boundaries, window]
-        useful = {*shared, window[0], window[-1]}
-        kept = tuple(place for place, position in enumerate(edited) if position in useful)
-        edited = {position: edited[position] for position in edited if position in useful}
-        for group in groups:
-            if not (positions := [position for position in group if position not in edited]):
-                continue
-            inner = group is window
-            joint = JointEdit(
-                inject_attention=t in self.attention_timesteps,
-                inject_features=t in self.feature_timesteps,
-                # Boundaries attend to the anchors alone, so that they are the same in both windows.
-                context=len(edited) if inner else min(len(edited), len(shared)),
-                kept=kept,
-                as_context=not inner,
-                propagates_source=self.config.propagation == "previous",
-                finds_correspondences=self.source.features is None,
-            )
-            self.flow.begin_joint_edit(joint)
-            frames = keyframes[positions]
-            noise = self.guided_noise(latents, t, frames, self._passes(frames, latents, STREAMS))
-            edited |= zip(positions, noise, strict=True)
-            kept = tuple(range(len(edited)))
-        return edited
-
-    def _propagate(
-        self, latents: Latents, t: int, frames: torch.Tensor, blend: Blend
+        frames: torch.Tensor,
+        positions: torch.Tensor,
+        weights: torch.Tensor,
     ) -> torch.Tensor:
-        """Guided noise (n, 4, h, w) of the frames (n,), which blend what the layers remember."""
+        """Guided noise (n, 4, h, w) of the frames (n,), which blend keyframes of the cache."""
         source = self.source.features(t, frames) if self.source.features else None
-        self.flow.begin_propagation(blend, t in self.feature_timesteps, source)
+        self.flow.begin_propagation(Blend(positions, weights), t in self.feature_timesteps, source)
         passes = self._passes(frames, latents, (UNCOND, COND) if source else STREAMS)
         return self.guided_noise(latents, t, frames, passes)
 
@@ -206,19 +204,20 @@ class TokenFlowDenoiser(Denoiser):
         large = pixels >= filling_pixels(self.sd.device)
         return tuple((stream,) for stream in streams) if large else (streams,)
 
-    def _step(self, t: int) -> tuple[torch.Tensor, Blend]:
-        """The keyframes (k,) of a timestep, and which of them each frame blends."""
-        keyframes, frames = self._plan[t], torch.arange(self.technique.n_frames)
+    def _keyframes_and_blend(self, t: int) -> tuple[torch.Tensor, Blend]:
+        """The keyframes (k,) of a timestep, and which of them each frame of the video blends."""
+        keyframes, frames = self._keyframes[t], torch.arange(self.source.n_frames)
         if self.config.propagation == "previous":
             return keyframes, previous_blend(frames, self.config.interval)
         return keyframes, flanking_blend(frames, keyframes)
 
     @cached_property
-    def _plan(self) -> dict[int, torch.Tensor]:
-        keyframes = keyframes_of(self.config, self.sd.scheduler, self.technique.n_frames)
-        if self.config.propagation == "previous":  # the authors' code draws none at skipped steps
-            keyframes = replace(keyframes, timesteps=self.technique.schedule.timesteps)
-        return keyframes.plan()
+    def _keyframes(self) -> dict[int, torch.Tensor]:
+        if self.config.propagation == "flanking":
+            return keyframe_schedule(self.config, self.sd.scheduler, self.source.n_frames).draw()
+        # The authors' code draws none at skipped steps.
+        n_frames, timesteps = self.source.n_frames, self.technique.schedule.timesteps
+        return KeyframeSchedule(n_frames, self.config.interval, timesteps, self.config.seed).draw()
 
 
 def filling_pixels(device: torch.device) -> int:
@@ -232,7 +231,9 @@ def done_with_joint_edit(keyframes: torch.Tensor, blend: Blend) -> torch.Tensor:
     return (whole >= 0) & (keyframes[whole] == torch.arange(len(whole)))
 
 
-def keyframes_of(config: EditConfig, scheduler: DDIMScheduler, n_frames: int) -> Keyframes:
+def keyframe_schedule(
+    config: EditConfig, scheduler: DDIMScheduler, n_frames: int
+) -> KeyframeSchedule:
     """The keyframes of an edit; steps that a technique skips have theirs too."""
     timesteps = Schedule.of(scheduler, config.n_timesteps).timesteps
-    return Keyframes(n_frames, config.interval, timesteps, config.seed)
+    return KeyframeSchedule(n_frames, config.interval, timesteps, config.seed)

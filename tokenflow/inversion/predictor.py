@@ -1,15 +1,17 @@
 """Noise prediction for any frames of one video under one prompt, as inverting and sampling it need."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
-from batches import Batches
-from diffusion import Control, StableDiffusion
+from tokenflow.diffusion.control import Control
+from tokenflow.diffusion.stable_diffusion import StableDiffusion
+from tokenflow.runtime.batching import Batches
 
 
-class FramesPredictor:
-    """Predicts the noise of frames in batches.
+class VideoNoisePredictor:
+    """Predicts the noise of a video's frames in batches; one serves a whole run.
 
     control: for frame indices (n,), what conditions the ControlNet.
     """
@@ -26,13 +28,9 @@ class FramesPredictor:
 
     def __call__(self, latents: torch.Tensor, t: int, frames: torch.Tensor) -> torch.Tensor:
         """The noise (n, 4, h, w) in latents (n, 4, h, w) of the frames (n,)."""
+        return self.batches.map(partial(self.predict_batch, t), latents, frames)
 
-        def predicted(batch: torch.Tensor) -> torch.Tensor:
-            return self.predict_batch(latents[batch], t, frames[batch])
-
-        return self.batches.map(predicted, torch.arange(len(frames)))
-
-    def predict_batch(self, latents: torch.Tensor, t: int, frames: torch.Tensor) -> torch.Tensor:
+    def predict_batch(self, t: int, latents: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
         """As a call, in one pass."""
         control = self.control(frames) if self.control else None
         return self.sd.predict_noise(latents, t, self.text.expand(len(frames), -1, -1), control)

@@ -1,7 +1,7 @@
 """Nearest tokens on CUDA: one kernel that never writes a similarity to memory.
 
 In the manner of flash attention: a block of tokens stays on the chip while the keyframe's tokens stream
-past it, and only the best similarity and its index are kept. `tokenflow_utils.nearest_in_blocks` is its
+past it, and only the best similarity and its index are kept. `nearest.nearest_in_blocks` is its
 reference, and takes its place where it does not run.
 """
 
@@ -54,7 +54,7 @@ def _nearest_kernel(
 
 
 def nearest_fused(tokens: torch.Tensor, key_tokens: torch.Tensor) -> torch.Tensor:
-    """As `tokenflow_utils.nearest_tokens`: tokens (n, s, d), key_tokens (k, d) of unit length: (n, s)."""
+    """As `nearest.nearest_tokens`: tokens (n, s, d), key_tokens (k, d) of unit length: (n, s)."""
     n_frames, n_tokens, depth = tokens.shape
     tokens, key_tokens = tokens.contiguous(), key_tokens.float().contiguous()
     nearest = torch.empty(n_frames * n_tokens, dtype=torch.int32, device=tokens.device)

@@ -10,8 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from cli import UserError
-from digests import digest_of
+from tokenflow.errors import UserError
+from tokenflow.runtime.digests import digest_of
 
 
 @contextmanager

@@ -5,7 +5,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import UserError, option
+from tokenflow.cli import option
+from tokenflow.errors import UserError
 
 
 @dataclass(frozen=True)

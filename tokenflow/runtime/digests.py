@@ -6,11 +6,9 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tokenflow.errors import DamagedError
+
 NAME = "digests.json"
-
-
-class DamagedError(Exception):
-    """A file is not what a run wrote: its text names the file and says what is wrong with it."""
 
 
 def digest_of(parts: Iterable[bytes]) -> str:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from diffusers import DDIMScheduler
 
-from config import PnPConfig, SDEditConfig
-from diffusion import Control, Schedule
+from tokenflow.config import PnPConfig, SDEditConfig
+from tokenflow.diffusion.control import Control
+from tokenflow.diffusion.ddim import Schedule
 
 # For frame indices (n,), latents (n, 4, h, w).
 LatentsOf = Callable[[torch.Tensor], torch.Tensor]
@@ -24,23 +25,19 @@ class Technique:
     """
 
     initial: LatentsOf
-    n_frames: int
     schedule: Schedule
     attention_steps: int = 0
     feature_steps: int = 0
     control: Callable[[torch.Tensor], tuple[Control, Control, Control]] | None = None
 
 
-def plug_and_play(
-    config: PnPConfig, schedule: Schedule, inverted: LatentsOf, n_frames: int
-) -> Technique:
+def plug_and_play(config: PnPConfig, schedule: Schedule, inverted: LatentsOf) -> Technique:
     """Tumanyan et al., arXiv 2211.12572: the first steps take over the source's attention and features.
 
     inverted: to the schedule's first timestep.
     """
     return Technique(
         inverted,
-        n_frames,
         schedule,
         attention_steps=int(config.n_timesteps * config.pnp_attn_t),
         feature_steps=int(config.n_timesteps * config.pnp_f_t),
@@ -54,7 +51,6 @@ def sdedit(
     clean: LatentsOf,
     inverted: LatentsOf,
     inverted_timestep: int,
-    n_frames: int,
 ) -> Technique:
     """Meng et al., arXiv 2108.01073: the source is noised part of the way, and denoised from there.
 
@@ -73,13 +69,12 @@ def sdedit(
             noise = torch.randn(latents[:1].shape, generator=generator).expand_as(latents)
         return scheduler.add_noise(latents, noise, first)
 
-    return Technique(noised, n_frames, schedule)
+    return Technique(noised, schedule)
 
 
 def controlnet(
     schedule: Schedule,
     inverted: LatentsOf,
-    n_frames: int,
     images: Callable[[torch.Tensor], torch.Tensor],
     source_scale: float,
     edit_scale: float,
@@ -94,10 +89,7 @@ def controlnet(
 
     def control(frames: torch.Tensor) -> tuple[Control, Control, Control]:
         shown = images(frames)
-        source, edited = (
-            Control(shown, torch.full((len(frames),), scale))
-            for scale in (source_scale, edit_scale)
-        )
+        source, edited = (Control.of(shown, scale) for scale in (source_scale, edit_scale))
         return source, edited, edited
 
-    return Technique(inverted, n_frames, schedule, control=control)
+    return Technique(inverted, schedule, control=control)

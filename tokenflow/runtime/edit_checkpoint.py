@@ -1,4 +1,4 @@
-"""The latents of an edit on disk, after each of its steps: what a killed edit goes on from."""
+"""The latents of an edit on disk, after each of its steps: what a killed edit is resumed from."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from digests import file_digest
-from processes import Processes
-from rows import Rows
-from runs import partial_path, remove
+from tokenflow.runtime.digests import file_digest
+from tokenflow.runtime.distributed import Processes
+from tokenflow.runtime.frame_array import FrameArray
+from tokenflow.runtime.run_folder import partial_path, remove
 
 
-class Trajectory:
+class EditCheckpoint:
     """Latents (N, 4, h, w) by the number of steps done; only those after the last step are kept."""
 
     def __init__(self, folder: Path, shape: tuple[int, ...], processes: Processes) -> None:
@@ -24,18 +24,18 @@ class Trajectory:
         written = (int(path.stem) for path in self.folder.glob("[0-9]*.npy"))
         return max(filter(self._is_whole, written), default=None)
 
-    def latents(self, steps_done: int) -> Rows:
+    def latents(self, steps_done: int) -> FrameArray:
         """The latents after that many steps."""
-        return Rows(self._file(steps_done))
+        return FrameArray(self._file(steps_done))
 
     @contextmanager
-    def writing(self, steps_done: int) -> Iterator[Rows]:
+    def writing(self, steps_done: int) -> Iterator[FrameArray]:
         """Latents for all processes to write their frames of, which are then those of so many steps."""
         path, is_main = self._file(steps_done), self.processes.is_main
         if is_main:
-            Rows.create(partial_path(path), self.shape, torch.float32)
+            FrameArray.create(partial_path(path), self.shape, torch.float32)
         self.processes.wait()
-        yield Rows(partial_path(path))
+        yield FrameArray(partial_path(path))
         self.processes.wait()
         if is_main:
             self._digest_file(steps_done).write_text(file_digest(partial_path(path)))
@@ -45,10 +45,8 @@ class Trajectory:
         self.processes.wait()
 
     def _is_whole(self, steps_done: int) -> bool:
-        digest = self._digest_file(steps_done)
-        return (
-            digest.is_file() and digest.read_bytes() == file_digest(self._file(steps_done)).encode()
-        )
+        digest, latents = self._digest_file(steps_done), self._file(steps_done)
+        return digest.is_file() and digest.read_bytes() == file_digest(latents).encode()
 
     def _digest_file(self, steps_done: int) -> Path:
         return self._file(steps_done).with_suffix(".digest")

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 
-class Rows:
+class FrameArray:
     """A `.npy` file, indexed by frame indices (n,) as a tensor is.
 
     It is mapped only while rows are read, so that what was read does not stay resident, and written
@@ -17,7 +17,7 @@ class Rows:
         self.path = path
 
     @classmethod
-    def create(cls, path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> "Rows":
+    def create(cls, path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> "FrameArray":
         """A new file of zeros, which take no space until they are written."""
         path.parent.mkdir(parents=True, exist_ok=True)
         kind = torch.empty(0, dtype=dtype).numpy().dtype
@@ -31,7 +31,7 @@ class Rows:
         except (OSError, ValueError, EOFError):
             fits = False
         if not fits:
-            Rows.create(self.path, shape, dtype)
+            FrameArray.create(self.path, shape, dtype)
 
     def bytes_of(self, frames: torch.Tensor) -> bytes:
         """The rows of the frames (n,) as they lie in the file."""

@@ -21,16 +21,16 @@ from typing import Any, TypeVar
 
 import yaml
 
+from tokenflow.errors import UserError
+
 C = TypeVar("C")
+
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 _OUT_OF_MEMORY = (
     "the device is out of memory: use --batch_size auto, --cpu_offload, smaller frames or, in an edit, a "
     "smaller --keyframe_window; what is done so far is kept and gone on with"
 )
-
-
-class UserError(Exception):
-    """A mistake of the user's: its text is one line that says what is wrong and what to do."""
 
 
 def option(
@@ -56,17 +56,16 @@ def option(
     )
 
 
-def parse(cls: type[C], description: str, argv: list[str] | None = None) -> C:
-    """Read a configuration of class `cls` from flags alone (default: the command line's)."""
-    return build(cls, _parse_flags(cls, description, None, argv))
-
-
-def parse_with_yaml(
-    cls: type[C], description: str, default_yaml: Path, argv: list[str] | None = None
+def parse(
+    cls: type[C], description: str, default_yaml: str | None = None, argv: list[str] | None = None
 ) -> C:
-    """Read a configuration of class `cls` from `--config_path` and from flags, which win."""
+    """Read a configuration of class `cls` from flags (default: the command line's).
+
+    With a `default_yaml`, a file of `configs/`, `--config_path` names another; flags win over it.
+    """
     flags = _parse_flags(cls, description, default_yaml, argv)
-    return build(cls, {**_read_yaml(Path(flags.pop("config_path"))), **flags})
+    values = _read_yaml(Path(flags.pop("config_path"))) if default_yaml else {}
+    return build(cls, {**values, **flags})
 
 
 def build(cls: type[C], values: dict[str, Any]) -> C:
@@ -128,7 +127,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse_flags(
-    cls: type, description: str, default_yaml: Path | None, argv: list[str] | None
+    cls: type, description: str, default_yaml: str | None, argv: list[str] | None
 ) -> dict[str, Any]:
     parser = _Parser(
         description=description, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
@@ -136,8 +135,8 @@ def _parse_flags(
     if default_yaml is not None:
         parser.add_argument(
             "--config_path",
-            default=str(default_yaml),
-            help=f"YAML file; flags win over it (default: {default_yaml})",
+            default=str(CONFIGS / default_yaml),
+            help=f"YAML file; flags win over it (default: configs/{default_yaml})",
         )
     for f in fields(cls):
         help = f.metadata["help"]

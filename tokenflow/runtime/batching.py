@@ -24,23 +24,22 @@ class Batches:
     def __init__(self, size: int, adapts: bool) -> None:
         self.size, self.adapts = size, adapts
 
-    def map(
-        self, function: Callable[[torch.Tensor], torch.Tensor], items: torch.Tensor
-    ) -> torch.Tensor:
-        """`function` of the items (n,), batch by batch, as one tensor (n, ...)."""
-        results, start = [], 0
-        while start < len(items):
-            batch = items[start : start + self.size]
+    def map(self, function: Callable[..., torch.Tensor], *items: torch.Tensor) -> torch.Tensor:
+        """`function` of tensors of n items each, batch by batch, as one tensor (n, ...)."""
+        results, start, n_items = [], 0, len(items[0])
+        while start < n_items:
+            batch = [values[start : start + self.size] for values in items]
+            length = len(batch[0])
             try:
-                results.append(function(batch))
-                start += len(batch)
+                results.append(function(*batch))
+                start += length
                 continue
             except RuntimeError as error:
-                if not (self.adapts and len(batch) > 1 and should_reduce_batch_size(error)):
+                if not (self.adapts and length > 1 and should_reduce_batch_size(error)):
                     raise
             # Not in the handler, whose error still holds what must be freed.
-            self.size = len(batch) // 2
-            log.warning("out of memory with %d frames at once: now %d", len(batch), self.size)
+            self.size = length // 2
+            log.warning("out of memory with %d frames at once: now %d", length, self.size)
             gc.collect()
             clear_device_cache()
         return torch.cat(results)

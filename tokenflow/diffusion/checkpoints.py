@@ -1,0 +1,236 @@
+"""Checkpoints: from a hub id or a folder to networks on a device, in a precision that suits it."""
+
+import functools
+import json
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from accelerate import cpu_offload_with_hook
+from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
+from huggingface_hub import constants, model_info, try_to_load_from_cache
+from safetensors import safe_open
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from tokenflow.diffusion.stable_diffusion import StableDiffusion
+from tokenflow.errors import UserError
+from util import fingerprint
+
+HUB_TIMEOUT = 10  # seconds
+
+# What makes a UNet Stable Diffusion's: the layers that TokenFlow and its injections name.
+SD_LAYOUT = {
+    "_class_name": "UNet2DConditionModel",
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+}
+
+# diffusers passes the hub a retired argument, which is no concern of the user's.
+warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks.*")
+# Files that are looked for in two places are no errors either; what is missing we say ourselves.
+diffusers.utils.logging.set_verbosity(logging.CRITICAL)
+diffusers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+
+def check_checkpoint(model_id: str, height: int | None = None, width: int | None = None) -> None:
+    """Refuse, before weights are loaded, a checkpoint or a frame size (pixels) that cannot work."""
+    unet = _find(UNet2DConditionModel.load_config, model_id, "unet")
+    for key, expected in SD_LAYOUT.items():
+        found = list(unet[key]) if isinstance(unet.get(key), tuple | list) else unet.get(key)
+        if found != expected:
+            raise UserError(
+                f"{model_id}: its UNet is not of Stable Diffusion 1 or 2's layout: "
+                f"{key} is {found}, not {expected}"
+            )
+    vae = _find(AutoencoderKL.load_config, model_id, "vae")
+    halvings = len(vae["block_out_channels"]) - 1 + len(unet["block_out_channels"]) - 1
+    multiple = 2**halvings
+    for name, size in {"H": height, "W": width}.items():
+        if size is not None and size % multiple:
+            nearest = max(multiple, round(size / multiple) * multiple)
+            raise UserError(
+                f"{name}: {size} is no multiple of {multiple}; the nearest valid size is {nearest}"
+            )
+
+
+def checkpoint_identity(model_id: str) -> str:
+    """What tells one checkpoint from another: a hub id, or a fingerprint of a folder's UNet."""
+    weights = sorted((Path(model_id) / "unet").glob("*.safetensors"))
+    weights += sorted((Path(model_id) / "unet").glob("*.bin"))
+    return fingerprint(weights[0]) if weights else model_id
+
+
+def load_scheduler(model_id: str) -> DDIMScheduler:
+    """The checkpoint's noise schedule with DDIM's steps."""
+    return _find(DDIMScheduler.from_pretrained, model_id, "scheduler")
+
+
+def load(
+    model_id: str,
+    controlnet_id: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    cpu_offload: bool = False,
+) -> StableDiffusion:
+    """Load a checkpoint, and a ControlNet, from a hub id or a folder in diffusers layout.
+
+    With `cpu_offload` of the VAE, the text encoder and the UNet only one is on the device at a time.
+    """
+
+    def network(cls: type, model: str, subfolder: str | None, dtype_key: str) -> torch.nn.Module:
+        return _load_weights(cls, model, subfolder, dtype, dtype_key).eval()
+
+    sd = StableDiffusion(
+        vae=network(AutoencoderKL, model_id, "vae", "torch_dtype"),
+        tokenizer=_find(CLIPTokenizer.from_pretrained, model_id, "tokenizer"),
+        text_encoder=network(CLIPTextModel, model_id, "text_encoder", "dtype"),
+        unet=network(UNet2DConditionModel, model_id, "unet", "torch_dtype"),
+        scheduler=load_scheduler(model_id),
+        controlnet=network(ControlNetModel, controlnet_id, None, "torch_dtype").to(device)
+        if controlnet_id
+        else None,
+        device=device,
+        dtype=dtype,
+    )
+    networks = sd.vae, sd.text_encoder, sd.unet
+    if cpu_offload:
+        hooks = [cpu_offload_with_hook(part, device)[1] for part in networks]
+        # In the order of a run, and round again: whichever begins sends the one before away.
+        for hook, before in zip(hooks, hooks[-1:] + hooks[:-1], strict=True):
+            hook.hook.prev_module_hook = before
+    else:
+        for part in networks:
+            part.to(device)
+    return sd
+
+
+def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """The device and precision that the configuration's `device` and `dtype` stand for.
+
+    Half precision is chosen where it is faster and safe: on CUDA, and on CPUs with units for bfloat16.
+    """
+    # The same seed must give the same bytes, so cuDNN may not choose algorithms by a race.
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+    if device == "auto":
+        has_mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    chosen = torch.device(device)
+    available = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+    }[chosen.type]
+    if (chosen.index or 0) >= available:
+        raise UserError(f"device: {device} is not to be had on this machine; use auto or cpu")
+    if dtype == "auto":
+        return chosen, _natural_dtype(chosen)
+    return chosen, getattr(torch, dtype)
+
+
+def _natural_dtype(device: torch.device) -> torch.dtype:
+    if device.type == "cuda":
+        return torch.float16
+    # Without such units bfloat16 is emulated, which is slower; no public function tells them apart.
+    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def _load_weights(
+    cls: type, model_id: str, subfolder: str | None, dtype: torch.dtype, dtype_key: str
+) -> torch.nn.Module:
+    """Weights in the variant nearest to `dtype`; not every repository has both."""
+    half = dtype != torch.float32
+    variants = [{"variant": variant} for variant in (("fp16", None) if half else (None, "fp16"))]
+    return _find(cls.from_pretrained, model_id, subfolder, variants, **{dtype_key: dtype})
+
+
+def _find(
+    get: Callable[..., Any],
+    model_id: str,
+    subfolder: str | None,
+    variants: Sequence[dict[str, Any]] = ({},),
+    **options: Any,
+) -> Any:
+    """Call `get` on a checkpoint's part: what is on disk first, so that the hub is asked for the rest."""
+    for local_only in (True, False):
+        if not local_only and not _on_hub(model_id):
+            break
+        for variant in variants:
+            where = {"subfolder": subfolder or "", "local_files_only": local_only}
+            try:
+                return get(model_id, **where, **variant, **options)
+            except MemoryError:
+                raise
+            except Exception as error:  # each loader has its own ways to say what it misses
+                failure = error
+    _refuse_broken(_local_folder(model_id, subfolder or ""), failure)
+    part = f" (its {subfolder})" if subfolder else ""
+    if Path(model_id).is_dir():
+        raise UserError(f"model: the folder {model_id} holds no such checkpoint{part}")
+    raise UserError(
+        f"model: {model_id}{part} is neither a folder nor in {constants.HF_HUB_CACHE}, and cannot be "
+        "downloaded; check the id and the network, or give --model a folder in diffusers layout"
+    )
+
+
+def _local_folder(model_id: str, subfolder: str) -> Path:
+    """Where a checkpoint's part lies on disk, or would lie."""
+    if Path(model_id).is_dir():
+        return Path(model_id) / subfolder
+    for name in ("config.json", "scheduler_config.json", "tokenizer_config.json"):
+        cached = try_to_load_from_cache(model_id, f"{subfolder}/{name}".lstrip("/"))
+        if isinstance(cached, str):
+            return Path(cached).parent
+    return Path(constants.HF_HUB_CACHE) / model_id / subfolder
+
+
+def _refuse_broken(folder: Path, failure: Exception) -> None:
+    """Raise UserError if the part of a checkpoint in `folder` is there, but cannot be read."""
+    files = sorted(path for path in folder.glob("*") if path.is_file())
+    for path in files:
+        if reason := _broken(path):
+            raise UserError(
+                f"model: {path} is broken: {reason}; copy or download the checkpoint again"
+            ) from failure
+    if any(path.suffix in (".safetensors", ".bin") for path in files):
+        reason = str(failure).strip().partition("\n")[0]
+        raise UserError(f"model: {folder} cannot be loaded: {reason}") from failure
+
+
+def _broken(path: Path) -> str:
+    """Why a file of a checkpoint cannot be read; empty if it can."""
+    try:
+        if path.stat().st_size == 0:
+            return "it is empty"
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+        elif path.suffix == ".safetensors":
+            with safe_open(path, "pt"):
+                pass
+        elif path.suffix == ".bin":
+            torch.load(path, map_location="meta", weights_only=True)
+    except Exception as error:  # each format has its own ways to be broken
+        return str(error).strip().partition("\n")[0] or type(error).__name__
+    return ""
+
+
+@functools.cache
+def _on_hub(model_id: str) -> bool:
+    """Whether the hub can be reached and knows the model; asked once, without the loaders' retries."""
+    if Path(model_id).is_dir():
+        return False
+    try:
+        model_info(model_id, timeout=HUB_TIMEOUT)
+    except Exception:  # each HTTP client has its own ways to say that there is no network
+        return False
+    return True

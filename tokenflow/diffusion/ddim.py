@@ -1,0 +1,136 @@
+"""DDIM in both directions: noise schedules, one step, inversion and sampling."""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from diffusers import DDIMScheduler
+
+# A latent is of unit variance. Most steps come to rest at their first evaluation (2e-3 is typical).
+FIXED_POINT_TOLERANCE = 3e-3  # root mean square of a latent's last movement
+FIXED_POINT_ITERATIONS = 5  # at most, of a frame at a step
+
+T = TypeVar("T")
+# The latents (n, 4, h, w) of some frames, a timestep, and which frames of the video (n,) they are.
+NoisePredictor = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The noise levels that a number of DDIM steps visits, the noisiest first.
+
+    `alphas` (the cumulative products) has one entry more than `timesteps`: the end of the last step.
+    """
+
+    timesteps: tuple[int, ...]
+    alphas: tuple[float, ...]
+
+    @classmethod
+    def of(cls, scheduler: DDIMScheduler, n_steps: int) -> "Schedule":
+        """The schedule of `n_steps` steps."""
+        scheduler.set_timesteps(n_steps)
+        timesteps = tuple(scheduler.timesteps.tolist())
+        alphas = [scheduler.alphas_cumprod[t].item() for t in timesteps]
+        return cls(timesteps, (*alphas, float(scheduler.final_alpha_cumprod)))
+
+    def last(self, n_steps: int) -> "Schedule":
+        """Only the `n_steps` last, least noisy steps."""
+        first = len(self.timesteps) - n_steps
+        return Schedule(self.timesteps[first:], self.alphas[first:])
+
+
+def ddim_step(
+    latents: torch.Tensor, noise: torch.Tensor, alpha_from: float, alpha_to: float
+) -> torch.Tensor:
+    """Move latents along their noise from one noise level to another (Song et al., 2010.02502, eq. 12).
+
+    The same formula samples (`alpha_to` > `alpha_from`) and inverts (`alpha_to` < `alpha_from`).
+    """
+    clean = (latents - math.sqrt(1 - alpha_from) * noise) / math.sqrt(alpha_from)
+    return math.sqrt(alpha_to) * clean + math.sqrt(1 - alpha_to) * noise
+
+
+def invert(
+    latents: torch.Tensor,
+    frames: torch.Tensor,
+    schedule: Schedule,
+    predict_noise: NoisePredictor,
+    fixed_point: bool = False,
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """DDIM inversion: from the clean latents (n, 4, h, w) of the frames (n,) to noise.
+
+    Yields each timestep and its latents. A sampling step uses the noise predicted at the latents it
+    comes from, which an inversion does not know yet. Naive inversion predicts it at those it has; with
+    `fixed_point` it is found by `fixed_point_noise`.
+    """
+    noise, before = None, None
+    for step, t in reversed(list(enumerate(schedule.timesteps))):
+        alphas = schedule.alphas[step + 1], schedule.alphas[step]
+        if fixed_point and noise is not None:
+            # The noise changes smoothly along a trajectory, so that its line is a close guess.
+            guess = noise if before is None else 2 * noise - before
+            before = noise
+            noise = fixed_point_noise(latents, frames, guess, t, alphas, predict_noise)
+        else:
+            noise = predict_noise(latents, t, frames)
+        latents = ddim_step(latents, noise, *alphas)
+        check_finite(latents, f"the latents of the inversion at timestep {t}")
+        yield t, latents
+
+
+def fixed_point_noise(
+    latents: torch.Tensor,
+    frames: torch.Tensor,
+    guess: torch.Tensor,
+    t: int,
+    alphas: tuple[float, float],
+    predict_noise: NoisePredictor,
+) -> torch.Tensor:
+    """The noise (n, 4, h, w) that moves latents to where just that noise is predicted.
+
+    Iterates noise = predict_noise(ddim_step(latents, noise), t) from a `guess` (Pan et al., AIDI,
+    arXiv 2309.04907; Garibi et al., ReNoise, arXiv 2403.14602) until the latents move by less than
+    FIXED_POINT_TOLERANCE. Frames at rest cost nothing more, and neither do those that an iteration
+    leads further away.
+    """
+    noise, moving = guess.clone(), torch.arange(len(latents))
+    least = torch.full((len(latents),), math.inf)
+    for _ in range(FIXED_POINT_ITERATIONS):
+        before = ddim_step(latents[moving], noise[moving], *alphas)
+        predicted = predict_noise(before, t, frames[moving])
+        change = ddim_step(latents[moving], predicted, *alphas) - before
+        movement = change.square().mean((1, 2, 3)).sqrt()
+        nearer = movement < least[moving]
+        noise[moving[nearer]], least[moving] = predicted[nearer], movement
+        moving = moving[nearer & (movement > FIXED_POINT_TOLERANCE)]
+        if not len(moving):
+            break
+    return noise
+
+
+def sample(
+    latents: torch.Tensor, frames: torch.Tensor, schedule: Schedule, predict_noise: NoisePredictor
+) -> Iterator[torch.Tensor]:
+    """DDIM sampling of the frames (n,) from noise to clean latents (n, 4, h, w); yields every step's."""
+    for step, t in enumerate(schedule.timesteps):
+        noise = predict_noise(latents, t, frames)
+        latents = ddim_step(latents, noise, schedule.alphas[step], schedule.alphas[step + 1])
+        check_finite(latents, f"the sampled latents at timestep {t} (step {step + 1})")
+        yield latents
+
+
+def last(trajectory: Iterable[T]) -> T:
+    """Run a trajectory to its end and return only that."""
+    return deque(trajectory, maxlen=1).pop()
+
+
+def check_finite(values: torch.Tensor, what: str) -> None:
+    """Raise FloatingPointError, naming `what` and the remedy, unless all values are finite."""
+    if not torch.isfinite(values).all():
+        raise FloatingPointError(
+            f"{what} hold non-finite values; run again with --dtype float32 or bfloat16, "
+            "which do not overflow where float16 does (in float32: the checkpoint is broken)"
+        )

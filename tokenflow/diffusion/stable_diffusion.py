@@ -1,0 +1,120 @@
+"""The networks of Stable Diffusion: text encoder, VAE, and the UNet's noise prediction."""
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from tokenflow.diffusion.control import Control
+from tokenflow.diffusion.ddim import check_finite
+
+# At once, or one frame: the VAE works at full resolution and needs the most memory.
+VAE_PIXELS = 1 << 16
+
+log = logging.getLogger("tokenflow")
+
+
+@dataclass(frozen=True)
+class StableDiffusion:
+    """The networks of one checkpoint on one device, and its noise schedule."""
+
+    vae: AutoencoderKL
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    unet: UNet2DConditionModel
+    scheduler: DDIMScheduler
+    controlnet: ControlNetModel | None
+    device: torch.device
+    dtype: torch.dtype
+
+    @torch.no_grad()
+    def encode_text(self, prompt: str) -> torch.Tensor:
+        """Embedding (1, l, d) of a prompt, cut or padded to the tokenizer's length."""
+        length = self.tokenizer.model_max_length
+        if len(self.tokenizer(prompt).input_ids) > length:
+            log.warning("only the first %d tokens count of the prompt %r", length, prompt)
+        tokens = self.tokenizer(
+            prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+        return self.text_encoder(tokens.input_ids.to(self.device))[0]
+
+    @torch.no_grad()
+    def encode_frames(self, frames: np.ndarray) -> torch.Tensor:
+        """Latents (n, 4, h, w), fp32 on the CPU, of uint8 RGB frames (n, H, W, 3): posterior means."""
+        latents = []
+        height, width = frames.shape[1:3]
+        for start in range(0, len(frames), size := vae_batch_size(height, width)):
+            images = self.to_images(frames[start : start + size])
+            posterior = self.vae.encode(2 * images - 1).latent_dist
+            latents.append(posterior.mean.float().cpu() * self.vae.config.scaling_factor)
+        return torch.cat(latents)
+
+    @torch.no_grad()
+    def decode_latents(self, latents: torch.Tensor) -> np.ndarray:
+        """Uint8 RGB frames (n, H, W, 3) of latents (n, 4, h, w)."""
+        frames = []
+        size = vae_batch_size(*(self._pixels_of_latent * n for n in latents.shape[2:]))
+        for batch in (latents / self.vae.config.scaling_factor).split(size):
+            images = self.vae.decode(batch.to(self.device, self.dtype)).sample.float()
+            check_finite(images, "the VAE's decoded frames")
+            frames.append((images / 2 + 0.5).clamp(0, 1).mul(255).round().byte().cpu())
+        return torch.cat(frames).permute(0, 2, 3, 1).numpy()
+
+    def latent_shape(self, n_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Shape (N, 4, h, w) of the latents of frames of that size in pixels."""
+        factor = self._pixels_of_latent
+        return n_frames, self.vae.config.latent_channels, height // factor, width // factor
+
+    @property
+    def _pixels_of_latent(self) -> int:
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def to_images(self, frames: np.ndarray) -> torch.Tensor:
+        """Uint8 frames (n, H, W, 3) as images (n, 3, H, W) in [0, 1], as the networks take them."""
+        images = torch.from_numpy(frames).permute(0, 3, 1, 2)
+        return images.to(self.device).to(self.dtype) / 255
+
+    @torch.no_grad()
+    def predict_noise(
+        self, latents: torch.Tensor, t: int, text: torch.Tensor, control: Control | None = None
+    ) -> torch.Tensor:
+        """The noise (n, 4, h, w) that the UNet sees in `latents` (n, 4, h, w); fp32 on their device.
+
+        text: (n, l, d). control: conditions the ControlNet, whose residuals the UNet takes.
+        """
+        model_input = latents.to(self.device, self.dtype)
+        residuals = (
+            {} if control is None else self._control_residuals(model_input, t, text, control)
+        )
+        output = self.unet(model_input, t, encoder_hidden_states=text, **residuals).sample
+        output = output.float().to(latents.device)
+        if self.scheduler.config.prediction_type == "v_prediction":
+            alpha = self.scheduler.alphas_cumprod[t].item()
+            return math.sqrt(alpha) * output + math.sqrt(1 - alpha) * latents
+        return output
+
+    def _control_residuals(
+        self, model_input: torch.Tensor, t: int, text: torch.Tensor, control: Control
+    ) -> dict[str, Any]:
+        scale = control.scale.to(self.device, self.dtype)[:, None, None, None]
+        down, mid = self.controlnet(
+            model_input,
+            t,
+            encoder_hidden_states=text,
+            controlnet_cond=control.images,
+            return_dict=False,
+        )
+        return {
+            "down_block_additional_residuals": [scale * residual for residual in down],
+            "mid_block_additional_residual": scale * mid,
+        }
+
+
+def vae_batch_size(height: int, width: int) -> int:
+    """How many frames of that size (pixels) pass the VAE at once."""
+    return max(1, VAE_PIXELS // (height * width))

@@ -1,0 +1,252 @@
+"""From an inversion on disk to an edited video on disk, by all processes of a run."""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from tokenflow.cli import dump
+from tokenflow.config import ControlNetConfig, EditConfig
+from tokenflow.contact_sheet import contact_sheet, moments
+from tokenflow.diffusion.checkpoints import check_checkpoint, choose_device, load, load_scheduler
+from tokenflow.diffusion.control import canny
+from tokenflow.diffusion.ddim import Schedule, check_finite, ddim_step
+from tokenflow.diffusion.stable_diffusion import StableDiffusion
+from tokenflow.editing.denoiser import Denoiser, Source, TokenFlowDenoiser, keyframe_schedule
+from tokenflow.editing.techniques import LatentsOf, Technique
+from tokenflow.errors import DamagedError, UserError
+from tokenflow.inversion.files import CLEAN, Inversion, noisy
+from tokenflow.inversion.find import find_inversion, preprocess_command
+from tokenflow.runtime.digests import check, seal
+from tokenflow.runtime.distributed import Processes
+from tokenflow.runtime.edit_checkpoint import EditCheckpoint
+from tokenflow.runtime.frame_array import FrameArray
+from tokenflow.runtime.run_folder import locked, partial_path, remove, run_folder, staged
+from tokenflow_utils import SourceFeatures
+from util import load_frames, save_frames, write_image, write_video, write_video_from_folders
+
+log = logging.getLogger("tokenflow")
+
+DECODE_BATCH = 8  # frames decoded before they are written
+
+
+@contextmanager
+def open_edit(config: EditConfig, technique: str) -> Iterator["EditRun"]:
+    """The run that edits a video, in a folder that no other run works on while the block lasts.
+
+    Everything that can be checked is checked first. technique: the first part of the folder's name.
+    """
+    check_checkpoint(config.model_id)
+    schedule = Schedule.of(load_scheduler(config.model_id), config.n_timesteps)
+    inversion, n_frames = find_inversion(config, schedule.timesteps)
+    device, dtype = choose_device(config.device, config.dtype)
+    processes = Processes(device)
+
+    name = f"{technique}_{Path(config.data_path).stem}"
+    chosen = replace(config, resume=True, overwrite=False)  # of one edit, whatever it began with
+    identity = f"{dump(chosen)}# of the inversion {json.dumps(inversion.manifest.identity)}\n"
+    with ExitStack() as held:
+        with processes.main_first():
+            folder = held.enter_context(run_folder(Path(config.output_path), name, identity))
+        run = EditRun(config, inversion, schedule, n_frames, folder, processes, device, dtype)
+        if run.video.exists() and not run.checkpoints.exists() and not config.overwrite:
+            try:
+                check(folder)
+            except DamagedError as damage:
+                raise UserError(f"{damage}; --overwrite computes the edit again") from damage
+            log.info("this edit was there already; --overwrite computes it again")
+            yield replace(run, is_finished=True)
+            return
+        if processes.is_main:
+            held.enter_context(locked(folder))
+            if config.overwrite or not config.resume:
+                remove(run.checkpoints)
+            run.checkpoints.mkdir(exist_ok=True)
+        processes.wait()
+        yield run
+
+
+@dataclass(frozen=True)
+class EditRun:
+    """One process's part in editing a video, from the step after which an earlier run was killed."""
+
+    config: EditConfig
+    inversion: Inversion
+    schedule: Schedule
+    n_frames: int
+    folder: Path
+    processes: Processes
+    device: torch.device
+    dtype: torch.dtype
+    is_finished: bool = False
+
+    @property
+    def video(self) -> Path:
+        """The edited video."""
+        return self.folder / "edited.mp4"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the latents that a killed run is resumed from."""
+        return self.folder / ".steps"
+
+    def denoise(self, technique: Technique) -> FrameArray:
+        """Edit the latents, step by step; returns those of the edited video."""
+        prompts = (self.inversion.prompt, self.config.negative_prompt, self.config.prompt)
+        shape = (self.n_frames, *self.inversion.latents(CLEAN).shape[1:])
+        checkpoint = EditCheckpoint(self.checkpoints, shape, self.processes)
+        steps = edit(self.sd, technique, self.source, prompts, self.config, checkpoint)
+        if done := next(steps):
+            log.info("resumed after step %d", done)
+        total, hidden = len(technique.schedule.timesteps), not self.processes.is_main
+        for _ in tqdm(steps, "Editing", total, initial=done, unit="step", disable=hidden):
+            pass
+        return checkpoint.latents(total)
+
+    def write(self, edited: FrameArray) -> None:
+        """Decode the edited latents; write frames, comparisons and, last of all, the edited video."""
+        self._decode(edited)
+        if self.processes.is_main:
+            self._show()
+            seal(self.folder)
+            remove(self.checkpoints)
+
+    @cached_property
+    def sd(self) -> StableDiffusion:
+        """The checkpoint, loaded when it is first needed."""
+        config = self.config
+        log.info("loading %s on %s in %s", config.model_id, self.device, self.dtype)
+        controlnet = config.controlnet_id if isinstance(config, ControlNetConfig) else None
+        return load(config.model_id, controlnet, self.device, self.dtype, config.cpu_offload)
+
+    def latents(self, name: str) -> LatentsOf:
+        """The inversion's latents of that name: (n, 4, h, w) for frame indices (n,)."""
+        return self.inversion.latents(name).__getitem__
+
+    @property
+    def first_latents(self) -> LatentsOf:
+        """The inverted latents of the first editing timestep: (n, 4, h, w) for frame indices (n,)."""
+        return self.latents(noisy(self.schedule.timesteps[0]))
+
+    @property
+    def source(self) -> Source:
+        """What the inversion knows of the source; its features too, if it kept them for this edit."""
+        alone = Source(self.n_frames, self._source_latents)
+        if missed := self._why_no_features():
+            log.info("the source is denoised along with the edit: %s", missed)
+            return alone
+        try:
+            self.inversion.check_source_features()
+        except DamagedError as damage:
+            log.warning(
+                "warning: %s; the source is denoised along with the edit instead; "
+                "to keep its features again: %s --overwrite",
+                damage,
+                preprocess_command(self.config, self.inversion.manifest.config),
+            )
+            return alone
+        return replace(alone, features=self._source_features)
+
+    def edges(self, indices: list[int]) -> np.ndarray:
+        """What conditions a ControlNet, of frames by index: Canny edges, uint8 RGB (n, H, W, 3)."""
+        shown = load_frames(self.inversion.source_frames, indices)
+        return canny(shown, self.config.canny_low, self.config.canny_high)
+
+    def control_images(self, frames: torch.Tensor) -> torch.Tensor:
+        """The same of the frames (n,), as networks take them: (n, 3, H, W) in [0, 1]."""
+        return self.sd.to_images(self.edges(frames.tolist()))
+
+    def write_control_video(self) -> None:
+        """Show what conditions the ControlNet."""
+        if self.processes.is_main:
+            frames = (self.edges([index])[0] for index in range(self.n_frames))
+            write_video(self.folder / "control.mp4", frames, self.inversion.manifest.frame_rate)
+
+    def _why_no_features(self) -> str:
+        """Why the source's features cannot be taken from the inversion; empty if they can."""
+        kept = self.inversion.manifest.keyframes
+        wanted = keyframe_schedule(self.config, self.sd.scheduler, self.n_frames)
+        if not self.config.reuse_source:
+            return "reuse_source is false"
+        if self.config.propagation != "flanking":
+            return f"nothing is kept for propagation {self.config.propagation}"
+        if kept is None:
+            return f"{self.inversion.folder} holds no source features (keep_source)"
+        for name in ("n_frames", "interval", "seed", "timesteps"):
+            if getattr(kept, name) != getattr(wanted, name):
+                return f"the inversion kept its features for other keyframes ({name})"
+        return ""
+
+    def _source_latents(self, t: int, frames: torch.Tensor) -> torch.Tensor:
+        return self.inversion.latents(noisy(t))[frames]
+
+    def _source_features(self, t: int, frames: torch.Tensor) -> SourceFeatures:
+        return self.inversion.source_features.read(t, frames, self.sd.device)
+
+    def _decode(self, edited: FrameArray) -> None:
+        processes, frames = self.processes, self.folder / "frames"
+        with staged(frames) if processes.is_main else nullcontext(partial_path(frames)) as partial:
+            if processes.is_main:
+                partial.mkdir()
+            processes.wait()
+            batches = processes.share(torch.arange(self.n_frames).split(DECODE_BATCH))
+            for batch in tqdm(batches, "Decoding", unit="batch", disable=not processes.is_main):
+                save_frames(partial, batch[0].item(), self.sd.decode_latents(edited[batch]))
+            processes.wait()
+
+    def _show(self) -> None:
+        inversion, folder, n_frames = self.inversion, self.folder, self.n_frames
+        fps = inversion.manifest.frame_rate
+        shown = {"source": inversion.source_frames}
+        if inversion.reconstruction.exists():
+            shown["reconstruction"] = inversion.reconstruction
+        shown[self.config.prompt] = folder / "frames"
+        comparison, sheet = folder / "comparison.mp4", folder / "contact_sheet.png"
+        write_video_from_folders(comparison, list(shown.values()), n_frames, fps)
+        rows = {label: load_frames(f, moments(n_frames)) for label, f in shown.items()}
+        write_image(sheet, contact_sheet(rows))
+        write_video_from_folders(folder / "vae_reconstruction.mp4", [inversion.vae], n_frames, fps)
+        write_video_from_folders(self.video, [folder / "frames"], n_frames, fps)
+        log.info("to compare: %s and %s", comparison, sheet)
+
+
+def edit(
+    sd: StableDiffusion,
+    technique: Technique,
+    source: Source,
+    prompts: tuple[str, str, str],
+    config: EditConfig,
+    checkpoint: EditCheckpoint,
+    denoiser: type[Denoiser] = TokenFlowDenoiser,
+) -> Iterator[int]:
+    """The only loop over the steps of an edit; latents go to the `checkpoint`, from whose last it goes on.
+
+    Yields the number of steps done, the first time at once. Processes divide the frames of each step.
+    prompts: of the source, uncond and cond streams.
+    denoiser: how frames become consistent; benchmarks put what they compare with here.
+    """
+    schedule, share = technique.schedule, checkpoint.processes.share
+    with denoiser.installed(sd, technique, source, prompts, config) as predictor:
+        done = checkpoint.steps_done
+        if done is None:
+            done = 0
+            with checkpoint.writing(0) as latents:
+                for frames in share(torch.arange(source.n_frames).split(config.frames_at_once)):
+                    latents[frames] = technique.initial(frames)
+        yield done
+        for step in range(done, len(schedule.timesteps)):
+            t, alphas = schedule.timesteps[step], schedule.alphas[step : step + 2]
+            latents = checkpoint.latents(step)
+            with checkpoint.writing(step + 1) as cleaner:
+                for frames, noise in predictor.noise(latents, t, share(predictor.chunks(t))):
+                    moved = ddim_step(latents[frames], noise, *alphas)
+                    check_finite(moved, f"the edited latents at timestep {t}")
+                    cleaner[frames] = moved
+            yield step + 1

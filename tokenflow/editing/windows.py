@@ -1,0 +1,80 @@
+"""Long videos: keyframes are edited in windows, so that cost grows with their number, not its square.
+
+A window's keyframes attend to each other and to a few anchors, keyframes spread over the whole video,
+which hold the look. Neighbouring windows share the keyframe between them: it is edited once, with the
+anchors alone, so that what is propagated on its two sides is the same.
+
+Keyframes are named by position, which counts among the keyframes of one timestep.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tokenflow_utils import Blend, JointPass
+
+ANCHORS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """Neighbouring keyframes, ascending, and the frames (n,) that blend no others."""
+
+    positions: list[int]
+    frames: torch.Tensor
+
+
+def anchors(n_keyframes: int) -> list[int]:
+    """The anchors among a video's keyframes: the first, the last, and some between."""
+    return torch.linspace(0, n_keyframes - 1, ANCHORS).round().long().unique().tolist()
+
+
+def windows(blend: Blend, n_keyframes: int, size: int) -> list[Window]:
+    """As few windows as hold all keyframes; neighbours share one.
+
+    size: keyframes that attend to each other, at most; in several windows the anchors are among them.
+    blend: of all frames of the video.
+    """
+    bounds = window_bounds(n_keyframes, size)
+    window = torch.searchsorted(torch.tensor(bounds), blend.positions.amin(1), right=True) - 1
+    window = window.clamp(max=len(bounds) - 2)  # the last keyframe begins no window
+    return [
+        Window(list(range(first, last + 1)), (window == index).nonzero().flatten())
+        for index, (first, last) in enumerate(itertools.pairwise(bounds))
+    ]
+
+
+def window_bounds(n_keyframes: int, size: int) -> list[int]:
+    """Where windows begin and end, from the first keyframe to the last."""
+    own = size if n_keyframes <= size else size - ANCHORS
+    n_windows = max(1, -(-(n_keyframes - 1) // (own - 1)))
+    return torch.linspace(0, n_keyframes - 1, n_windows + 1).round().long().tolist()
+
+
+def seen_by_all(window: Window, n_keyframes: int) -> list[int]:
+    """The keyframes that a window's inner ones attend to: the anchors, then its first and last."""
+    return list(dict.fromkeys([*anchors(n_keyframes), window.positions[0], window.positions[-1]]))
+
+
+def joint_passes(window: Window, n_keyframes: int, edited: Sequence[int]) -> list[JointPass]:
+    """The passes that edit a window's keyframes: the anchors, each end, and the rest.
+
+    edited: keyframes that were edited before and are remembered; they need not pass again.
+    """
+    if len(window.positions) == n_keyframes:
+        return [JointPass(window.positions)]
+    seen, shared = seen_by_all(window, n_keyframes), anchors(n_keyframes)
+    # The ends attend to the anchors alone, so that they are the same in both windows.
+    plan = [
+        (shared, []),
+        *(([end], shared) for end in seen[len(shared) :]),
+        (window.positions, seen),
+    ]
+    passes, edited = [], list(edited)
+    for group, attended in plan:
+        if new := [position for position in group if position not in edited]:
+            passes.append(JointPass(new, attended, attended_later=attended is not seen))
+            edited += new
+    return passes

@@ -1,0 +1,156 @@
+"""An inversion on disk: what `preprocess.py` leaves and an edit finds again.
+
+`<save_dir>/sd_<version or model>/<video>/steps_<steps>/nframes_<n>/` holds
+
+- `latents/noisy_latents_<t>.npy`, (N, 4, h, w) fp32, for every editing timestep t;
+- `latents/clean_latents.npy`, the encoded frames, and `latents/inverted_latents.npy`, the end of the
+  inversion where that is no editing timestep; of the same shape;
+- `source/`, `vae/` and `frames/`: the frames as they were encoded, after the VAE's round trip, and
+  reconstructed from the noisiest latents; `inverted.mp4`, the latter as a video;
+- `source_features/`: what edits need of the source stream, where that was kept;
+- `inversion_prompt.txt` and `manifest.json`, all that made them;
+- `digests.json`, by which damage to any of these files is noticed.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+
+from tokenflow.config import PreprocessConfig, inversion_name
+from tokenflow.inversion.source_features import SourceFeatureFiles
+from tokenflow.runtime.digests import check
+from tokenflow.runtime.frame_array import FrameArray
+from tokenflow_utils import KeyframeSchedule
+
+# What decides how an inversion is made, but not which one it is.
+HOW = ("batch_size", "device", "cpu_offload", "resume", "overwrite")
+
+CLEAN = "clean_latents"
+INVERTED = "inverted_latents"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that made an inversion."""
+
+    config: dict  # of the PreprocessConfig
+    source: str  # fingerprint of the video
+    checkpoint: str  # fingerprint of the UNet's weights, or the hub id
+    fps: str  # frames per second of the frames used, as a fraction
+    n_frames: int
+    timesteps: tuple[int, ...]  # editing timesteps whose latents are saved, the noisiest first
+    inverted: str  # name of the latents that the inversion ended with,
+    inverted_timestep: int  # and their timestep
+    keyframes: KeyframeSchedule | None = None  # for which the source's features are kept
+
+    @property
+    def identity(self) -> dict:
+        """What decides which inversion this is; two with the same are the same."""
+        config = {key: value for key, value in self.config.items() if key not in HOW}
+        return {"config": config, "source": self.source, "checkpoint": self.checkpoint}
+
+    @property
+    def frame_rate(self) -> Fraction:
+        """Frames per second of the frames used."""
+        return Fraction(self.fps)
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """The files of one inversion."""
+
+    folder: Path
+
+    @classmethod
+    def of(cls, config: PreprocessConfig, n_frames: int) -> "Inversion":
+        """Where `preprocess.py` puts the inversion of `n_frames` frames."""
+        conditioned = config.controlnet_id is not None
+        name = inversion_name(config.model, config.sd_version, conditioned)
+        video = Path(config.save_dir) / name / Path(config.data_path).stem
+        return cls(video / f"steps_{config.steps}" / f"nframes_{n_frames}")
+
+    @property
+    def source_frames(self) -> Path:
+        """Folder of the source's frames."""
+        return self.folder / "source"
+
+    @property
+    def vae(self) -> Path:
+        """Folder of the frames after the VAE's round trip."""
+        return self.folder / "vae"
+
+    @property
+    def reconstruction(self) -> Path:
+        """Folder of the reconstructed frames."""
+        return self.folder / "frames"
+
+    @property
+    def source_features(self) -> SourceFeatureFiles:
+        """What edits need of the source stream, where that is kept."""
+        return SourceFeatureFiles(self.folder / "source_features")
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a finished inversion."""
+        return (self.folder / "manifest.json").is_file()
+
+    @property
+    def manifest(self) -> Manifest:
+        """What made the inversion; without it there is none. Raises DamagedError."""
+        check(self.folder, "manifest.json".__eq__)
+        stored = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+        if stored.get("keyframes"):
+            timesteps = tuple(stored["keyframes"].pop("timesteps"))
+            stored["keyframes"] = KeyframeSchedule(**stored["keyframes"], timesteps=timesteps)
+        return Manifest(**stored)
+
+    @property
+    def prompt(self) -> str:
+        """The text that the inversion was conditioned on."""
+        return (self.folder / "inversion_prompt.txt").read_text(encoding="utf-8")
+
+    @property
+    def control_scale(self) -> float:
+        """Factor on the ControlNet's residuals while the video was inverted; 0 without one."""
+        made = self.manifest.config
+        return made["control_scale"] if made["conditioned"] else 0.0
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        """Write the manifest and the prompt, which make the inversion valid."""
+        prompt = manifest.config["inversion_prompt"]
+        (self.folder / "inversion_prompt.txt").write_text(prompt, encoding="utf-8")
+        text = json.dumps(asdict(manifest), indent=2, ensure_ascii=False)
+        (self.folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
+
+    def check_for_edit(self, timesteps: tuple[int, ...]) -> None:
+        """Check all files that an edit of these timesteps reads, but the source's features.
+
+        Raises DamagedError.
+        """
+        manifest = self.manifest
+        names = {CLEAN, manifest.inverted, *map(noisy, timesteps)}
+        read = {"inversion_prompt.txt", *(f"latents/{name}.npy" for name in names)}
+        check(self.folder, lambda name: name in read or name.endswith(".png"))
+
+    def check_source_features(self) -> None:
+        """Check the source's features. Raises DamagedError."""
+        check(self.folder, lambda name: name.startswith(self.source_features.folder.name))
+
+    def create_latents(self, name: str, shape: tuple[int, ...]) -> None:
+        """Make room for latents (N, 4, h, w) of that name, where there is none."""
+        FrameArray(self._latents_file(name)).ensure(shape, torch.float32)
+
+    def latents(self, name: str) -> FrameArray:
+        """Saved latents (N, 4, h, w); `noisy(t)`, `CLEAN` or `INVERTED` names them."""
+        return FrameArray(self._latents_file(name))
+
+    def _latents_file(self, name: str) -> Path:
+        return self.folder / "latents" / f"{name}.npy"
+
+
+def noisy(t: int) -> str:
+    """Name of the latents of timestep `t`."""
+    return f"noisy_latents_{t}"

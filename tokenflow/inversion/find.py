@@ -1,0 +1,105 @@
+"""Which inversion an edit stands on, and the command that makes one where there is none."""
+
+import itertools
+import shlex
+from pathlib import Path
+
+from tokenflow.config import ControlNetConfig, EditConfig
+from tokenflow.diffusion.checkpoints import checkpoint_identity
+from tokenflow.errors import DamagedError, UserError
+from tokenflow.inversion.files import Inversion
+from util import fingerprint
+
+
+def find_inversion(config: EditConfig, timesteps: tuple[int, ...]) -> tuple[Inversion, int]:
+    """The inversion that an edit stands on, and the number of frames to edit.
+
+    timesteps: of the edit, the noisiest first. Of several, the one with the fewest frames that are
+    enough is taken. Raises UserError when there is none or it does not fit the edit.
+    """
+    found = [inversion for name in config.inversions for inversion in _list(config, name)]
+    if not found:
+        raise UserError(_no_latents(config))
+    best = config.inversions[0]
+    by_name = [i for i in found if i.folder.parents[2].name == best] or found
+    manifest = None
+    try:
+        by_frames = sorted(by_name, key=lambda inversion: inversion.manifest.n_frames)
+        enough = [i for i in by_frames if i.manifest.n_frames >= config.n_frames > 0]
+        inversion = enough[0] if enough else by_frames[-1]
+        manifest = inversion.manifest
+        inversion.check_for_edit(tuple(t for t in timesteps if t in manifest.timesteps))
+    except DamagedError as damage:
+        command = preprocess_command(config, manifest.config if manifest else None)
+        raise UserError(f"{damage}; make it again with: {command} --overwrite") from damage
+    if config.n_frames > manifest.n_frames:
+        raise UserError(
+            f"n_frames: {config.n_frames} asked, but the latents in {inversion.folder} are of "
+            f"{manifest.n_frames} frames; ask for fewer, or run: "
+            f"{preprocess_command(config, manifest.config)}"
+        )
+    _check_fits(config, inversion, timesteps)
+    return inversion, config.n_frames or manifest.n_frames
+
+
+def preprocess_command(config: EditConfig, made: dict | None = None) -> str:
+    """The command that makes the inversion an edit needs; like `made` (a manifest's), if there is one."""
+    options = {
+        "data_path": config.data_path,
+        "steps": config.n_inversion_steps,
+        "save_steps": config.n_timesteps,
+        "n_frames": config.n_frames,
+        "save_dir": config.latents_path,
+        "sd_version": config.sd_version,
+        "model": config.model,
+        "controlnet": config.controlnet_id if isinstance(config, ControlNetConfig) else None,
+        "inversion_prompt": "what the video shows",
+    }
+    if made:
+        options |= {key: made[key] for key in ("H", "W", "resize", "start_frame", "stride")}
+        options["inversion_prompt"] = made["inversion_prompt"]
+    flags = [(f"--{key}", str(value)) for key, value in options.items() if value is not None]
+    return shlex.join(["python", "preprocess.py", *itertools.chain(*flags)])
+
+
+def _list(config: EditConfig, name: str) -> list[Inversion]:
+    steps = Path(config.latents_path) / name / Path(config.data_path).stem
+    steps /= f"steps_{config.n_inversion_steps}"
+    return [Inversion(path.parent) for path in steps.glob("nframes_*/manifest.json")]
+
+
+def _no_latents(config: EditConfig) -> str:
+    if not Path(config.data_path).exists():
+        return f"data_path: {config.data_path}: no such file or folder, and no latents of it"
+    other = sorted(
+        path.name.removeprefix("steps_")
+        for name in config.inversions
+        for path in (Path(config.latents_path) / name / Path(config.data_path).stem).glob("steps_*")
+    )
+    hint = f" (there are some for n_inversion_steps {', '.join(other)})" if other else ""
+    return f"no latents of {config.data_path}{hint}; make them with: {preprocess_command(config)}"
+
+
+def _check_fits(config: EditConfig, inversion: Inversion, timesteps: tuple[int, ...]) -> None:
+    manifest, folder = inversion.manifest, inversion.folder
+    made = manifest.config
+    remake = f"make them again with: {preprocess_command(config, made)}"
+    if Path(config.data_path).exists() and fingerprint(Path(config.data_path)) != manifest.source:
+        raise UserError(f"the latents in {folder} were made from another video; {remake}")
+    if checkpoint_identity(config.model_id) != manifest.checkpoint:
+        raise UserError(
+            f"the latents in {folder} were made with another model, {made['model']}; {remake}"
+        )
+    missing = [t for t in timesteps if t not in manifest.timesteps]
+    if missing:
+        raise UserError(
+            f"n_timesteps: {config.n_timesteps} steps visit timestep {missing[0]}, whose latents "
+            f"are not among the {len(manifest.timesteps)} saved in {folder}; {remake}"
+        )
+    if isinstance(config, ControlNetConfig) and made["conditioned"]:
+        for key in ("control", "canny_low", "canny_high"):
+            if getattr(config, key) != made[key]:
+                raise UserError(
+                    f"{key}: {getattr(config, key)}, but the inversion was conditioned with "
+                    f"{made[key]}; use that, or {remake} --{key} {getattr(config, key)}"
+                )

@@ -1,0 +1,390 @@
+"""From a video to its inversion on disk, stage by stage, by all processes of a run.
+
+Frames are inverted and reconstructed in segments that know nothing of each other, so processes can
+share them, a killed run is resumed with those that are missing, and memory does not grow with the video.
+"""
+
+import itertools
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from tokenflow.config import PreprocessConfig
+from tokenflow.diffusion.checkpoints import (
+    check_checkpoint,
+    checkpoint_identity,
+    choose_device,
+    load,
+    load_scheduler,
+)
+from tokenflow.diffusion.control import Control, canny
+from tokenflow.diffusion.ddim import NoisePredictor, Schedule, invert, sample
+from tokenflow.diffusion.stable_diffusion import StableDiffusion
+from tokenflow.errors import DamagedError, UserError
+from tokenflow.inversion.files import CLEAN, INVERTED, Inversion, Manifest, noisy
+from tokenflow.inversion.predictor import VideoNoisePredictor
+from tokenflow.inversion.report import reconstruction_report
+from tokenflow.inversion.source_features import (
+    MAX_TOKENS,
+    RecordingPredictor,
+    bytes_needed,
+    install_recorder,
+)
+from tokenflow.runtime.batching import Batches, balanced
+from tokenflow.runtime.digests import check, seal
+from tokenflow.runtime.distributed import Processes
+from tokenflow.runtime.run_folder import Progress, locked, partial_path, remove, resumable
+from tokenflow_utils import KeyframeSchedule
+from util import (
+    decode_frames,
+    fingerprint,
+    fit_frame,
+    frame_path,
+    frame_rate,
+    load_frames,
+    save_frames,
+    write_image,
+    write_video_from_folders,
+)
+
+log = logging.getLogger("tokenflow")
+
+VIDEO = "inverted.mp4"
+
+
+@contextmanager
+def open_inversion(config: PreprocessConfig) -> Iterator["InversionRun"]:
+    """The run that inverts a video, in a folder that no other run works on while the block lasts.
+
+    Everything that can be checked is checked first. What the run writes is there once the block ends.
+    """
+    check_checkpoint(config.model_id, config.H, config.W)
+    schedule, editing = schedules(config)
+    device, dtype = choose_device(config.device, config.dtype)
+    manifest = new_manifest(config, schedule, editing)
+    final = Inversion.of(config, manifest.n_frames)
+    processes = Processes(device)
+    inversion = Inversion(partial_path(final.folder))
+    run = InversionRun(
+        config, manifest, schedule, editing, final, inversion, processes, device, dtype
+    )
+    if is_there(final, manifest, config.overwrite):
+        log.info("this inversion was there already; --overwrite computes it again")
+        yield replace(run, is_finished=True)
+        return
+    with ExitStack() as held:
+        if processes.is_main:
+            held.enter_context(locked(final.folder))
+            identity = json.dumps(manifest.identity, sort_keys=True)
+            resume = config.resume and not config.overwrite
+            held.enter_context(resumable(final.folder, identity, resume))
+        processes.wait()
+        yield run
+
+
+@dataclass(frozen=True)
+class InversionRun:
+    """One process's part in inverting a video, from where an earlier run was killed."""
+
+    config: PreprocessConfig
+    manifest: Manifest
+    schedule: Schedule  # of the inversion
+    editing: Schedule  # the steps whose latents are saved
+    final: Inversion  # where the result will be
+    inversion: Inversion  # where it is written
+    processes: Processes
+    device: torch.device
+    dtype: torch.dtype
+    is_finished: bool = False
+
+    @property
+    def result(self) -> Path:
+        """What a person should look at: the reconstruction or, without one, the folder."""
+        return self.final.folder if self.config.no_reconstruction else self.final.folder / VIDEO
+
+    def read_frames(self) -> None:
+        """Write the frames that are used as images; the main process does."""
+        folder, n_frames = self.inversion.source_frames, self.manifest.n_frames
+        progress, frames = Progress(self.inversion.folder), torch.arange(n_frames)
+        if self.processes.is_main and not progress.is_done(
+            "read", written=pictures(folder, frames)
+        ):
+            write_source_frames(self.config, folder, n_frames)
+            progress.done("read", written=pictures(folder, frames))
+
+    def invert(self) -> None:
+        """Encode the frames, invert them, and save their latents at every editing timestep."""
+        if self.processes.is_main:
+            self._make_room()
+        self.processes.wait()
+        config, inversion, predictor = self.config, self.inversion, self._predictor
+        stage = "Inverting", len(self.schedule.timesteps), self._inverted
+        for frames, bar in self._missing_segments(*stage):
+            clean = self.sd.encode_frames(load_frames(inversion.source_frames, frames.tolist()))
+            inversion.latents(CLEAN)[frames] = clean
+            save_frames(inversion.vae, frames[0].item(), self.sd.decode_latents(clean))
+            fixed_point = config.inversion == "fixed_point"
+            for t, latents in invert(clean, frames, self.schedule, predictor, fixed_point):
+                if t in self._names:
+                    inversion.latents(self._names[t])[frames] = latents
+                bar.update()
+
+    def reconstruct(self) -> None:
+        """Sample the frames back from their noise, and keep what edits need of the source meanwhile.
+
+        Where only the latter is wanted, the saved latents pass instead of sampled ones.
+        """
+        if self.config.no_reconstruction and not self._keeps_source_features:
+            return
+        stage = "Reconstructing", len(self.editing.timesteps), self._reconstructed
+        with self._recording_predictor() as predict_noise:
+            for frames, bar in self._missing_segments(*stage):
+                if self.config.no_reconstruction:
+                    for t in self.editing.timesteps:
+                        predict_noise(self._saved_latents(t, frames), t, frames)
+                        bar.update()
+                    continue
+                latents = self._saved_latents(self.editing.timesteps[0], frames)
+                for sampled in sample(latents, frames, self.editing, predict_noise):
+                    latents = sampled
+                    bar.update()
+                folder = self.inversion.reconstruction
+                save_frames(folder, frames[0].item(), self.sd.decode_latents(latents))
+
+    def finish(self) -> None:
+        """Write the video and the manifest, and say how good the reconstruction is."""
+        if not self.processes.is_main:
+            return
+        inversion, n_frames = self.inversion, self.manifest.n_frames
+        if self.config.no_reconstruction:
+            remove(inversion.reconstruction)
+        else:
+            folders, fps = [inversion.reconstruction], self.manifest.frame_rate
+            write_video_from_folders(inversion.folder / VIDEO, folders, n_frames, fps)
+        kept = self._keyframe_schedule if self._keeps_source_features else None
+        inversion.write_manifest(replace(self.manifest, keyframes=kept))
+        log.info(reconstruction_report(self.sd, inversion, self.config, self.noise_predictor))
+        seal(inversion.folder)
+        Progress(inversion.folder).remove()
+
+    @cached_property
+    def sd(self) -> StableDiffusion:
+        """The checkpoint, loaded when it is first needed."""
+        config = self.config
+        log.info("loading %s on %s in %s", config.model_id, self.device, self.dtype)
+        controlnet = config.controlnet_id
+        return load(config.model_id, controlnet, self.device, self.dtype, config.cpu_offload)
+
+    def noise_predictor(self, prompt: str) -> VideoNoisePredictor:
+        """Predicts the noise of the video's frames under a prompt."""
+        batches = Batches(self.config.frames_at_once, adapts=self.config.batch_size is None)
+        control = self._control if self.sd.controlnet else None
+        return VideoNoisePredictor(self.sd, prompt, batches, control)
+
+    @cached_property
+    def _predictor(self) -> VideoNoisePredictor:
+        """One for the whole run, so that a batch size that fits is found once."""
+        return self.noise_predictor(self.config.inversion_prompt)
+
+    def _control(self, frames: torch.Tensor) -> Control:
+        shown = load_frames(self.inversion.source_frames, frames.tolist())
+        edges = canny(shown, self.config.canny_low, self.config.canny_high)
+        return Control.of(self.sd.to_images(edges), self.config.control_scale)
+
+    @contextmanager
+    def _recording_predictor(self) -> Iterator[NoisePredictor]:
+        """Predicts noise and, if they are to be kept, records the source's features."""
+        if not self._keeps_source_features:
+            yield self._predictor
+            return
+        files, saved = self.inversion.source_features, self._saved_latents
+        with install_recorder(self.sd.unet) as recorder:
+            yield RecordingPredictor(
+                self._predictor, recorder, self._keyframe_schedule, saved, files
+            )
+
+    def _saved_latents(self, t: int, frames: torch.Tensor) -> torch.Tensor:
+        return self.inversion.latents(noisy(t))[frames]
+
+    def _missing_segments(
+        self, stage: str, n_steps: int, written: Callable[[torch.Tensor], Iterator[bytes]]
+    ) -> Iterator[tuple[torch.Tensor, tqdm]]:
+        """The frames (n,) of this process's segments that a stage has not done yet, and a progress bar.
+
+        A segment is noted as done when the loop comes back for the next one; at the end all processes
+        wait for each other. written: what the stage leaves of a segment's frames.
+        """
+        progress = Progress(self.inversion.folder)
+        segments = balanced(torch.arange(self.manifest.n_frames), self.config.frames_at_once)
+        missing = [
+            frames
+            for frames in self.processes.share(segments)
+            if not progress.is_done(stage, frames[0].item(), len(frames), written=written(frames))
+        ]
+        total, hidden = len(missing) * n_steps, not self.processes.is_main
+        with tqdm(total=total, desc=stage, unit="step", disable=hidden) as bar:
+            for frames in missing:
+                yield frames, bar
+                progress.done(stage, frames[0].item(), len(frames), written=written(frames))
+        self.processes.wait()
+
+    def _inverted(self, frames: torch.Tensor) -> Iterator[bytes]:
+        for name in (CLEAN, *self._names.values()):
+            yield self.inversion.latents(name).bytes_of(frames)
+        yield from pictures(self.inversion.vae, frames)
+
+    def _reconstructed(self, frames: torch.Tensor) -> Iterator[bytes]:
+        if not self.config.no_reconstruction:
+            yield from pictures(self.inversion.reconstruction, frames)
+        if self._keeps_source_features:
+            yield from self.inversion.source_features.written(self.editing.timesteps, frames)
+
+    def _make_room(self) -> None:
+        config, inversion = self.config, self.inversion
+        shape = self.sd.latent_shape(self.manifest.n_frames, config.H, config.W)
+        for name in (CLEAN, *self._names.values()):
+            inversion.create_latents(name, shape)
+        for folder in (inversion.vae, inversion.reconstruction):
+            folder.mkdir(exist_ok=True)
+        if can_keep_source_features(self.sd, inversion.folder, config, shape, self.editing):
+            inversion.source_features.create(self.sd.unet, shape, self.editing.timesteps)
+
+    @property
+    def _keeps_source_features(self) -> bool:
+        return self.inversion.source_features.folder.exists()
+
+    @property
+    def _keyframe_schedule(self) -> KeyframeSchedule:
+        config, timesteps = self.config, self.editing.timesteps
+        return KeyframeSchedule(
+            self.manifest.n_frames, config.keyframe_interval, timesteps, config.seed
+        )
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        """Names of the latents that are saved, by timestep."""
+        names = {t: noisy(t) for t in self.editing.timesteps}
+        return {self.manifest.inverted_timestep: self.manifest.inverted} | names
+
+
+def schedules(config: PreprocessConfig) -> tuple[Schedule, Schedule]:
+    """The schedules of the inversion and of the editing steps whose latents are saved.
+
+    Raises UserError when the inversion would not visit every editing timestep.
+    """
+    scheduler = load_scheduler(config.model_id)
+    editing = Schedule.of(scheduler, config.save_steps)
+    inversion = Schedule.of(scheduler, config.steps)
+    if not set(editing.timesteps) <= set(inversion.timesteps):
+        n_train = scheduler.config.num_train_timesteps
+        fitting = [
+            n
+            for n in range(config.save_steps, n_train)
+            if set(editing.timesteps) <= set(Schedule.of(scheduler, n).timesteps)
+        ]
+        raise UserError(
+            f"steps: {config.steps} inversion steps do not visit all timesteps of "
+            f"{config.save_steps} editing steps; these do: {', '.join(map(str, fitting))}"
+        )
+    return inversion, editing
+
+
+def new_manifest(config: PreprocessConfig, schedule: Schedule, editing: Schedule) -> Manifest:
+    """What the inversion will have been computed from; its keyframes are left open."""
+    noisiest, video = schedule.timesteps[0], Path(config.data_path)
+    return Manifest(
+        config=asdict(config) | {"conditioned": config.controlnet_id is not None},
+        source=fingerprint(video),
+        checkpoint=checkpoint_identity(config.model_id),
+        fps=str(frame_rate(video) / config.stride),
+        n_frames=config.n_frames or sum(1 for _ in used_frames(config)),
+        timesteps=editing.timesteps,
+        inverted=noisy(noisiest) if noisiest in editing.timesteps else INVERTED,
+        inverted_timestep=noisiest,
+    )
+
+
+def is_there(final: Inversion, manifest: Manifest, overwrite: bool) -> bool:
+    """Whether this very inversion is there, undamaged, and is to stay."""
+    if not final.exists:
+        return False
+    try:
+        found = final.manifest
+        if found.source != manifest.source:
+            raise UserError(
+                f"{final.folder} holds the inversion of another video of the same name; "
+                "use another --save_dir, or delete that folder"
+            )
+        if overwrite or found.identity != manifest.identity:
+            return False
+        check(final.folder)
+    except DamagedError as damage:
+        if overwrite:
+            return False
+        raise UserError(f"{damage}; --overwrite computes the inversion again") from damage
+    return True
+
+
+def can_keep_source_features(
+    sd: StableDiffusion,
+    folder: Path,
+    config: PreprocessConfig,
+    latent_shape: tuple[int, ...],
+    editing: Schedule,
+) -> bool:
+    """Whether the source's features are wanted and fit in `folder`; says what they take."""
+    if not config.keep_source or config.inversion != "fixed_point":
+        return False  # sampling does not come back by the way that a naive inversion went
+    needed = bytes_needed(sd.unet, latent_shape, len(editing.timesteps))
+    if latent_shape[-2] * latent_shape[-1] > MAX_TOKENS:
+        log.warning(
+            "no source features are kept of frames this large: edits will denoise the source too"
+        )
+        return False
+    if needed > shutil.disk_usage(folder).free:
+        log.warning(
+            "no source features are kept, which would take %.0f MB of disk, more than is free: "
+            "edits will denoise the source too",
+            needed / 1e6,
+        )
+        return False
+    log.info("source features, which make edits faster, take %.0f MB of disk", needed / 1e6)
+    return True
+
+
+def write_source_frames(config: PreprocessConfig, folder: Path, n_frames: int) -> None:
+    """Write the `n_frames` used frames, fitted to the wanted size, as PNG into `folder`."""
+    folder.mkdir(exist_ok=True)
+    count = 0
+    for frame in tqdm(used_frames(config), "Reading", n_frames, unit="frame"):
+        write_image(frame_path(folder, count), fit_frame(frame, config.H, config.W, config.resize))
+        count += 1
+    used = f"{config.data_path} from start_frame {config.start_frame} with stride {config.stride}"
+    if count == 0:
+        raise UserError(f"start_frame: there are no frames in {used}")
+    if count < n_frames:
+        raise UserError(
+            f"n_frames: {n_frames} asked, but there are only {count} frames in {used}; "
+            f"use --n_frames {count}, or 0 for all"
+        )
+
+
+def used_frames(config: PreprocessConfig) -> Iterator[np.ndarray]:
+    """The frames of the video that are used, uint8 RGB (H, W, 3), one by one."""
+    stop = config.start_frame + config.n_frames * config.stride if config.n_frames else None
+    frames = decode_frames(Path(config.data_path))
+    return itertools.islice(frames, config.start_frame, stop, config.stride)
+
+
+def pictures(folder: Path, frames: torch.Tensor) -> Iterator[bytes]:
+    """The image files of the frames (n,)."""
+    return (frame_path(folder, index).read_bytes() for index in frames.tolist())

@@ -1,0 +1,226 @@
+"""The source stream's part in every edit of a video: recorded while it is sampled back, kept on disk.
+
+Keyframes depend on the seed alone, so which tokens of them each frame takes (section 4.2), and the
+features that Plug-and-Play injects, are the same for every prompt. An edit that finds them here
+denoises two streams instead of three.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+
+from tokenflow.inversion.predictor import VideoNoisePredictor
+from tokenflow.keyframe_cache import KeyframeCache
+from tokenflow.runtime.frame_array import FrameArray
+from tokenflow_utils import (
+    INJECTED_RESNET,
+    Blend,
+    KeyframeSchedule,
+    LayerProcessor,
+    SourceFeatures,
+    correspondences,
+    flanking_blend,
+    frame_self_attention,
+    self_attentions_replaced,
+)
+
+MAX_TOKENS = 1 << 15  # of a frame: indices have 16 bits
+LEVELS = 4  # resolutions of the UNet, each half the one before
+LEVEL = re.compile(r"(down|up)_blocks\.(\d)|mid_block")
+
+
+class SourceRecorder:
+    """What the layers of a UNet note of the frames of the next pass, if anything."""
+
+    def __init__(self) -> None:
+        self.cache = KeyframeCache()  # of those that the frames of a segment blend
+        # Of the next pass: the keyframes, by position; the blend of other frames; or neither.
+        self.positions: list[int] | None = None
+        self.blend: Blend | None = None
+        self.nearest: dict[str, torch.Tensor] = {}
+        self.features: torch.Tensor | None = None
+
+    @contextmanager
+    def noting(
+        self, positions: list[int] | None = None, blend: Blend | None = None
+    ) -> Iterator[None]:
+        """Note the features of keyframes, or of other frames, that pass the UNet in the block."""
+        self.positions, self.blend = positions, blend
+        try:
+            yield
+        finally:
+            self.positions, self.blend = None, None
+
+    def feature_hook(self, module, args, output: torch.Tensor) -> None:
+        """Note the residual block's output."""
+        self.features = output.half()
+
+
+class RecordingAttention(LayerProcessor):
+    """Plain self-attention that notes the keyframes' tokens, and which of them other frames take."""
+
+    def __init__(self, recorder: SourceRecorder, name: str) -> None:
+        super().__init__(name)
+        self.recorder = recorder
+
+    def __call__(
+        self, attn: Attention, hidden_states: torch.Tensor, *args, **kwargs
+    ) -> torch.Tensor:
+        """Input of the layer, (n, s, d), to its output."""
+        recorder, cache = self.recorder, self.recorder.cache
+        if recorder.positions is not None:
+            tokens = F.normalize(hidden_states.float(), dim=-1)
+            cache.write(self.name, recorder.positions, tokens)
+        elif recorder.blend is not None:
+            rows, weights = cache.rows(recorder.blend.positions), recorder.blend.weights
+            key_tokens = cache.tensor(self.name)
+            recorder.nearest[self.name] = correspondences(hidden_states, key_tokens, rows, weights)
+        return frame_self_attention(attn, hidden_states)
+
+
+@contextmanager
+def install_recorder(unet: UNet2DConditionModel) -> Iterator[SourceRecorder]:
+    """Let every self-attention of `unet` note what passes, where the recorder says so.
+
+    Raises as `self_attentions_replaced` does.
+    """
+    recorder = SourceRecorder()
+    with self_attentions_replaced(
+        unet, lambda name: RecordingAttention(recorder, name), recorder.feature_hook
+    ):
+        yield recorder
+
+
+class RecordingPredictor:
+    """Predicts the noise of a segment's frames as `predictor` does, and keeps their source features.
+
+    Keyframes that lie outside the segment are looked at too: two for each step, one on each side.
+    saved: for a timestep and frame indices (n,), the latents (n, 4, h, w) that the inversion found.
+    """
+
+    def __init__(
+        self,
+        predictor: VideoNoisePredictor,
+        recorder: SourceRecorder,
+        schedule: KeyframeSchedule,
+        saved: Callable[[int, torch.Tensor], torch.Tensor],
+        files: "SourceFeatureFiles",
+    ) -> None:
+        self.predictor, self.recorder = predictor, recorder
+        self.keyframes, self.saved, self.files = schedule.draw(), saved, files
+
+    def __call__(self, latents: torch.Tensor, t: int, frames: torch.Tensor) -> torch.Tensor:
+        """The noise (n, 4, h, w) in latents (n, 4, h, w) of the frames (n,), neighbours in the video."""
+        all_keyframes = self.keyframes[t]
+        keyframes = all_keyframes[flanking_blend(frames, all_keyframes).positions.unique()]
+        place = torch.searchsorted(frames, keyframes).clamp(max=len(frames) - 1)
+        inside = frames[place] == keyframes
+        of_keyframes = self.saved(t, keyframes).to(latents)
+        of_keyframes[inside] = latents[place[inside]]
+        rest = ~torch.isin(frames, keyframes)
+
+        def of_keyframe(samples: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            with self.recorder.noting(positions=positions.tolist()):
+                return self.predictor.predict_batch(t, samples, keyframes[positions])
+
+        def of_other(samples: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+            with self.recorder.noting(blend=flanking_blend(others, keyframes)):
+                noise = self.predictor.predict_batch(t, samples, others)
+            features = SourceFeatures(self.recorder.nearest, self.recorder.features)
+            self.files.write(t, others, features)
+            return noise
+
+        noise, batches = torch.empty_like(latents), self.predictor.batches
+        positions = torch.arange(len(keyframes))
+        self.recorder.cache.keep([])
+        self.recorder.cache.positions += positions.tolist()
+        noise[place[inside]] = batches.map(of_keyframe, of_keyframes, positions)[inside]
+        if rest.any():
+            noise[rest] = batches.map(of_other, latents[rest], frames[rest])
+        return noise
+
+
+@dataclass(frozen=True)
+class SourceFeatureFiles:
+    """Source features of all frames at each timestep: `nearest_<t>.npy` and `features_<t>.npy`."""
+
+    folder: Path
+
+    def create(
+        self,
+        unet: UNet2DConditionModel,
+        latent_shape: tuple[int, ...],
+        timesteps: Iterable[int],
+    ) -> None:
+        """Make room for a video of latents (N, 4, h, w) at the timesteps, where there is none."""
+        tokens = tokens_by_layer(unet, latent_shape)
+        n_frames = latent_shape[0]
+        for t in timesteps:
+            shape = (n_frames, 2, sum(tokens.values()))
+            FrameArray(self._file("nearest", t)).ensure(shape, torch.int16)
+            shape = (n_frames, *features_shape(unet, latent_shape))
+            FrameArray(self._file("features", t)).ensure(shape, torch.float16)
+        (self.folder / "layers.json").write_text(json.dumps(tokens, indent=2) + "\n")
+
+    def write(self, t: int, frames: torch.Tensor, source: SourceFeatures) -> None:
+        """Keep the features of the frames (n,)."""
+        nearest = torch.cat([source.nearest[name] for name in self._layers()], dim=-1)  # n 2 tokens
+        FrameArray(self._file("nearest", t))[frames] = nearest
+        FrameArray(self._file("features", t))[frames] = source.features
+
+    def read(self, t: int, frames: torch.Tensor, device: torch.device) -> SourceFeatures:
+        """The features of the frames (n,)."""
+        layers = self._layers()
+        nearest = FrameArray(self._file("nearest", t))[frames].to(device)
+        features = FrameArray(self._file("features", t))[frames].to(device)
+        per_layer = nearest.long().split(list(layers.values()), dim=-1)
+        return SourceFeatures(dict(zip(layers, per_layer, strict=True)), features)
+
+    def written(self, timesteps: Iterable[int], frames: torch.Tensor) -> Iterator[bytes]:
+        """What is kept of the frames (n,), as it lies in the files."""
+        for t in timesteps:
+            for kind in ("nearest", "features"):
+                yield FrameArray(self._file(kind, t)).bytes_of(frames)
+
+    def _layers(self) -> dict[str, int]:
+        return json.loads((self.folder / "layers.json").read_text())
+
+    def _file(self, kind: str, t: int) -> Path:
+        return self.folder / f"{kind}_{t}.npy"
+
+
+def tokens_by_layer(unet: UNet2DConditionModel, latent_shape: tuple[int, ...]) -> dict[str, int]:
+    """Tokens of a frame in each self-attention, by name, for latents (N, 4, h, w)."""
+    height, width = latent_shape[-2:]
+    tokens = {}
+    for name in unet.attn_processors:
+        if name.endswith(".attn1.processor"):
+            side, block = LEVEL.match(name).groups()
+            down = {"down": int(block or 0), "up": LEVELS - 1 - int(block or 0)}.get(
+                side, LEVELS - 1
+            )
+            tokens[name] = height * width // 4**down
+    return tokens
+
+
+def features_shape(unet: UNet2DConditionModel, latent_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape (c, h, w) of what Plug-and-Play injects in a frame, for latents (N, 4, h, w)."""
+    down = LEVELS - 1 - INJECTED_RESNET[0]
+    channels = unet.config.block_out_channels[down]
+    return channels, latent_shape[-2] // 2**down, latent_shape[-1] // 2**down
+
+
+def bytes_needed(unet: UNet2DConditionModel, latent_shape: tuple[int, ...], n_steps: int) -> int:
+    """Bytes that a `SourceFeatureFiles` takes for latents (N, 4, h, w) at `n_steps` timesteps."""
+    tokens = sum(tokens_by_layer(unet, latent_shape).values())
+    features = math.prod(features_shape(unet, latent_shape))
+    return 2 * latent_shape[0] * n_steps * (2 * tokens + features)

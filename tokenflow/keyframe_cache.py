@@ -1,0 +1,44 @@
+"""What is remembered of keyframes between passes: tokens, outputs, keys, values and noise alike."""
+
+from collections.abc import Hashable, Sequence
+
+import torch
+
+
+class KeyframeCache:
+    """What is remembered of the keyframes that are still needed: by name, a tensor with a row for each."""
+
+    def __init__(self) -> None:
+        self.positions: list[int] = []  # of the keyframes, in the order of their rows
+        self._tensors: dict[Hashable, torch.Tensor] = {}
+
+    def keep(self, positions: Sequence[int]) -> None:
+        """Forget all keyframes but those at some positions."""
+        kept = {name: self.read(name, positions) for name in self._tensors if positions}
+        self._tensors = {name: torch.stack(rows) for name, rows in kept.items()}
+        self.positions = list(positions)
+
+    def write(self, name: Hashable, positions: Sequence[int], values: torch.Tensor) -> None:
+        """Set the rows (k, ...) of keyframes at positions that follow each other here."""
+        first = self.positions.index(positions[0])
+        tensor = self._tensors.get(name, values[:0])
+        if len(tensor) < first + len(values):
+            before = tensor
+            tensor = values.new_empty(len(self.positions), *values.shape[1:])
+            tensor[: len(before)] = before
+            self._tensors[name] = tensor
+        tensor[first : first + len(values)] = values
+
+    def tensor(self, name: Hashable) -> torch.Tensor:
+        """All rows (k, ...)."""
+        return self._tensors[name]
+
+    def read(self, name: Hashable, positions: Sequence[int]) -> list[torch.Tensor]:
+        """The rows (...) of the keyframes at some positions."""
+        return [self._tensors[name][self.positions.index(position)] for position in positions]
+
+    def rows(self, positions: torch.Tensor) -> torch.Tensor:
+        """The row of each position, in the same shape."""
+        row_of = torch.zeros(max(self.positions) + 1, dtype=torch.long)
+        row_of[self.positions] = torch.arange(len(self.positions))
+        return row_of[positions]

@@ -1,0 +1,30 @@
+"""Nearest tokens by cosine similarity, without a similarity matrix that is ever whole."""
+
+import torch
+
+try:
+    from tokenflow import nearest_triton
+except ImportError:  # triton comes with CUDA builds of torch only
+    nearest_triton = None
+
+# Similarities held at once while nearest tokens are searched: 64 MiB in fp32.
+SIMILARITY_BLOCK = 1 << 24
+
+
+def nearest_tokens(tokens: torch.Tensor, key_tokens: torch.Tensor) -> torch.Tensor:
+    """For each of `tokens` (n, s, d) the index of the most similar of `key_tokens` (k, d): (n, s).
+
+    Cosine similarity, for which the `key_tokens` must have unit length; the length of a token itself
+    changes no order.
+    """
+    if tokens.is_cuda and nearest_triton and nearest_triton.runs_on(tokens.device):
+        return nearest_triton.nearest_fused(tokens, key_tokens)
+    return nearest_in_blocks(tokens, key_tokens)
+
+
+def nearest_in_blocks(tokens: torch.Tensor, key_tokens: torch.Tensor) -> torch.Tensor:
+    """As `nearest_tokens`, on any device: only a block of the similarities exists at any time."""
+    rows = max(1, SIMILARITY_BLOCK // len(key_tokens))
+    blocks = tokens.flatten(0, 1).split(rows)
+    nearest = [(block.float() @ key_tokens.T).argmax(-1) for block in blocks]
+    return torch.cat(nearest).view(tokens.shape[:2])
