@@ -3,15 +3,16 @@
 The algorithm of Geyer et al., TokenFlow (ICLR 2024, arXiv 2307.10373):
 
     for each timestep, the noisiest first:
-        keyframes = one random frame of each interval               KeyframeSchedule.draw
-        pass the keyframes' latents through the UNet; in every self-attention      begin_joint_edit
-            source stream: each frame attends to itself             attention
-            uncond, cond: each frame attends to all keyframes       extended_attention
-            remember the source's tokens and the edits' outputs     KeyframeCache
-        pass all other frames through the UNet; in every self-attention           begin_propagation
-            find each source token's nearest in two keyframes       flanking_blend, correspondences
-            uncond, cond: blend those keyframes' outputs there      propagate
-        noise = uncond + guidance * (cond - uncond), one DDIM step  editing.denoiser, editing.run
+        keyframes = one random frame of each interval              KeyframeSchedule.draw
+        pass the keyframes through the UNet, and in every self-attention:
+            source: each frame attends to itself                   attention
+            uncond, cond: each frame attends to all keyframes      extended_attention
+            remember the source's input and the edits' outputs     KeyframeCache
+        pass all other frames through the UNet, and in every self-attention:
+            source: find each token's nearest in two keyframes     flanking_blend, correspondences
+            uncond, cond: blend the keyframes' outputs there       propagate
+        noise = uncond + guidance * (cond - uncond)                editing.denoiser.guided_noise
+        latents = one DDIM step along the noise                    diffusion.ddim.ddim_step
 
 Plug-and-Play gives uncond and cond the source's queries, keys and features in the first steps. Above are
 pure tensor functions; below, `install_tokenflow` puts them in a diffusers UNet and takes them out again.
@@ -272,45 +273,39 @@ class TokenFlowAttention(LayerProcessor):
     ) -> torch.Tensor:
         """Input of the layer, which is `norm1`'s output, to its output: (streams x n, s, d)."""
         if self.flow.joint is not None:
-            return self._joint_edit(attn, hidden_states, self.flow.joint)
+            return self._joint_edit(attn, hidden_states)
         return self._propagation(attn, hidden_states)
 
-    def _joint_edit(
-        self, attn: Attention, hidden_states: torch.Tensor, joint: JointPass
-    ) -> torch.Tensor:
-        cache, streams = self.flow.cache, self.flow.streams
+    def _joint_edit(self, attn: Attention, hidden_states: torch.Tensor) -> torch.Tensor:
+        cache, streams, edited = self.flow.cache, self.flow.streams, self.flow.joint.edited
         query, key, value = (
             self._by_stream(project(hidden_states)) for project in (attn.to_q, attn.to_k, attn.to_v)
         )  # each n s d, by stream
         if SOURCE in streams and self.flow.finds_correspondences:
             tokens = F.normalize(self._by_stream(hidden_states)[SOURCE].float(), dim=-1)
-            cache.write((self.name, "tokens"), joint.edited, tokens)
+            cache.write((self.name, "tokens"), edited, tokens)
         if self.injected and self.flow.inject_attention:
-            self.injection = (query[SOURCE], key[SOURCE]) if SOURCE in streams else self.injection
+            source = (query[SOURCE], key[SOURCE]) if SOURCE in streams else self.injection
+            self.injection = source if len(streams) < len(STREAMS) else ()
             for stream in streams:
-                query[stream], key[stream] = self.injection
+                query[stream], key[stream] = source
         outputs = []
         for stream in streams:
             if stream == SOURCE or not self.flow.extended:
-                attended, attend = (key[stream], value[stream]), attention
-            else:
-                attended = (
-                    self._with_attended(("keys", stream), key[stream], joint),
-                    self._with_attended(("values", stream), value[stream], joint),
-                )
-                attend = extended_attention
-            outputs.append(attend(query[stream], *attended, attn.heads))
+                outputs.append(attention(query[stream], key[stream], value[stream], attn.heads))
+                continue
+            kinds = {"keys": key[stream], "values": value[stream]}
+            attended = (self._with_attended(kind, stream, new) for kind, new in kinds.items())
+            outputs.append(extended_attention(query[stream], *attended, attn.heads))
         output = output_projection(attn, torch.cat(outputs))
         for stream, of_stream in self._by_stream(output).items():
             if stream in self.flow.propagated:
-                cache.write((self.name, "outputs", stream), joint.edited, of_stream)
+                cache.write((self.name, "outputs", stream), edited, of_stream)
         return output
 
-    def _with_attended(
-        self, kind: tuple[str, int], new: torch.Tensor, joint: JointPass
-    ) -> torch.Tensor:
-        """Keys or values (n, s, d) of new keyframes, after those of keyframes edited before."""
-        name, cache = (self.name, *kind), self.flow.cache
+    def _with_attended(self, kind: str, stream: int, new: torch.Tensor) -> torch.Tensor:
+        """Keys or values (n, s, d) of the pass's keyframes, after those of keyframes edited before."""
+        name, cache, joint = (self.name, kind, stream), self.flow.cache, self.flow.joint
         attended = cache.read(name, joint.attended)
         if joint.attended_later:
             cache.write(name, joint.edited, new)

@@ -185,25 +185,58 @@ def test_edits_of_kept_source_features(work, checkpoint):
     assert np.array_equal(two, offloaded)
 
 
-@pytest.mark.parametrize("reconstructs, decibels", [(False, 80), (True, 55)])
-def test_kept_source_features_do_not_change_the_edit(tmp_path, reconstructs, decibels):
+class ShapesEdits:
+    """Edits of five frames of the sample clip on the trained checkpoint; inversions are shared."""
+
+    def __init__(self, folder):
+        self.folder, self.inverted = folder, set()
+
+    def __call__(self, dtype="float32", invert=(), edit=()):
+        """The edited frames (5, 128, 128, 3)."""
+        common = ["--data_path", ROOT / "data" / "shapes.mp4", "--model", SHAPES_CHECKPOINT]
+        common += ["--n_frames", 5, "--keyframe_interval", 4, "--dtype", dtype]
+        latents = "_".join([dtype, *invert])
+        if latents not in self.inverted:
+            flags = ["--H", 128, "--W", 128, "--steps", 8, "--save_steps", 8, "--save_dir", latents]
+            flags += ["--inversion_prompt", "a red striped circle on a green dotted background"]
+            last_line(run("preprocess.py", *common, *flags, *invert, cwd=self.folder))
+            self.inverted.add(latents)
+        flags = ["--n_inversion_steps", 8, "--n_timesteps", 8, "--latents_path", latents]
+        flags += ["--prompt", "a blue striped circle on a green dotted background"]
+        result = run("run_tokenflow_pnp.py", *common, *flags, *edit, cwd=self.folder)
+        return util.load_frames(self.folder / last_line(result).parent / "frames", range(5))
+
+
+@pytest.fixture(scope="module")
+def shapes_edits(tmp_path_factory):
+    return ShapesEdits(tmp_path_factory.mktemp("shapes"))
+
+
+@pytest.mark.parametrize("invert, decibels", [(("--no_reconstruction",), 80), ((), 55)])
+def test_kept_source_features_do_not_change_the_edit(shapes_edits, invert, decibels):
     """Without them the source stream is denoised, with its own attention, as when they were noted.
 
     During a reconstruction they are noted of sampled latents, which stray a little from the inverted ones.
     """
-    common = ["--data_path", ROOT / "data" / "shapes.mp4", "--model", SHAPES_CHECKPOINT]
-    common += ["--n_frames", 5, "--keyframe_interval", 4, "--dtype", "float32"]
-    flags = ["--H", 128, "--W", 128, "--steps", 8, "--save_steps", 8]
-    flags += ["--inversion_prompt", "a red striped circle on a green dotted background"]
-    flags += [] if reconstructs else ["--no_reconstruction"]
-    last_line(run("preprocess.py", *common, *flags, cwd=tmp_path))
-    edits = []
-    for reuse in ("true", "false"):
-        flags = ["--prompt", "a blue striped circle on a green dotted background"]
-        flags += ["--n_inversion_steps", 8, "--n_timesteps", 8, "--reuse_source", reuse]
-        video = tmp_path / last_line(run("run_tokenflow_pnp.py", *common, *flags, cwd=tmp_path))
-        edits.append(util.load_frames(video.parent / "frames", range(5)))
-    assert min(frame_psnr(*edits)) > decibels
+    without = shapes_edits(invert=invert, edit=["--reuse_source", "false"])
+    assert min(frame_psnr(shapes_edits(invert=invert), without)) > decibels
+
+
+def test_half_precision_is_close_to_single(shapes_edits):
+    assert min(frame_psnr(shapes_edits("bfloat16"), shapes_edits())) > 30
+
+
+def test_an_inversion_under_the_controlnet_is_preferred(work, checkpoint):
+    """There is one with and one without; both would serve."""
+    folder, _, _ = work
+    flags = [*edit_flags(checkpoint, "controlnet"), "--output_path", "preferred"]
+    for cls, name in ((folder / "latents", "sd_tiny_ControlNet"), (folder / "plain", "sd_tiny")):
+        cls.mkdir(exist_ok=True)
+        if not (cls / name).exists():
+            (cls / name).symlink_to(folder / "latents" / name)
+        result = run("run_tokenflow_controlnet.py", *flags, "--latents_path", cls.name, cwd=folder)
+        text = (folder / last_line(result).parent / "config.yaml").read_text()
+        assert f'"conditioned": {str(name.endswith("ControlNet")).lower()}' in text
 
 
 def test_features_are_kept_of_editing_steps_alone(work, checkpoint):

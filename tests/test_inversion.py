@@ -10,10 +10,10 @@ from diffusers import DDIMScheduler
 from test_cli import last_line, run
 
 from shapes.checkpoint import build_scheduler
-from tokenflow.config import PreprocessConfig
+from tokenflow.config import PreprocessConfig, SDEditConfig
 from tokenflow.diffusion.ddim import Schedule, check_finite, ddim_step, invert, sample
+from tokenflow.editing.techniques import sdedit
 from tokenflow.errors import UserError
-from tokenflow.inversion import stages as stages
 from tokenflow.inversion.run import schedules
 
 FRAMES = torch.arange(1000)
@@ -93,6 +93,27 @@ def test_fixed_point_inversion_is_undone_by_sampling():
         errors.append((back - latents).square().mean().sqrt().item())
     assert errors[1] < errors[0] / 15 and errors[1] < 0.005
     assert evaluations[5] == 20 + 20 and 20 + 20 < evaluations[0] < 20 + 25
+
+
+def test_what_sdedit_starts_from(sd):
+    """The inversion's own noise, or one random noise that all frames share."""
+    clean, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    schedule, alphas = Schedule.of(sd.scheduler, 10), sd.scheduler.alphas_cumprod
+    inverted = alphas[901].sqrt() * clean + (1 - alphas[901]).sqrt() * noise
+    latents = clean.__getitem__, inverted.__getitem__, 901
+
+    def noise_of(use_ddim_noise):
+        needed = {"data_path": "a.mp4", "prompt": "a dog", "n_timesteps": 10, "start": 0.5}
+        config = SDEditConfig(**needed, use_ddim_noise=use_ddim_noise)
+        technique = sdedit(config, schedule, sd.scheduler, *latents)
+        assert technique.schedule.timesteps == (401, 301, 201, 101, 1)
+        started = torch.cat([technique.initial(torch.tensor(f)) for f in ([0, 1], [2])])
+        return (started - alphas[401].sqrt() * clean) / (1 - alphas[401]).sqrt()
+
+    torch.testing.assert_close(noise_of(True), noise, atol=1e-4, rtol=1e-4)
+    shared = noise_of(False)
+    torch.testing.assert_close(shared[1:], shared[:1].expand(2, -1, -1, -1), atol=1e-4, rtol=1e-4)
+    assert 0.8 < shared.std() < 1.2 and (shared - noise).abs().mean() > 0.5
 
 
 def test_v_prediction_is_turned_into_noise(sd):

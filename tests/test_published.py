@@ -1,4 +1,4 @@
-"""`propagation: previous` against the published algorithm, from the same frames to edited frames.
+"""Whole edits against the published algorithm and against the paper's, from frames to edited frames.
 
 The published side is plain: diffusers' own scheduler and the slow reference, nothing of ours but the
 checkpoint's loading.
@@ -76,13 +76,13 @@ class Published:
             latents = self.scheduler.step(self.noise(latents, t, SOURCE_PROMPT), t, latents)[0]
         return self.decode(latents)
 
-    def edit(self, timesteps, attention_steps, feature_steps):
+    def edit(self, propagation, timesteps, attention_steps, feature_steps):
         noisiest = max(self.saved)
         alpha = self.scheduler.alphas_cumprod[noisiest]
         noise = (self.saved[noisiest] - alpha**0.5 * self.clean) / (1 - alpha) ** 0.5
         latents = self.scheduler.add_noise(self.clean, noise, timesteps[:1])
         text = torch.cat([self.embed(p) for p in (SOURCE_PROMPT, NEGATIVE, PROMPT)])
-        reference = Reference(self.sd.unet, BATCH_SIZE, "previous", INJECTED_LAYERS)
+        reference = Reference(self.sd.unet, BATCH_SIZE, propagation, INJECTED_LAYERS)
         torch.manual_seed(SEED)
         for step, t in enumerate(timesteps.tolist()):
             draws = torch.randint(BATCH_SIZE, (N_FRAMES // BATCH_SIZE,))
@@ -108,14 +108,16 @@ def test_reconstruction(work, sd, frames):
     assert_same_video(work[1], Published(sd, frames).reconstruct())
 
 
-@pytest.mark.parametrize("technique", ["pnp", "sdedit"])
+@pytest.mark.parametrize(
+    "technique, propagation", [("pnp", "previous"), ("sdedit", "previous"), ("pnp", "flanking")]
+)
 @torch.no_grad()
-def test_edit(work, sd, frames, checkpoint, technique):
+def test_edit(work, sd, frames, checkpoint, technique, propagation):
     folder, _ = work
     flags = ["--data_path", "clip", "--model", checkpoint, "--n_inversion_steps", STEPS]
     flags += ["--n_timesteps", STEPS, "--n_frames", N_FRAMES, "--batch_size", BATCH_SIZE]
     flags += ["--prompt", PROMPT, "--negative_prompt", NEGATIVE, "--seed", SEED]
-    flags += ["--guidance_scale", GUIDANCE, "--propagation", "previous", "--dtype", "float32"]
+    flags += ["--guidance_scale", GUIDANCE, "--propagation", propagation, "--dtype", "float32"]
     if technique == "pnp":
         flags += ["--pnp_attn_t", 0.4, "--pnp_f_t", 0.8]
     else:
@@ -126,7 +128,7 @@ def test_edit(work, sd, frames, checkpoint, technique):
     published = Published(sd, frames)
     timesteps = published.scheduler.timesteps
     if technique == "pnp":
-        theirs = published.edit(timesteps, attention_steps=2, feature_steps=4)
+        theirs = published.edit(propagation, timesteps, attention_steps=2, feature_steps=4)
     else:
-        theirs = published.edit(timesteps[1:], attention_steps=0, feature_steps=0)
+        theirs = published.edit(propagation, timesteps[1:], attention_steps=0, feature_steps=0)
     assert_same_video(ours, theirs)

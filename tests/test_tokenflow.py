@@ -9,7 +9,7 @@ from tokenflow.config import PnPConfig
 from tokenflow.diffusion.ddim import Schedule
 from tokenflow.editing.denoiser import Source, TokenFlowDenoiser
 from tokenflow.editing.techniques import Technique
-from tokenflow.editing.windows import anchors, windows
+from tokenflow.editing.windows import anchors, joint_passes, seen_by_all, windows
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.source_features import (
     RecordingPredictor,
@@ -17,6 +17,7 @@ from tokenflow.inversion.source_features import (
     bytes_needed,
     install_recorder,
 )
+from tokenflow.keyframe_cache import KeyframeCache
 from tokenflow.nearest import nearest_in_blocks, nearest_tokens
 from tokenflow.runtime.batching import Batches
 from tokenflow_utils import (
@@ -25,10 +26,12 @@ from tokenflow_utils import (
     KeyframeSchedule,
     TokenFlowAttention,
     attention,
+    correspondences,
     extended_attention,
     flanking_blend,
     install_tokenflow,
     previous_blend,
+    propagate,
     self_attentions_replaced,
 )
 
@@ -291,6 +294,60 @@ def test_blend_of_the_authors_code():
     own = torch.sigmoid(torch.tensor([2 / 4, 3 / 4, 4 / 4, 5 / 6]))  # d2 / (d1 + d2)
     torch.testing.assert_close(blend.weights[4:], torch.stack([own, 1 - own], dim=1))
     assert blend.positions[4:].tolist() == [[1, 0]] * 4
+
+
+def test_propagation_by_hand():
+    """Two frames of two tokens; the first blends both keyframes, the second takes one whole."""
+    right, down = [1.0, 0.0], [0.0, 1.0]
+    key_tokens = torch.tensor([[right, down], [down, right]])  # k s d
+    tokens = torch.tensor([[[3.0, 1.0], [1.0, 4.0]], [[0.0, 2.0], [0.1, 0.3]]])  # n s d
+    rows, weights = torch.tensor([[0, 1], [1, 0]]), torch.tensor([[0.75, 0.25], [1.0, 0.0]])
+    nearest = correspondences(tokens, key_tokens, rows, weights)
+    assert nearest.tolist() == [[[0, 1], [1, 0]], [[0, 0], [0, 0]]]
+    outputs = torch.tensor([[[10.0], [20.0]], [[100.0], [200.0]]])  # k s d
+    propagated = propagate(outputs, nearest, rows, weights)
+    expected = [[0.75 * 10 + 0.25 * 200], [0.75 * 20 + 0.25 * 100]], [[100.0], [100.0]]
+    torch.testing.assert_close(propagated, torch.tensor(expected))
+
+
+@pytest.mark.parametrize("n_keyframes, size", [(1, 8), (8, 8), (9, 8), (15, 8), (50, 12), (7, 6)])
+def test_joint_passes_are_the_references(sd, n_keyframes, size):
+    """Whole videos and videos of which a process takes up the later windows alone."""
+    blend = flanking_blend(torch.arange(4 * n_keyframes), torch.arange(n_keyframes) * 4 + 1)
+    reference = Reference(sd.unet, 4, "flanking", INJECTED_LAYERS, window=size)
+    expected = {
+        position: set(group + attended)
+        for group, attended in reference._groups(n_keyframes)
+        for position in group
+    }
+    all_windows = windows(blend, n_keyframes, size)
+    for first in range(len(all_windows)):
+        cache, seen_together = KeyframeCache(), {}
+        for window in all_windows[first:]:
+            seen = seen_by_all(window, n_keyframes)
+            cache.keep([position for position in cache.positions if position in seen])
+            for joint in joint_passes(window, n_keyframes, cache.positions):
+                assert set(joint.attended) <= set(cache.positions)
+                assert not set(joint.edited) & set(cache.positions)
+                together = {*joint.edited, *joint.attended}
+                seen_together |= dict.fromkeys(joint.edited, together)
+                cache.positions += joint.edited
+            assert set(window.positions) <= set(cache.positions)
+        assert all(seen_together[position] == expected[position] for position in seen_together)
+        assert first or set(seen_together) == set(expected)
+
+
+def test_rows_of_the_cache():
+    cache = KeyframeCache()
+    cache.positions += [7, 2]
+    cache.write("a", [7, 2], torch.tensor([[7.0], [2.0]]))
+    cache.positions += [5]
+    cache.write("a", [5], torch.tensor([[0.0]]))
+    cache.write("a", [5], torch.tensor([[5.0]]))  # what is written twice is there once
+    assert cache.rows(torch.tensor([[5, 7], [2, 5]])).tolist() == [[2, 0], [1, 2]]
+    cache.keep([2, 5])
+    assert cache.tensor("a").tolist() == [[2.0], [5.0]] and cache.positions == [2, 5]
+    assert cache.read("a", [5])[0].tolist() == [5.0]
 
 
 def test_nearest_tokens_in_blocks(monkeypatch):

@@ -226,7 +226,7 @@ def edit(
     checkpoint: EditCheckpoint,
     denoiser: type[Denoiser] = TokenFlowDenoiser,
 ) -> Iterator[int]:
-    """The only loop over the steps of an edit; latents go to the `checkpoint`, from whose last it goes on.
+    """The only loop over the steps of an edit, resumed after the last step that is in the `checkpoint`.
 
     Yields the number of steps done, the first time at once. Processes divide the frames of each step.
     prompts: of the source, uncond and cond streams.

@@ -8,7 +8,7 @@
 - `source/`, `vae/` and `frames/`: the frames as they were encoded, after the VAE's round trip, and
   reconstructed from the noisiest latents; `inverted.mp4`, the latter as a video;
 - `source_features/`: what edits need of the source stream, where that was kept;
-- `inversion_prompt.txt` and `manifest.json`, all that made them;
+- `inversion_prompt.txt` and `manifest.json`: the prompt, and all that the files were computed from;
 - `digests.json`, by which damage to any of these files is noticed.
 """
 
@@ -25,7 +25,7 @@ from tokenflow.runtime.digests import check
 from tokenflow.runtime.frame_array import FrameArray
 from tokenflow_utils import KeyframeSchedule
 
-# What decides how an inversion is made, but not which one it is.
+# Options that change how an inversion is computed, but not its result.
 HOW = ("batch_size", "device", "cpu_offload", "resume", "overwrite")
 
 CLEAN = "clean_latents"
@@ -34,7 +34,7 @@ INVERTED = "inverted_latents"
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything that made an inversion."""
+    """Everything that an inversion was computed from."""
 
     config: dict  # of the PreprocessConfig
     source: str  # fingerprint of the video
@@ -99,7 +99,7 @@ class Inversion:
 
     @property
     def manifest(self) -> Manifest:
-        """What made the inversion; without it there is none. Raises DamagedError."""
+        """What the inversion was computed from. Raises DamagedError."""
         check(self.folder, "manifest.json".__eq__)
         stored = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
         if stored.get("keyframes"):
@@ -109,14 +109,14 @@ class Inversion:
 
     @property
     def prompt(self) -> str:
-        """The text that the inversion was conditioned on."""
+        """The prompt that the video was inverted under."""
         return (self.folder / "inversion_prompt.txt").read_text(encoding="utf-8")
 
     @property
     def control_scale(self) -> float:
         """Factor on the ControlNet's residuals while the video was inverted; 0 without one."""
-        made = self.manifest.config
-        return made["control_scale"] if made["conditioned"] else 0.0
+        config = self.manifest.config
+        return config["control_scale"] if config["conditioned"] else 0.0
 
     def write_manifest(self, manifest: Manifest) -> None:
         """Write the manifest and the prompt, which make the inversion valid."""

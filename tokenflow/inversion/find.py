@@ -31,7 +31,7 @@ def find_inversion(config: EditConfig, timesteps: tuple[int, ...]) -> tuple[Inve
         inversion.check_for_edit(tuple(t for t in timesteps if t in manifest.timesteps))
     except DamagedError as damage:
         command = preprocess_command(config, manifest.config if manifest else None)
-        raise UserError(f"{damage}; make it again with: {command} --overwrite") from damage
+        raise UserError(f"{damage}; recompute it with: {command} --overwrite") from damage
     if config.n_frames > manifest.n_frames:
         raise UserError(
             f"n_frames: {config.n_frames} asked, but the latents in {inversion.folder} are of "
@@ -42,8 +42,11 @@ def find_inversion(config: EditConfig, timesteps: tuple[int, ...]) -> tuple[Inve
     return inversion, config.n_frames or manifest.n_frames
 
 
-def preprocess_command(config: EditConfig, made: dict | None = None) -> str:
-    """The command that makes the inversion an edit needs; like `made` (a manifest's), if there is one."""
+def preprocess_command(config: EditConfig, like: dict | None = None) -> str:
+    """The command that computes the inversion an edit needs.
+
+    like: the configuration of an inversion of the same video, whose prompt and frames it takes over.
+    """
     options = {
         "data_path": config.data_path,
         "steps": config.n_inversion_steps,
@@ -55,9 +58,9 @@ def preprocess_command(config: EditConfig, made: dict | None = None) -> str:
         "controlnet": config.controlnet_id if isinstance(config, ControlNetConfig) else None,
         "inversion_prompt": "what the video shows",
     }
-    if made:
-        options |= {key: made[key] for key in ("H", "W", "resize", "start_frame", "stride")}
-        options["inversion_prompt"] = made["inversion_prompt"]
+    if like:
+        options |= {key: like[key] for key in ("H", "W", "resize", "start_frame", "stride")}
+        options["inversion_prompt"] = like["inversion_prompt"]
     flags = [(f"--{key}", str(value)) for key, value in options.items() if value is not None]
     return shlex.join(["python", "preprocess.py", *itertools.chain(*flags)])
 
@@ -77,29 +80,31 @@ def _no_latents(config: EditConfig) -> str:
         for path in (Path(config.latents_path) / name / Path(config.data_path).stem).glob("steps_*")
     )
     hint = f" (there are some for n_inversion_steps {', '.join(other)})" if other else ""
-    return f"no latents of {config.data_path}{hint}; make them with: {preprocess_command(config)}"
+    return (
+        f"no latents of {config.data_path}{hint}; compute them with: {preprocess_command(config)}"
+    )
 
 
 def _check_fits(config: EditConfig, inversion: Inversion, timesteps: tuple[int, ...]) -> None:
     manifest, folder = inversion.manifest, inversion.folder
-    made = manifest.config
-    remake = f"make them again with: {preprocess_command(config, made)}"
+    inverted = manifest.config
+    remedy = f"recompute them with: {preprocess_command(config, inverted)}"
     if Path(config.data_path).exists() and fingerprint(Path(config.data_path)) != manifest.source:
-        raise UserError(f"the latents in {folder} were made from another video; {remake}")
+        raise UserError(f"the latents in {folder} are of another video; {remedy}")
     if checkpoint_identity(config.model_id) != manifest.checkpoint:
         raise UserError(
-            f"the latents in {folder} were made with another model, {made['model']}; {remake}"
+            f"the latents in {folder} are of another model, {inverted['model']}; {remedy}"
         )
     missing = [t for t in timesteps if t not in manifest.timesteps]
     if missing:
         raise UserError(
             f"n_timesteps: {config.n_timesteps} steps visit timestep {missing[0]}, whose latents "
-            f"are not among the {len(manifest.timesteps)} saved in {folder}; {remake}"
+            f"are not among the {len(manifest.timesteps)} saved in {folder}; {remedy}"
         )
-    if isinstance(config, ControlNetConfig) and made["conditioned"]:
+    if isinstance(config, ControlNetConfig) and inverted["conditioned"]:
         for key in ("control", "canny_low", "canny_high"):
-            if getattr(config, key) != made[key]:
+            if getattr(config, key) != inverted[key]:
                 raise UserError(
                     f"{key}: {getattr(config, key)}, but the inversion was conditioned with "
-                    f"{made[key]}; use that, or {remake} --{key} {getattr(config, key)}"
+                    f"{inverted[key]}; use that, or {remedy} --{key} {getattr(config, key)}"
                 )

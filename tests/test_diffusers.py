@@ -1,0 +1,70 @@
+"""Joint attention, ControlNet and sampling against diffusers' own."""
+
+import torch
+from diffusers import StableDiffusionControlNetPipeline
+from diffusers.models.attention_processor import AttnProcessor2_0
+
+from tokenflow.diffusion.control import Control
+from tokenflow.diffusion.ddim import Schedule, sample
+from tokenflow_utils import COND, UNCOND, JointPass, TokenFlow, TokenFlowAttention
+
+
+def attend(attn, tokens, all_tokens):
+    """What diffusers computes where one frame (s, d) attends to some tokens (k, d)."""
+    return AttnProcessor2_0()(attn, tokens[None], encoder_hidden_states=all_tokens[None])[0]
+
+
+@torch.no_grad()
+def test_joint_attention(sd):
+    """Each keyframe attends to the tokens of all, in two passes that know of each other."""
+    attn = sd.unet.up_blocks[2].attentions[0].transformer_blocks[0].attn1
+    width = attn.to_q.in_features
+    source, uncond, cond = torch.randn(3, 4, 6, width, generator=torch.Generator().manual_seed(0))
+    flow = TokenFlow((UNCOND, COND), finds_correspondences=True)
+    layer = TokenFlowAttention(flow, "any")
+    first, second = JointPass([5, 2], attended_later=True), JointPass([3, 4], [5, 2])
+    outputs = []
+    for joint, rows in ((first, slice(0, 2)), (second, slice(2, 4))):
+        flow.begin_joint_edit(joint)
+        passed = layer(attn, torch.cat([source[rows], uncond[rows], cond[rows]]))
+        outputs.append(passed.unflatten(0, (3, -1)))
+    of_source, *of_edits = torch.cat(outputs, dim=1)
+    for frame in range(4):
+        torch.testing.assert_close(of_source[frame], attend(attn, source[frame], source[frame]))
+        for edited, output in zip((uncond, cond), of_edits, strict=True):
+            seen = edited[: 2 if frame < 2 else 4].flatten(0, 1)
+            torch.testing.assert_close(output[frame], attend(attn, edited[frame], seen))
+
+
+@torch.no_grad()
+def test_controlnet_residuals(sd):
+    """Sampling under a ControlNet at part of its strength, as diffusers' pipeline does it."""
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 4, 8, 8, generator=generator)
+    images = torch.rand(2, 3, 64, 64, generator=generator)
+    parts = {"vae": sd.vae, "text_encoder": sd.text_encoder, "tokenizer": sd.tokenizer}
+    parts |= {"unet": sd.unet, "controlnet": sd.controlnet, "scheduler": sd.scheduler}
+    pipeline = StableDiffusionControlNetPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "latent"}
+    theirs = pipeline(
+        ["a red circle"] * 2,
+        image=images,
+        latents=latents,
+        controlnet_conditioning_scale=0.6,
+        **options,
+    ).images
+
+    text = sd.encode_text("a red circle").expand(2, -1, -1)
+
+    def sampled(scale):
+        def predict(x, t, frames):
+            return sd.predict_noise(x, t, text, Control.of(images, scale))
+
+        *_, last = sample(latents, torch.arange(2), Schedule.of(sd.scheduler, 4), predict)
+        return last
+
+    torch.testing.assert_close(sampled(0.6), theirs, atol=1e-3, rtol=1e-3)
+    assert (sampled(0.0) - theirs).abs().mean() > 0.01
