@@ -11,7 +11,7 @@ import av
 import cv2
 import numpy as np
 
-from tokenflow.errors import UserError
+from tokenflow.errors import UserError, is_text
 from tokenflow.runtime.run_folder import staged
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
@@ -56,6 +56,9 @@ def list_images(folder: Path) -> list[Path]:
     images = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
         raise UserError(f"{folder}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    for image in images:
+        if not is_text(image.name):  # OpenCV is ended by such a name
+            raise UserError(f"{folder}: the name {image.name!r} is no UTF-8; rename that image")
     return sorted(
         images,
         key=lambda p: [int(s) if s.isdecimal() else s for s in re.split(r"([0-9]+)", p.name)],

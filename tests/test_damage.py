@@ -141,4 +141,10 @@ def test_a_broken_checkpoint_is_named(tmp_path, checkpoint, clip):
         with damaged(broken / name, way):
             result = run("preprocess.py", *flags, cwd=tmp_path)
         refusal(result, broken / name, "is broken")
+    with damaged(broken / "tokenizer" / "tokenizer.json", "missing"):
+        refusal(run("preprocess.py", *flags, cwd=tmp_path), broken, "tokenizer knows no words")
+    (broken / "vae" / "config.json").write_text("3")
+    refusal(
+        run("preprocess.py", *flags, cwd=tmp_path), broken, "the configuration of its vae is broken"
+    )
     assert not (tmp_path / "latents").exists()

@@ -5,6 +5,7 @@ Nothing slow is imported here, so that `--help` and mistakes are answered at onc
 
 import argparse
 import difflib
+import errno
 import functools
 import io
 import logging
@@ -21,15 +22,17 @@ from typing import Any, TypeVar
 
 import yaml
 
-from tokenflow.errors import UserError
+from tokenflow.errors import UserError, is_text
 
 C = TypeVar("C")
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
+# Of the system's refusals these are nobody's mistake; all others are of a path that the user gave.
+_DISK_FAILED = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 _OUT_OF_MEMORY = (
     "the device is out of memory: use --batch_size auto, --cpu_offload, smaller frames or, in an edit, a "
-    "smaller --keyframe_window; what is done so far is kept and gone on with"
+    "smaller --keyframe_window; the same command resumes it"
 )
 
 
@@ -100,25 +103,37 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
         rank = int(os.environ.get("RANK", 0))
         logging.getLogger("tokenflow").setLevel(logging.ERROR if rank else logging.INFO)
         blame = f"error (process {rank})" if rank else "error"
+
+        def end(error: object, status: int) -> typing.NoReturn:
+            print(f"{blame}: {_one_line(str(error))}", file=sys.stderr)
+            sys.exit(status)
+
         try:
             with redirect_stdout(io.StringIO()) if rank else nullcontext():
                 main()
         except UserError as error:
-            print(f"{blame}: {error}", file=sys.stderr)
-            sys.exit(2)
+            end(error, 2)
         except (FloatingPointError, ConnectionError) as error:
-            print(f"{blame}: {error}", file=sys.stderr)
-            sys.exit(1)
+            end(error, 1)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            if error.errno in _DISK_FAILED:
+                end(f"{where}{error.strerror}; the same command resumes the run", 1)
+            end(f"{where}{error.strerror or error}; check that path, or give another", 2)
         except RuntimeError as error:
             if "out of memory" not in str(error):
                 raise
-            print(f"{blame}: {_OUT_OF_MEMORY}", file=sys.stderr)
-            sys.exit(1)
+            end(_OUT_OF_MEMORY, 1)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
 
     return wrapper
+
+
+def _one_line(text: str) -> str:
+    """The text with line ends and whatever else is not printable escaped: paths may hold them."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -165,7 +180,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"config_path: cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except Exception as error:  # beside its own errors PyYAML lets any of its constructors' through
         raise UserError(
             f"config_path: {path} is not YAML: {' '.join(str(error).split())}"
         ) from error
@@ -201,6 +216,8 @@ def _convert(f: Field, value: Any) -> Any:
     if kind is int and isinstance(value, float) and value != converted:
         raise wrong
     if kind is str:
+        if not is_text(converted):
+            raise UserError(f"{f.name}: {value!r} holds a NUL, or bytes that are no UTF-8")
         return _checked_choice(f, converted)
     low, high = f.metadata["low"], f.metadata["high"]
     if not (math.isfinite(converted) and low <= converted <= high):

@@ -48,10 +48,7 @@ class ModelConfig:
     overwrite: bool = option("make again what is there already", False)
 
     def __post_init__(self) -> None:
-        kind, _, index = self.device.partition(":")
-        if kind not in ("auto", "cpu", "mps", "cuda") or (
-            index and not re.fullmatch("[0-9]{1,3}", index)
-        ):
+        if not re.fullmatch("auto|(cpu|mps|cuda)(:[0-9]{1,3})?", self.device):
             raise UserError(f"device: {self.device!r} is none of auto, cpu, mps, cuda, cuda:N")
 
     @property

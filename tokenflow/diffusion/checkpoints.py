@@ -3,8 +3,10 @@
 import functools
 import json
 import logging
+import os
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ import transformers
 from accelerate import cpu_offload_with_hook
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from huggingface_hub import constants, model_info, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from tokenflow.diffusion.ddim import Schedule
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.errors import UserError
 from util import fingerprint
@@ -32,6 +36,9 @@ SD_LAYOUT = {
     "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
 }
 
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+BYTE_TOKENS = 512  # CLIP's least vocabulary: each byte within a word and at its end
+
 # diffusers passes the hub a retired argument, which is no concern of the user's.
 warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks.*")
 # Files that are looked for in two places are no errors either; what is missing we say ourselves.
@@ -43,15 +50,15 @@ transformers.utils.logging.disable_progress_bar()
 
 def check_checkpoint(model_id: str, height: int | None = None, width: int | None = None) -> None:
     """Refuse, before weights are loaded, a checkpoint or a frame size (pixels) that cannot work."""
-    unet = _find(UNet2DConditionModel.load_config, model_id, "unet")
+    unet = _load_config(UNet2DConditionModel, model_id, "unet", "block_out_channels")
     for key, expected in SD_LAYOUT.items():
-        found = list(unet[key]) if isinstance(unet.get(key), tuple | list) else unet.get(key)
+        found = _plain(unet.get(key))
         if found != expected:
             raise UserError(
                 f"{model_id}: its UNet is not of Stable Diffusion 1 or 2's layout: "
                 f"{key} is {found}, not {expected}"
             )
-    vae = _find(AutoencoderKL.load_config, model_id, "vae")
+    vae = _load_config(AutoencoderKL, model_id, "vae", "block_out_channels")
     halvings = len(vae["block_out_channels"]) - 1 + len(unet["block_out_channels"]) - 1
     multiple = 2**halvings
     for name, size in {"H": height, "W": width}.items():
@@ -60,6 +67,11 @@ def check_checkpoint(model_id: str, height: int | None = None, width: int | None
             raise UserError(
                 f"{name}: {size} is no multiple of {multiple}; the nearest valid size is {nearest}"
             )
+
+
+def _plain(value: Any) -> Any:
+    """A value of a configuration as JSON has it."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def checkpoint_identity(model_id: str) -> str:
@@ -71,7 +83,19 @@ def checkpoint_identity(model_id: str) -> str:
 
 def load_scheduler(model_id: str) -> DDIMScheduler:
     """The checkpoint's noise schedule with DDIM's steps."""
-    return _find(DDIMScheduler.from_pretrained, model_id, "scheduler")
+    config = _load_config(DDIMScheduler, model_id, "scheduler")
+    try:
+        scheduler = DDIMScheduler.from_config(config)
+        Schedule.of(scheduler, 1)  # most of the configuration is looked at only now
+    except Exception as error:  # each wrong value has its own
+        raise UserError(f"model: {model_id}: its scheduler cannot be used: {error}") from error
+    kind = scheduler.config.prediction_type
+    if kind not in PREDICTION_TYPES:
+        raise UserError(
+            f"model: {model_id}: its scheduler's prediction_type is {kind}, "
+            f"none of {', '.join(PREDICTION_TYPES)}"
+        )
+    return scheduler
 
 
 def load(
@@ -85,9 +109,17 @@ def load(
 
     With `cpu_offload` of the VAE, the text encoder and the UNet only one is on the device at a time.
     """
+    if controlnet_id:
+        _load_config(ControlNetModel, controlnet_id, None, "block_out_channels")
 
     def network(cls: type, model: str, subfolder: str | None, dtype_key: str) -> torch.nn.Module:
-        return _load_weights(cls, model, subfolder, dtype, dtype_key).eval()
+        loaded = _load_weights(cls, model, subfolder, dtype, dtype_key).eval()
+        for name, weights in loaded.named_parameters():
+            if weights.is_meta:
+                raise UserError(
+                    f"{_option(subfolder)}: {model} is no {cls.__name__}: its weights lack {name}"
+                )
+        return loaded
 
     sd = StableDiffusion(
         vae=network(AutoencoderKL, model_id, "vae", "torch_dtype"),
@@ -101,6 +133,7 @@ def load(
         device=device,
         dtype=dtype,
     )
+    _check_parts(sd, model_id, controlnet_id)
     networks = sd.vae, sd.text_encoder, sd.unet
     if cpu_offload:
         hooks = [cpu_offload_with_hook(part, device)[1] for part in networks]
@@ -111,6 +144,32 @@ def load(
         for part in networks:
             part.to(device)
     return sd
+
+
+def _check_parts(sd: StableDiffusion, model_id: str, controlnet_id: str | None) -> None:
+    """Refuse parts that do not fit each other, such as a ControlNet of another version."""
+    unet, text = sd.unet.config, sd.text_encoder.config
+    if text.hidden_size != unet.cross_attention_dim:
+        raise UserError(
+            f"model: {model_id}: its text encoder's width is {text.hidden_size}, "
+            f"but its UNet takes {unet.cross_attention_dim}; they are of different checkpoints"
+        )
+    length = sd.tokenizer.model_max_length
+    if length > text.max_position_embeddings or len(sd.tokenizer) > text.vocab_size:
+        raise UserError(
+            f"model: {model_id}: its tokenizer is not its text encoder's: {len(sd.tokenizer)} tokens "
+            f"in texts of {length}, not {text.vocab_size} in {text.max_position_embeddings}"
+        )
+    if len(sd.tokenizer) < BYTE_TOKENS:  # one without its files is no error to transformers
+        raise UserError(
+            f"model: {model_id}: its tokenizer knows no words; copy or download the checkpoint again"
+        )
+    for key in ("cross_attention_dim", "block_out_channels", "in_channels"):
+        if sd.controlnet and (found := _plain(sd.controlnet.config[key])) != _plain(unet[key]):
+            raise UserError(
+                f"controlnet: {controlnet_id} does not fit the model {model_id}: its {key} is "
+                f"{found}, not {_plain(unet[key])}; name one of the same version"
+            )
 
 
 def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
@@ -129,8 +188,9 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
         "cuda": torch.cuda.device_count(),
         "mps": int(torch.backends.mps.is_available()),
     }[chosen.type]
-    if (chosen.index or 0) >= available:
-        raise UserError(f"device: {device} is not to be had on this machine; use auto or cpu")
+    # torch keeps an index in one byte, so that it would take cuda:256 for cuda:0.
+    if int(device.partition(":")[2] or 0) >= available:
+        raise UserError(f"device: {device} is unavailable on this machine; use auto or cpu")
     if dtype == "auto":
         return chosen, _natural_dtype(chosen)
     return chosen, getattr(torch, dtype)
@@ -143,6 +203,17 @@ def _natural_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
         return torch.bfloat16
     return torch.float32
+
+
+def _load_config(cls: type, model_id: str, subfolder: str | None, *lists: str) -> dict[str, Any]:
+    """The configuration of a checkpoint's part, with the `lists` in it."""
+    config = _find(cls.load_config, model_id, subfolder)
+    if not (isinstance(config, dict) and all(isinstance(config.get(key), list) for key in lists)):
+        raise UserError(
+            f"{_option(subfolder)}: {model_id}: the configuration of its {subfolder or 'network'} is "
+            "broken; copy or download it again"
+        )
+    return config
 
 
 def _load_weights(
@@ -173,38 +244,47 @@ def _find(
                 raise
             except Exception as error:  # each loader has its own ways to say what it misses
                 failure = error
-    _refuse_broken(_local_folder(model_id, subfolder or ""), failure)
+    option = _option(subfolder)
+    _refuse_broken(option, _local_folder(model_id, subfolder or ""), failure)
     part = f" (its {subfolder})" if subfolder else ""
-    if Path(model_id).is_dir():
-        raise UserError(f"model: the folder {model_id} holds no such checkpoint{part}")
+    if os.path.isdir(model_id):
+        raise UserError(f"{option}: the folder {model_id} holds no such checkpoint{part}")
     raise UserError(
-        f"model: {model_id}{part} is neither a folder nor in {constants.HF_HUB_CACHE}, and cannot be "
-        "downloaded; check the id and the network, or give --model a folder in diffusers layout"
+        f"{option}: {model_id}{part} is neither a folder nor in {constants.HF_HUB_CACHE}, and cannot be "
+        f"downloaded; check the id and the network, or give --{option} a folder in diffusers layout"
     )
+
+
+def _option(subfolder: str | None) -> str:
+    """The option that named a part: only a ControlNet is a folder of its own."""
+    return "controlnet" if subfolder is None else "model"
 
 
 def _local_folder(model_id: str, subfolder: str) -> Path:
     """Where a checkpoint's part lies on disk, or would lie."""
-    if Path(model_id).is_dir():
+    if os.path.isdir(model_id):
         return Path(model_id) / subfolder
     for name in ("config.json", "scheduler_config.json", "tokenizer_config.json"):
-        cached = try_to_load_from_cache(model_id, f"{subfolder}/{name}".lstrip("/"))
-        if isinstance(cached, str):
-            return Path(cached).parent
+        with suppress(HFValidationError):  # the name of no model at all
+            cached = try_to_load_from_cache(model_id, f"{subfolder}/{name}".lstrip("/"))
+            if isinstance(cached, str):
+                return Path(cached).parent
     return Path(constants.HF_HUB_CACHE) / model_id / subfolder
 
 
-def _refuse_broken(folder: Path, failure: Exception) -> None:
+def _refuse_broken(option: str, folder: Path, failure: Exception) -> None:
     """Raise UserError if the part of a checkpoint in `folder` is there, but cannot be read."""
+    if not os.path.isdir(folder):  # unlike Path's, for a name that is too long too
+        return
     files = sorted(path for path in folder.glob("*") if path.is_file())
     for path in files:
         if reason := _broken(path):
             raise UserError(
-                f"model: {path} is broken: {reason}; copy or download the checkpoint again"
+                f"{option}: {path} is broken: {reason}; copy or download the checkpoint again"
             ) from failure
     if any(path.suffix in (".safetensors", ".bin") for path in files):
         reason = str(failure).strip().partition("\n")[0]
-        raise UserError(f"model: {folder} cannot be loaded: {reason}") from failure
+        raise UserError(f"{option}: {folder} cannot be loaded: {reason}") from failure
 
 
 def _broken(path: Path) -> str:
@@ -227,7 +307,7 @@ def _broken(path: Path) -> str:
 @functools.cache
 def _on_hub(model_id: str) -> bool:
     """Whether the hub can be reached and knows the model; asked once, without the loaders' retries."""
-    if Path(model_id).is_dir():
+    if os.path.isdir(model_id):
         return False
     try:
         model_info(model_id, timeout=HUB_TIMEOUT)

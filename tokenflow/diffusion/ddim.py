@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 from diffusers import DDIMScheduler
 
+from tokenflow.errors import UserError
+
 # A latent is of unit variance. Most steps come to rest at their first evaluation (2e-3 is typical).
 FIXED_POINT_TOLERANCE = 3e-3  # root mean square of a latent's last movement
 FIXED_POINT_ITERATIONS = 5  # at most, of a frame at a step
@@ -30,7 +32,13 @@ class Schedule:
 
     @classmethod
     def of(cls, scheduler: DDIMScheduler, n_steps: int) -> "Schedule":
-        """The schedule of `n_steps` steps."""
+        """The schedule of `n_steps` steps. Raises UserError where the checkpoint has fewer."""
+        trained = scheduler.config.num_train_timesteps
+        if n_steps > trained:
+            raise UserError(
+                f"{n_steps} steps are more than the {trained} of the checkpoint's noise schedule; "
+                "ask for fewer"
+            )
         scheduler.set_timesteps(n_steps)
         timesteps = tuple(scheduler.timesteps.tolist())
         alphas = [scheduler.alphas_cumprod[t].item() for t in timesteps]

@@ -160,12 +160,12 @@ def _replace(partial: Path, path: Path) -> None:
 def _made_folder(folder: Path) -> Iterator[None]:
     """`folder` exists in the block; what had to be made is removed when that raises, if empty."""
     missing = [f for f in (folder, *folder.parents) if not f.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
-        with suppress(OSError):  # not empty: another run uses it
-            for made in missing:
+        for made in missing:
+            with suppress(OSError):  # not empty: another run uses it
                 made.rmdir()
         raise
 
