@@ -226,7 +226,7 @@ def _convert(f: Field, value: Any) -> Any:
     return converted
 
 
-_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 
 
 def _checked_choice(f: Field, value: str) -> str:

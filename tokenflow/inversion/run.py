@@ -301,11 +301,12 @@ def schedules(config: PreprocessConfig) -> tuple[Schedule, Schedule]:
 def new_manifest(config: PreprocessConfig, schedule: Schedule, editing: Schedule) -> Manifest:
     """What the inversion will have been computed from; its keyframes are left open."""
     noisiest, video = schedule.timesteps[0], Path(config.data_path)
+    fps = frame_rate(video) / config.stride  # first of all, for it says so where there is no video
     return Manifest(
         config=asdict(config) | {"conditioned": config.controlnet_id is not None},
         source=fingerprint(video),
         checkpoint=checkpoint_identity(config.model_id),
-        fps=str(frame_rate(video) / config.stride),
+        fps=str(fps),
         n_frames=config.n_frames or sum(1 for _ in used_frames(config)),
         timesteps=editing.timesteps,
         inverted=noisy(noisiest) if noisiest in editing.timesteps else INVERTED,

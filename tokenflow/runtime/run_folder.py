@@ -1,4 +1,4 @@
-"""The folders of runs: whole or not there, used by one run at a time, and gone on with when it is killed."""
+"""The folders of runs: whole or absent, used by one run at a time, and resumed when that was killed."""
 
 import fcntl
 import itertools
@@ -32,19 +32,19 @@ def staged(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def resumable(path: Path, made: str, resume: bool) -> Iterator[Path]:
-    """As `staged`, a folder; but one that a killed run of the same `made` text left is gone on with.
+def resumable(path: Path, identity: str, resume: bool) -> Iterator[Path]:
+    """As `staged`, a folder; but the block finds what a killed run of the same `identity` left there.
 
-    Only a mistake of the user's or a wrong value leaves nothing; with anything else that ends the block
-    the folder stays, for the next run. Without `resume` what is there is removed first.
+    When the block raises UserError or FloatingPointError, nothing of the folder remains; whatever else
+    ends the block, the folder stays for the next run. Without `resume` it is removed first.
     """
     partial = partial_path(path)
     note = partial / ".run.json"
     with _made_folder(path.parent):
-        if not (resume and note.is_file() and note.read_bytes() == made.encode()):
+        if not (resume and note.is_file() and note.read_bytes() == identity.encode()):
             remove(partial)
             partial.mkdir()
-            note.write_bytes(made.encode())
+            note.write_bytes(identity.encode())
         try:
             yield partial
         except (UserError, FloatingPointError):
@@ -125,7 +125,7 @@ def run_folder(parent: Path, name: str, config: str) -> Iterator[Path]:
 
     A run of the same text gets the same folder again; another one gets `name_2`, `name_3`, ...
     When a mistake of the user's or a wrong value ends the block, a folder that was not there before is
-    removed; with anything else it stays, for the next run to go on with.
+    removed; whatever else ends the block, it stays for the next run.
     """
     with _made_folder(parent):
         folder, new = _claim_folder(parent, name, config)
@@ -158,15 +158,15 @@ def _replace(partial: Path, path: Path) -> None:
 
 @contextmanager
 def _made_folder(folder: Path) -> Iterator[None]:
-    """`folder` exists in the block; what had to be made is removed when that raises, if empty."""
+    """`folder` exists in the block; when that raises, folders that are new and empty are removed."""
     missing = [f for f in (folder, *folder.parents) if not f.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
-        for made in missing:
+        for new in missing:
             with suppress(OSError):  # not empty: another run uses it
-                made.rmdir()
+                new.rmdir()
         raise
 
 

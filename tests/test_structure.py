@@ -1,0 +1,49 @@
+"""The rooms of the house: imports point downwards and never in a circle."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# From the ground up; a module is on the floor of the longest name that it begins with.
+FLOORS = (
+    ["tokenflow.errors"],
+    ["tokenflow.runtime"],
+    ["util", "tokenflow.cli", "tokenflow.metrics", "tokenflow.contact_sheet"],
+    ["tokenflow.config"],
+    ["tokenflow.diffusion", "tokenflow.keyframe_cache", "tokenflow.nearest"],
+    ["tokenflow_utils"],
+    ["tokenflow.inversion"],
+    ["tokenflow.editing"],
+    ["preprocess", "run_tokenflow"],
+)
+
+
+def imports_of(path: Path) -> set[str]:
+    """The modules that a file imports, also within functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+def floor_of(name: str) -> int:
+    known = (
+        (len(begin), i) for i, room in enumerate(FLOORS) for begin in room if name.startswith(begin)
+    )
+    return max(known)[1]
+
+
+def test_imports_point_downwards():
+    paths = [*ROOT.glob("*.py"), *(ROOT / "tokenflow").rglob("*.py")]
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
+    modules = {name: path for name, path in modules.items() if not name.endswith("__init__")}
+    graph = {name: imports_of(path) & set(modules) for name, path in modules.items()}
+    assert len(graph) > 30 and sum(map(len, graph.values())) > 60
+    list(TopologicalSorter(graph).static_order())  # raises where there is a circle
+    for name, imported in graph.items():
+        assert all(floor_of(other) <= floor_of(name) for other in imported), name
+        assert modules[name].read_text().count("\n") <= 400, name
