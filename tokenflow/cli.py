@@ -145,7 +145,9 @@ def _parse_flags(
     cls: type, description: str, default_yaml: str | None, argv: list[str] | None
 ) -> dict[str, Any]:
     parser = _Parser(
-        description=description, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     if default_yaml is not None:
         parser.add_argument(
@@ -226,7 +228,7 @@ def _convert(f: Field, value: Any) -> Any:
     return converted
 
 
-_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 
 
 def _checked_choice(f: Field, value: str) -> str:
