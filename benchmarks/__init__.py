@@ -1,1 +1,1 @@
-"""Measurements of quality and cost; `python -m benchmarks.NAME --help` tells each."""
+"""Measurements, and the page of all options; `python -m benchmarks.NAME --help` tells each."""

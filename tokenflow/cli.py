@@ -145,7 +145,9 @@ def _parse_flags(
     cls: type, description: str, default_yaml: str | None, argv: list[str] | None
 ) -> dict[str, Any]:
     parser = _Parser(
-        description=description, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     if default_yaml is not None:
         parser.add_argument(

@@ -33,19 +33,44 @@ SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 class ModelConfig:
     """Which checkpoint runs, where and in which precision."""
 
-    sd_version: str = option("Stable Diffusion version", "2.1", choices=tuple(VERSIONS))
-    model: str | None = option("hub id or diffusers folder; overrides the version's id", None)
-    device: str = option("auto, cpu, mps, cuda or cuda:N", "auto")
+    sd_version: str = option(
+        "version of Stable Diffusion, downloaded from the Hugging Face hub at first use; "
+        "ControlNet: version 1.5 with its Canny ControlNet",
+        "2.1",
+        choices=tuple(VERSIONS),
+    )
+    model: str | None = option(
+        "checkpoint to use instead of the one of sd_version: a hub id, or a folder in diffusers layout",
+        None,
+    )
+    device: str = option(
+        "where the networks run: auto, cpu, mps, cuda, or cuda:N for the GPU of index N; "
+        "auto: the first of CUDA, MPS and the CPU that is available",
+        "auto",
+    )
     dtype: str = option(
-        "precision of the networks; auto: half where that is faster",
+        "precision of the networks; auto: float16 on CUDA, bfloat16 on CPUs with instructions for it, "
+        "else float32",
         "auto",
         choices=DTYPES,
         aliases=SHORT_DTYPES,
     )
-    cpu_offload: bool = option("keep only the network that runs on the device", False)
-    seed: int = option("seed of every random draw", 1, low=0, high=2**63 - 1)
-    resume: bool = option("go on where a run of the same options was ended", True)
-    overwrite: bool = option("make again what is there already", False)
+    cpu_offload: bool = option(
+        "save GPU memory: of the UNet, the VAE and the text encoder, only the one in use is on the "
+        "device, and the others are in main memory",
+        False,
+    )
+    seed: int = option(
+        "seed of all random draws: which frames are keyframes, and the noise of SDEdit without "
+        "use_ddim_noise; kept source features serve the edits with the seed of preprocess.py",
+        1,
+        low=0,
+        high=2**63 - 1,
+    )
+    resume: bool = option(
+        "resume a run of the same options that was killed; false: start it from the beginning", True
+    )
+    overwrite: bool = option("compute the result again, even if it is there already", False)
 
     def __post_init__(self) -> None:
         if not re.fullmatch("auto|(cpu|mps|cuda)(:[0-9]{1,3})?", self.device):
@@ -61,49 +86,107 @@ class ModelConfig:
 class CannyConfig:
     """How a ControlNet is conditioned: the same keys for the inversion and for the edit."""
 
-    controlnet: str | None = option("hub id or folder of the ControlNet", None)
-    control: str = option("condition of the ControlNet", "canny", choices=("canny",))
+    controlnet: str | None = option(
+        "ControlNet to use instead of the one of sd_version, if that has one: a hub id, or a folder in "
+        "diffusers layout",
+        None,
+    )
+    control: str = option(
+        "what the ControlNet is given; canny: the Canny edges of the source's frames",
+        "canny",
+        choices=("canny",),
+    )
     canny_low: int = option(
-        "Canny's lower threshold, gradient in grey levels", 100, low=0, high=10_000
+        "lower threshold of the Canny edges: a weaker gradient, in grey levels, is no edge",
+        100,
+        low=0,
+        high=10_000,
     )
     canny_high: int = option(
-        "Canny's upper threshold, gradient in grey levels", 200, low=0, high=10_000
+        "upper threshold of the Canny edges: a stronger gradient, in grey levels, is an edge; one "
+        "between both thresholds is an edge where it continues one",
+        200,
+        low=0,
+        high=10_000,
     )
-    control_scale: float = option("factor on the ControlNet's residuals", 1.0, low=0, high=2)
+    control_scale: float = option(
+        "strength of the ControlNet: factor on what it adds to the UNet; 0: it has no effect",
+        1.0,
+        low=0,
+        high=2,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessConfig(ModelConfig, CannyConfig):
     """Options of `preprocess.py`."""
 
-    data_path: str = option("video file, or folder of images in natural order")
-    inversion_prompt: str = option("text that describes the source video", "")
-    H: int = option("height of the frames in pixels", 512, low=8, high=MAX_SIZE)
-    W: int = option("width of the frames in pixels", 512, low=8, high=MAX_SIZE)
-    resize: str = option("how other sizes are fitted", "crop", choices=("crop", "stretch", "pad"))
-    start_frame: int = option("first frame used", 0, low=0, high=MAX_FRAMES)
-    n_frames: int = option("frames used; 0: all", 40, low=0, high=MAX_FRAMES)
-    stride: int = option("use every stride-th frame", 1, low=1, high=MAX_FRAMES)
+    data_path: str = option(
+        "video file, or folder of images, which are used in natural order (2 before 10) and play at 24 "
+        "frames per second"
+    )
+    inversion_prompt: str = option("what the source video shows, in words", "")
+    H: int = option("height of the frames in pixels, a multiple of 64", 512, low=8, high=MAX_SIZE)
+    W: int = option("width of the frames in pixels, a multiple of 64", 512, low=8, high=MAX_SIZE)
+    resize: str = option(
+        "how frames of another size become H x W pixels; crop: cut the centre out, stretch: change the "
+        "aspect ratio, pad: add black borders",
+        "crop",
+        choices=("crop", "stretch", "pad"),
+    )
+    start_frame: int = option("first frame used, counted from 0", 0, low=0, high=MAX_FRAMES)
+    n_frames: int = option("number of frames used; 0: all", 40, low=0, high=MAX_FRAMES)
+    stride: int = option(
+        "distance between frames that are used; 2: every second frame, at half the frame rate",
+        1,
+        low=1,
+        high=MAX_FRAMES,
+    )
     inversion: str = option(
-        "fixed_point solves each step exactly, ddim is the published approximation",
+        "how the video is inverted; fixed_point: each step's equation is solved by iteration, ddim: the "
+        "published approximation, for which no source features are kept",
         "fixed_point",
         choices=("fixed_point", "ddim"),
     )
-    steps: int = option("steps of the inversion", 50, low=1, high=999)
-    save_steps: int = option("editing steps whose latents are saved", 50, low=1, high=999)
-    keep_source: bool = option("keep the source's features, which makes edits faster", True)
-    keyframe_interval: int = option(
-        "as in the edits that the kept features serve", 8, low=1, high=MAX_FRAMES
+    steps: int = option(
+        "number of inversion steps; they must include the editing steps (save_steps)",
+        50,
+        low=1,
+        high=999,
     )
-    no_reconstruction: bool = option("do not sample the video back from its noise", False)
+    save_steps: int = option(
+        "number of editing steps that the inversion is for (n_timesteps of the edits); the latents of "
+        "each are saved",
+        50,
+        low=1,
+        high=999,
+    )
+    keep_source: bool = option(
+        "keep the source features on disk, which makes edits faster; the space is reported before it is "
+        "taken",
+        True,
+    )
+    keyframe_interval: int = option(
+        "number of frames per keyframe in the edits that the kept source features are for (their "
+        "keyframe_interval)",
+        8,
+        low=1,
+        high=MAX_FRAMES,
+    )
+    no_reconstruction: bool = option(
+        "save the time of reconstructing the video; there is then no inverted.mp4 to judge the "
+        "inversion by",
+        False,
+    )
     batch_size: int | None = option(
-        "frames in one UNet pass; auto: 16, or as many as fit",
+        "frames in one UNet pass, which changes memory and speed only; auto: 16, halved while the device "
+        "is out of memory",
         None,
         low=1,
         high=MAX_FRAMES,
         none="auto",
     )
-    save_dir: str = option("folder of all inversions", "latents")
+    save_dir: str = option("folder in which each inversion gets a folder of its own", "latents")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,37 +212,73 @@ class EditConfig(ModelConfig):
     """Options that all three techniques share."""
 
     sd_version: str = option(
-        "Stable Diffusion version",
+        "version of Stable Diffusion, the one that the inversion was computed with",
         "2.1",
         choices=tuple(name for name, version in VERSIONS.items() if not version.controlnet),
     )
-    data_path: str = option("the video file or folder that preprocess.py was given")
-    latents_path: str = option("folder of all inversions (preprocess.py's save_dir)", "latents")
-    output_path: str = option("folder under which each edit gets a folder", "tokenflow-results")
-    prompt: str = option("text that describes the edited video")
-    negative_prompt: str = option("text that the edit is guided away from", "")
-    n_inversion_steps: int = option("steps of the inversion to use", 50, low=1, high=999)
-    n_timesteps: int = option("steps of the edit", 50, low=1, high=999)
-    n_frames: int = option("frames to edit, from the first; 0: all", 40, low=0, high=MAX_FRAMES)
+    data_path: str = option("the video file or folder of images that preprocess.py was given")
+    latents_path: str = option("folder of all inversions (save_dir of preprocess.py)", "latents")
+    output_path: str = option(
+        "folder in which each edit gets a folder of its own", "tokenflow-results"
+    )
+    prompt: str = option("what the whole edited video shows, in words, not just what changes")
+    negative_prompt: str = option("what the edit is guided away from, in words", "")
+    n_inversion_steps: int = option(
+        "number of inversion steps of the inversion to use (steps of preprocess.py)",
+        50,
+        low=1,
+        high=999,
+    )
+    n_timesteps: int = option(
+        "number of editing steps, whose latents the inversion must have saved (save_steps of "
+        "preprocess.py)",
+        50,
+        low=1,
+        high=999,
+    )
+    n_frames: int = option(
+        "number of frames to edit, from the first; 0: all that were inverted",
+        40,
+        low=0,
+        high=MAX_FRAMES,
+    )
     batch_size: int | None = option(
-        "frames in one UNet pass; auto: 8, or as many as fit",
+        "frames in one UNet pass, which changes memory and speed; auto: 8, halved while the device is "
+        "out of memory",
         None,
         low=1,
         high=MAX_FRAMES,
         none="auto",
     )
     keyframe_interval: int | None = option(
-        "frames, of which one is a keyframe; None: as many as batch_size",
+        "number of frames of which one, chosen at random at each step, is a keyframe; None: batch_size, "
+        "or 8 if that is auto",
         None,
         low=1,
         high=MAX_FRAMES,
     )
     # At least four anchors and two neighbours.
-    keyframe_window: int = option("keyframes edited jointly, at most", 14, low=6, high=MAX_FRAMES)
-    reuse_source: bool = option("use the source's features that preprocess.py kept", True)
-    guidance_scale: float = option("strength of classifier-free guidance", 5.0, low=0, high=1000)
+    keyframe_window: int = option(
+        "largest number of keyframes edited jointly; more take more memory, and let the frames of a "
+        "long video attend to more of it",
+        14,
+        low=6,
+        high=MAX_FRAMES,
+    )
+    reuse_source: bool = option(
+        "use the source features that preprocess.py kept, which changes only the speed", True
+    )
+    guidance_scale: float = option(
+        "strength of classifier-free guidance: how strongly the edit follows the prompt; 1: no guidance",
+        5.0,
+        low=0,
+        high=1000,
+    )
     propagation: str = option(
-        "which keyframes a frame blends", "flanking", choices=("flanking", "previous")
+        "which keyframes a frame blends; flanking: the nearest on each side (the paper), previous: those "
+        "of its own interval and the one before (the authors' code)",
+        "flanking",
+        choices=("flanking", "previous"),
     )
 
     def __post_init__(self) -> None:
@@ -187,8 +306,20 @@ class EditConfig(ModelConfig):
 class PnPConfig(EditConfig):
     """Options of `run_tokenflow_pnp.py`."""
 
-    pnp_attn_t: float = option("share of the steps that inject attention", 0.5, low=0, high=1)
-    pnp_f_t: float = option("share of the steps that inject features", 0.8, low=0, high=1)
+    pnp_attn_t: float = option(
+        "share of the editing steps, from the first, that take over the source's self-attention; more "
+        "keeps more of its structure",
+        0.5,
+        low=0,
+        high=1,
+    )
+    pnp_f_t: float = option(
+        "share of the editing steps, from the first, that take over the source's features; more keeps "
+        "more of its structure",
+        0.8,
+        low=0,
+        high=1,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,9 +327,16 @@ class SDEditConfig(EditConfig):
     """Options of `run_tokenflow_sdedit.py`."""
 
     start: float = option(
-        "share of the steps that are run; more: further from the source", 0.9, low=0, high=1
+        "share of the editing steps that are run, up to the last; at least one is; more goes further "
+        "from the source",
+        0.9,
+        low=0,
+        high=1,
     )
-    use_ddim_noise: bool = option("start from the inversion's noise, not from random noise", True)
+    use_ddim_noise: bool = option(
+        "start from the noise that the inversion found; false: from one random noise for all frames",
+        True,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -213,7 +351,12 @@ class SDEditConfig(EditConfig):
 class ControlNetConfig(EditConfig, CannyConfig):
     """Options of `run_tokenflow_controlnet.py`."""
 
-    sd_version: str = option("Stable Diffusion version", "ControlNet", choices=tuple(VERSIONS))
+    sd_version: str = option(
+        "version of Stable Diffusion; ControlNet: version 1.5 with its Canny ControlNet, on an inversion "
+        "under the same ControlNet if there is one",
+        "ControlNet",
+        choices=tuple(VERSIONS),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
