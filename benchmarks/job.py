@@ -15,8 +15,8 @@ from tokenflow.config import PnPConfig, SDEditConfig
 from tokenflow.diffusion.control import canny
 from tokenflow.diffusion.ddim import Schedule, invert, last, sample
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
-from tokenflow.editing.denoiser import Denoiser, Source, TokenFlowDenoiser, keyframe_schedule
-from tokenflow.editing.run import edit
+from tokenflow.editing.denoiser import Denoiser, Edit, Source, TokenFlowDenoiser, keyframe_schedule
+from tokenflow.editing.run import denoise
 from tokenflow.editing.techniques import Technique, controlnet, plug_and_play, sdedit
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.source_features import (
@@ -101,12 +101,10 @@ class Job:
         self, technique: Technique, denoiser: type[Denoiser] = TokenFlowDenoiser
     ) -> np.ndarray:
         prompts = (self.clip.source_prompt, self.config.negative_prompt, self.config.prompt)
-        source = self._source()
+        edit = Edit(self.sd, technique, self._source(), prompts, self.config)
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = EditCheckpoint(Path(folder), self.clean.shape, Processes(self.sd.device))
-            steps = last(
-                edit(self.sd, technique, source, prompts, self.config, checkpoint, denoiser)
-            )
+            steps = last(denoise(edit, checkpoint, denoiser))
             edited = checkpoint.latents(steps)[torch.arange(self.clip.n_frames)]
         return self.sd.decode_latents(edited)
 

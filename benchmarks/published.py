@@ -9,11 +9,8 @@ from collections.abc import Iterator
 import torch
 from diffusers.models.attention_processor import Attention
 
-from tokenflow.config import EditConfig
 from tokenflow.diffusion.ddim import sample
-from tokenflow.diffusion.stable_diffusion import StableDiffusion
-from tokenflow.editing.denoiser import Denoiser, Source
-from tokenflow.editing.techniques import Technique
+from tokenflow.editing.denoiser import Denoiser, Edit
 from tokenflow_utils import (
     INJECTED_ATTENTION,
     STREAMS,
@@ -91,18 +88,11 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: i
 class Published(Denoiser):
     """Predicts guided noise in one joint pass and one pass of three streams for each chunk."""
 
-    def __init__(
-        self,
-        sd: StableDiffusion,
-        technique: Technique,
-        source: Source,
-        prompts: tuple[str, str, str],
-        config: EditConfig,
-    ) -> None:
-        super().__init__(TokenFlow(STREAMS, True), sd, technique, source, prompts, config)
-        timesteps, n_frames = technique.schedule.timesteps, source.n_frames
-        self.interval = config.interval
-        self.keyframes = KeyframeSchedule(n_frames, self.interval, timesteps, config.seed).draw()
+    def __init__(self, edit: Edit) -> None:
+        super().__init__(edit, TokenFlow(STREAMS, True))
+        timesteps, n_frames = edit.technique.schedule.timesteps, edit.source.n_frames
+        self.interval, seed = edit.config.interval, edit.config.seed
+        self.keyframes = KeyframeSchedule(n_frames, self.interval, timesteps, seed).draw()
         self.chunk: int | None = None  # None: the joint edit
         self.inject_attention = self.inject_features = False
 
@@ -125,18 +115,11 @@ class Published(Denoiser):
         return torch.cat([output.chunk(3)[0]] * 3) if self.inject_features else output
 
 
-def published_edit(
-    sd: StableDiffusion,
-    technique: Technique,
-    source: Source,
-    prompts: tuple[str, str, str],
-    config: EditConfig,
-) -> Iterator[torch.Tensor]:
-    """As `editing.run.edit`, in memory: yields the latents (N, 4, h, w) after each step."""
-    published = Published(sd, technique, source, prompts, config)
-    frames = torch.arange(source.n_frames)
+def published_edit(edit: Edit) -> Iterator[torch.Tensor]:
+    """As `editing.run.denoise`, in memory: yields the latents (N, 4, h, w) after each step."""
+    published, frames = Published(edit), torch.arange(edit.source.n_frames)
     with self_attentions_replaced(
-        sd.unet, lambda name: PublishedAttention(published, name), published.feature_hook
+        edit.sd.unet, lambda name: PublishedAttention(published, name), published.feature_hook
     ):
-        initial = technique.initial(frames)
-        yield from sample(initial, frames, technique.schedule, published.predict_noise)
+        initial, schedule = edit.technique.initial(frames), edit.technique.schedule
+        yield from sample(initial, frames, schedule, published.predict_noise)

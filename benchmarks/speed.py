@@ -35,12 +35,13 @@ from tokenflow.diffusion.ddim import Schedule, invert, last, sample
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.denoiser import (
     Denoiser,
+    Edit,
     Source,
     TokenFlowDenoiser,
     filling_pixels,
     keyframe_schedule,
 )
-from tokenflow.editing.run import edit
+from tokenflow.editing.run import denoise
 from tokenflow.editing.techniques import plug_and_play
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.source_features import (
@@ -82,8 +83,9 @@ def published(meter: Meter, sd: StableDiffusion, clip: Clip, config: PnPConfig) 
     technique = plug_and_play(config, editing, first)
     prompts = (clip.source_prompt, config.negative_prompt, config.prompt)
     source = Source(clip.n_frames, lambda t, frames: inverted[t][frames])
+    edit = Edit(sd, technique, source, prompts, config)
     with meter.stage("editing"):
-        edited = sd.decode_latents(last(published_edit(sd, technique, source, prompts, config)))
+        edited = sd.decode_latents(last(published_edit(edit)))
     return Pictures(reconstructed, edited)
 
 
@@ -190,15 +192,17 @@ def sd15_rounds(args: argparse.Namespace) -> dict:
             for t in schedule.timesteps:
                 recording(inverted, t, torch.arange(n_frames))
         two = Source(n_frames, three.latents, lambda t, frames: files.read(t, frames, device))
-        prompts = ("", "", "")
+
+        def edit_from(source: Source) -> Edit:
+            return Edit(sd, technique, source, ("", "", ""), config)
 
         def tokenflow(source: Source, denoiser: type[Denoiser] = TokenFlowDenoiser) -> Iterator:
             with tempfile.TemporaryDirectory(dir=folder) as steps:
                 checkpoint = EditCheckpoint(Path(steps), inverted.shape, processes)
-                yield from edit(sd, technique, source, prompts, config, checkpoint, denoiser)
+                yield from denoise(edit_from(source), checkpoint, denoiser)
 
         runs = {
-            "published": lambda: published_edit(sd, technique, three, prompts, config),
+            "published": lambda: published_edit(edit_from(three)),
             "ours": lambda: tokenflow(two),
             "per_frame": lambda: tokenflow(three, FrameByFrame),
         }

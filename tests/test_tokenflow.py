@@ -7,7 +7,7 @@ from reference import Reference
 from benchmarks.published import Published, PublishedAttention
 from tokenflow.config import PnPConfig
 from tokenflow.diffusion.ddim import Schedule
-from tokenflow.editing.denoiser import Source, TokenFlowDenoiser
+from tokenflow.editing.denoiser import Edit, Source, TokenFlowDenoiser
 from tokenflow.editing.techniques import Technique
 from tokenflow.editing.windows import anchors, joint_passes, seen_by_all, windows
 from tokenflow.inversion.predictor import VideoNoisePredictor
@@ -73,8 +73,8 @@ def test_equals_reference(sd, video, propagation, injects):
     t = schedule.timesteps[0]
     config = config_of(batch_size=BATCH_SIZE, propagation=propagation)
     technique = Technique(latents.__getitem__, schedule, *map(int, injects))
-    edit = sd, technique, source_of(source), PROMPTS, config
-    with TokenFlowDenoiser.installed(*edit) as denoiser:
+    edit = Edit(sd, technique, source_of(source), PROMPTS, config)
+    with TokenFlowDenoiser.installed(edit) as denoiser:
         ours = denoiser.predict_noise(latents, t)
 
     keyframes = KeyframeSchedule(N_FRAMES, BATCH_SIZE, schedule.timesteps, SEED).draw()[t].tolist()
@@ -93,8 +93,8 @@ def test_windows_equal_the_reference(sd, monkeypatch, propagation, window, toget
     config = config_of(propagation=propagation, **sizes)
     schedule = Schedule.of(sd.scheduler, 10)
     t, technique = schedule.timesteps[0], Technique(latents.__getitem__, schedule, 1, 1)
-    edit = sd, technique, source_of(source), PROMPTS, config
-    with TokenFlowDenoiser.installed(*edit) as denoiser:
+    edit = Edit(sd, technique, source_of(source), PROMPTS, config)
+    with TokenFlowDenoiser.installed(edit) as denoiser:
         ours = denoiser.predict_noise(latents, t)
         # Whoever takes which chunks, the frames come out the same.
         chunks = denoiser.chunks(t)
@@ -130,7 +130,7 @@ def test_what_the_speed_benchmark_compares_with(sd, video):
     t = schedule.timesteps[0]
     config = config_of(batch_size=BATCH_SIZE)
     technique = Technique(latents.__getitem__, schedule, 1, 1)
-    published = Published(sd, technique, source_of(source), PROMPTS, config)
+    published = Published(Edit(sd, technique, source_of(source), PROMPTS, config))
     with self_attentions_replaced(
         sd.unet, lambda name: PublishedAttention(published, name), published.feature_hook
     ):
@@ -162,7 +162,8 @@ def test_two_streams_equal_the_reference(sd, tmp_path, monkeypatch, batch_size, 
     config = config_of(batch_size=2, keyframe_interval=2, keyframe_window=window)
     known = source_of(source, lambda t, frames: files.read(t, frames, sd.device))
     technique = Technique(latents.__getitem__, schedule, 1, 1)
-    with TokenFlowDenoiser.installed(sd, technique, known, PROMPTS, config) as denoiser:
+    edit = Edit(sd, technique, known, PROMPTS, config)
+    with TokenFlowDenoiser.installed(edit) as denoiser:
         ours = denoiser.predict_noise(latents, t)
     reference = Reference(sd.unet, 2, "flanking", INJECTED_LAYERS, window=window)
     plan = keyframes.draw()[t].tolist()
@@ -223,8 +224,8 @@ def test_every_frame_may_be_a_keyframe(sd, video):
     source, latents = video[0][:2], video[1][:2]
     config = config_of(batch_size=1)
     technique = Technique(latents.__getitem__, Schedule.of(sd.scheduler, 10))
-    edit = sd, technique, source_of(source), PROMPTS, config
-    with TokenFlowDenoiser.installed(*edit) as denoiser:
+    edit = Edit(sd, technique, source_of(source), PROMPTS, config)
+    with TokenFlowDenoiser.installed(edit) as denoiser:
         assert torch.isfinite(denoiser.predict_noise(latents, 901)).all()
 
 

@@ -58,43 +58,36 @@ class Source:
     features: Callable[[int, torch.Tensor], SourceFeatures] | None = None
 
 
+@dataclass(frozen=True)
+class Edit:
+    """All that decides what an edited video looks like. prompts: of source, uncond and cond."""
+
+    sd: StableDiffusion
+    technique: Technique
+    source: Source
+    prompts: tuple[str, str, str]
+    config: EditConfig
+
+
 class Denoiser:
-    """Predicts the guided noise of a video's frames at one timestep, in passes of some streams.
+    """Predicts the guided noise of a video's frames at one timestep, in passes of some streams."""
 
-    prompts: of the source, uncond and cond streams.
-    """
-
-    def __init__(
-        self,
-        flow: TokenFlow,
-        sd: StableDiffusion,
-        technique: Technique,
-        source: Source,
-        prompts: tuple[str, str, str],
-        config: EditConfig,
-    ) -> None:
-        self.flow, self.sd, self.config = flow, sd, config
-        self.technique, self.source = technique, source
-        self.batches = Batches(config.frames_at_once, adapts=config.batch_size is None)
-        self.text = torch.cat([sd.encode_text(prompt) for prompt in prompts])  # 3 l d
-        timesteps = technique.schedule.timesteps
-        self.attention_timesteps = frozenset(timesteps[: technique.attention_steps])
-        self.feature_timesteps = frozenset(timesteps[: technique.feature_steps])
+    def __init__(self, edit: Edit, flow: TokenFlow) -> None:
+        self.sd, self.config, self.flow = edit.sd, edit.config, flow
+        self.technique, self.source = edit.technique, edit.source
+        self.batches = Batches(self.config.frames_at_once, adapts=self.config.batch_size is None)
+        self.text = torch.cat([self.sd.encode_text(prompt) for prompt in edit.prompts])  # 3 l d
+        timesteps = self.technique.schedule.timesteps
+        self.attention_timesteps = frozenset(timesteps[: self.technique.attention_steps])
+        self.feature_timesteps = frozenset(timesteps[: self.technique.feature_steps])
 
     @classmethod
     @contextmanager
-    def installed(
-        cls,
-        sd: StableDiffusion,
-        technique: Technique,
-        source: Source,
-        prompts: tuple[str, str, str],
-        config: EditConfig,
-    ) -> Iterator[Self]:
+    def installed(cls, edit: Edit) -> Iterator[Self]:
         """A denoiser, with TokenFlow in its UNet while the block lasts."""
-        propagated = STREAMS if config.propagation == "previous" else (UNCOND, COND)
-        with install_tokenflow(sd.unet, propagated, source.features is None) as flow:
-            yield cls(flow, sd, technique, source, prompts, config)
+        propagated = STREAMS if edit.config.propagation == "previous" else (UNCOND, COND)
+        with install_tokenflow(edit.sd.unet, propagated, edit.source.features is None) as flow:
+            yield cls(edit, flow)
 
     def chunks(self, t: int) -> list:
         """The frames of the video in chunks that processes may share; neighbours belong together."""

@@ -19,7 +19,7 @@ from tokenflow.diffusion.checkpoints import check_checkpoint, choose_device, loa
 from tokenflow.diffusion.control import canny
 from tokenflow.diffusion.ddim import Schedule, check_finite, ddim_step
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
-from tokenflow.editing.denoiser import Denoiser, Source, TokenFlowDenoiser, keyframe_schedule
+from tokenflow.editing.denoiser import Denoiser, Edit, Source, TokenFlowDenoiser, keyframe_schedule
 from tokenflow.editing.techniques import LatentsOf, Technique
 from tokenflow.errors import DamagedError, UserError
 from tokenflow.inversion.files import CLEAN, Inversion, noisy
@@ -102,7 +102,8 @@ class EditRun:
         prompts = (self.inversion.prompt, self.config.negative_prompt, self.config.prompt)
         shape = (self.n_frames, *self.inversion.latents(CLEAN).shape[1:])
         checkpoint = EditCheckpoint(self.checkpoints, shape, self.processes)
-        steps = edit(self.sd, technique, self.source, prompts, self.config, checkpoint)
+        edit = Edit(self.sd, technique, self.source, prompts, self.config)
+        steps = denoise(edit, checkpoint)
         if done := next(steps):
             log.info("resumed after step %d", done)
         total, hidden = len(technique.schedule.timesteps), not self.processes.is_main
@@ -217,29 +218,22 @@ class EditRun:
         log.info("to compare: %s and %s", comparison, sheet)
 
 
-def edit(
-    sd: StableDiffusion,
-    technique: Technique,
-    source: Source,
-    prompts: tuple[str, str, str],
-    config: EditConfig,
-    checkpoint: EditCheckpoint,
-    denoiser: type[Denoiser] = TokenFlowDenoiser,
+def denoise(
+    edit: Edit, checkpoint: EditCheckpoint, denoiser: type[Denoiser] = TokenFlowDenoiser
 ) -> Iterator[int]:
     """The only loop over the steps of an edit, resumed after the last step that is in the `checkpoint`.
 
     Yields the number of steps done, the first time at once. Processes divide the frames of each step.
-    prompts: of the source, uncond and cond streams.
     denoiser: how frames become consistent; benchmarks put what they compare with here.
     """
-    schedule, share = technique.schedule, checkpoint.processes.share
-    with denoiser.installed(sd, technique, source, prompts, config) as predictor:
+    schedule, share = edit.technique.schedule, checkpoint.processes.share
+    with denoiser.installed(edit) as predictor:
         done = checkpoint.steps_done
         if done is None:
-            done = 0
+            done, all_frames = 0, torch.arange(edit.source.n_frames)
             with checkpoint.writing(0) as latents:
-                for frames in share(torch.arange(source.n_frames).split(config.frames_at_once)):
-                    latents[frames] = technique.initial(frames)
+                for frames in share(all_frames.split(edit.config.frames_at_once)):
+                    latents[frames] = edit.technique.initial(frames)
         yield done
         for step in range(done, len(schedule.timesteps)):
             t, alphas = schedule.timesteps[step], schedule.alphas[step : step + 2]
