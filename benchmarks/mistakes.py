@@ -46,6 +46,7 @@ EDIT |= {"n_timesteps": "5", "n_inversion_steps": "5", "batch_size": "3", "outpu
 # What may come before the line of the error: how far the command got.
 PROGRESS = re.compile(r".*(\d+%\||(frame|step)/s)|loading .* on .* in |\s*$")
 NAME = "n" * 251  # a file system takes it, but not with what a command adds to it
+WIDE = ("unet", "text_encoder", "controlnet")
 LONG = ("n" * 300, "n/" * 3000 + "n")
 
 # fmt: off
@@ -88,6 +89,19 @@ NO_JSON = {
     "tokenizer": {},
     "controlnet": {"block_out_channels": None, "cross_attention_dim": 7, "down_block_types": ["x"]},
 }
+TOGETHER = {  # what is right alone, but not with the rest; None: the option is left out
+    "all": [{"data_path": None}, {"n_frames": "8"}, {"n_frames": "1000000"}],
+    "preprocess": [
+        {"steps": "3"}, {"steps": "7"}, {"save_steps": "6"}, {"stride": "2"}, {"start_frame": "7"},
+        {"n_frames": "0", "start_frame": "99"}, {"H": "72"}, {"W": "63"},
+    ],
+    "edit": [
+        {"n_timesteps": "4"}, {"n_timesteps": "999"}, {"n_inversion_steps": "6"}, {"prompt": None},
+        {"prompt": ""}, {"prompt": " \n"},
+    ],
+}
+TOGETHER[SDEDIT] = TOGETHER["edit"] + [{"start": "0.1"}, {"start": "0"}]
+TOGETHER[CONTROLNET] = TOGETHER["edit"] + [{"sd_version": "2.1", "controlnet": "None"}]
 # fmt: on
 
 
@@ -110,30 +124,16 @@ def values(command: str) -> dict[str, list[dict[str, str | None]]]:
         "source": [{"data_path": path} for path in (*below("sources/*/*"), *NO_SOURCES, *LONG)],
         "model": [{"model": path} for path in (*below("models/*/tiny"), *NO_MODELS, *LONG)],
         "folder": [{results: value} for value in NO_FOLDERS],
-        "together": [{"data_path": None}, {"n_frames": "8"}, {"n_frames": "1000000"}],
-    }  # fmt: skip
+        "together": TOGETHER["all"] + TOGETHER.get(command, TOGETHER["edit"]),
+    }
     if "controlnet" in options:
         paths = (*below("controlnets/*"), *NO_CONTROLNETS, *LONG)
         found["controlnet"] = [{"controlnet": path} for path in paths]
-    if command == PREPROCESS:
-        found["together"] += [{"steps": "3"}, {"steps": "7"}, {"save_steps": "6"}, {"stride": "2"}]
-        found["together"] += [{"n_frames": "0", "start_frame": "99"}, {"start_frame": "7"}]
-        found["together"] += [{"H": "72"}, {"W": "63"}]
-    else:
-        found["folder"] += [
-            {"latents_path": path} for path in (*NO_FOLDERS, "none", "", "tiny", "[*")
+    if command != PREPROCESS:
+        paths = (*NO_FOLDERS, "none", "", "tiny", "[*")
+        found["folder"] += [{"latents_path": path} for path in paths] + [
+            {"data_path": f"{NAME}.mp4"}
         ]
-        found["folder"] += [{"data_path": f"{NAME}.mp4"}]
-        found["together"] += [
-            {"n_timesteps": "4"},
-            {"n_timesteps": "999"},
-            {"n_inversion_steps": "6"},
-        ]
-        found["together"] += [{"prompt": None}, {"prompt": ""}, {"prompt": " \n"}]
-    if command == SDEDIT:
-        found["together"] += [{"start": "0.1"}, {"start": "0"}]
-    if command == CONTROLNET:
-        found["together"] += [{"sd_version": "2.1", "controlnet": "None"}]
     return found
 
 
@@ -142,26 +142,14 @@ def below(pattern: str) -> list[str]:
     return sorted(map(str, Path("bad").glob(pattern)))
 
 
-def wrong_flags(names: list[str], valued: str, rng: random.Random) -> list[str]:
+def wrong_flags(command: str, rng: random.Random) -> list[str]:
     """A flag that does not exist or lacks its value, or a stray word."""
-    name = rng.choice(names)
+    name = rng.choice(fields(COMMANDS[command])).name
     at = rng.randrange(len(name))
     misspelt = rng.choice([f"{name[:at]}{name[at + 1 :]}_", f"{name}s", f"{name}{name}"])
-    others = [
-        ["stray"],
-        ["-x"],
-        ["", ""],
-        ["--=3"],
-        ["--", "stray"],
-        [f"-{name}", "3"],
-        ["--\n", "3"],
-    ]
-    others += [
-        [f"--{valued}"],
-        [f"--{valued}", "--resume"],
-        ["--seed=1", "--seed=-1"],
-        ["--\udcff=3"],
-    ]
+    others = [["stray"], ["-x"], ["", ""], ["--=3"], ["--", "stray"], [f"-{name}", "3"]]
+    others += [["--data_path"], ["--data_path", "--resume"], ["--seed=1", "--seed=-1"]]
+    others += [["--\n", "3"], ["--\udcff=3"]]
     return rng.choice([[f"--{misspelt}", "3"], [f"--{misspelt}=3"], rng.choice(others)])
 
 
@@ -185,7 +173,7 @@ def draw(rng: random.Random, yaml: Path) -> tuple[str, list[str], str]:
     made = rng.sample(kinds, 1 + (rng.random() < 0.25))
     for kind in made:
         if kind == "flag":
-            more = wrong_flags([f.name for f in fields(COMMANDS[command])], "data_path", rng)
+            more = wrong_flags(command, rng)
         elif kind == "yaml line":
             key, value = wrong_line(command, rng)
             lines[key] = value
@@ -198,27 +186,23 @@ def draw(rng: random.Random, yaml: Path) -> tuple[str, list[str], str]:
             for key, value in rng.choice(wrong[kind]).items():
                 options.pop(key, None)
                 lines.pop(key, None)
-                unspeakable = value and ("\0" in value or "\ud800" in value)  # on a command line
-                if (
-                    command != PREPROCESS
-                    and value is not None
-                    and (unspeakable or rng.random() < 0.4)
-                ):
-                    plain = re.fullmatch(
-                        "-?[0-9.]+", value
-                    )  # half of YAML's trouble is its numbers
-                    lines[key] = value if plain else json.dumps(value)
-                elif value is not None:
+                if value is None:
+                    continue
+                unspeakable = "\0" in value or "\ud800" in value  # on a command line
+                if command != PREPROCESS and (unspeakable or rng.random() < 0.4):
+                    is_number = re.fullmatch("-?[0-9.]+", value)
+                    lines[key] = value if is_number else json.dumps(value)
+                else:
                     options[key] = value.replace("\0", "\udcff").replace("\ud800", "\udcff")
     if lines:
         options.setdefault("config_path", str(yaml))
     yaml.write_bytes(text or "".join(f"{k}: {v}\n" for k, v in lines.items()).encode())
     flags = rng.sample(list(options.items()), len(options))
-    joined = [v.startswith("-") or rng.random() < 0.5 for _, v in flags]
-    words = [
-        [f"--{k}={v}"] if j else [f"--{k}", v] for (k, v), j in zip(flags, joined, strict=True)
-    ]
-    return command, [*sum(words, []), *more], made[0]
+    argv = []
+    for key, value in flags:
+        joined = value.startswith("-") or rng.random() < 0.5
+        argv += [f"--{key}={value}"] if joined else [f"--{key}", value]
+    return command, argv + more, made[0]
 
 
 def make_scene() -> None:
@@ -235,13 +219,8 @@ def make_scene() -> None:
     Path("loop").symlink_to("loop")
 
     clip = Path("clip.mp4").read_bytes()
-    sources = {
-        "text": b"no video",
-        "empty": b"",
-        "cut": clip[: len(clip) // 2],
-        "zeroed": bytes(9999),
-    }
-    sources |= {"garbage": random.Random(0).randbytes(5000), "header": clip[:64]}
+    sources = {"text": b"no video", "empty": b"", "zeroed": bytes(9999), "header": clip[:64]}
+    sources |= {"cut": clip[: len(clip) // 2], "garbage": random.Random(0).randbytes(5000)}
     for name, data in sources.items():  # of the clip's name, so that edits find its latents
         write(Path(f"bad/sources/{name}/clip.mp4"), data)
         write(Path(f"bad/sources/images_{name}/clip/1.png"), data)
@@ -250,31 +229,28 @@ def make_scene() -> None:
     Path("bad/sources/folders/clip/1.png").mkdir(parents=True)
 
     build_random(Path("other"), SHAPES)
+    damage_parts()
+    shutil.rmtree("other")
+
+
+def damage_parts() -> None:
+    """Make copies of the checkpoint and the ControlNet, each with one file or part broken."""
     for part, changes in NO_JSON.items():
         whole = "controlnet" if part == "controlnet" else f"tiny/{part}"
         shutil.rmtree(damaged_copy(part, "gone"))
-        if part in (
-            "unet",
-            "text_encoder",
-            "controlnet",
-        ):  # whole, but of other widths than the rest
+        if part in WIDE:  # whole, but of other widths than the rest
             target = damaged_copy(part, "other")
             shutil.rmtree(target)
             shutil.copytree(f"other/{part}", target)
         # The tokenizer works without its configuration.
         for path in [p for p in sorted(Path(whole).iterdir()) if p.name != "tokenizer_config.json"]:
             data = path.read_bytes()
-            ways = {
-                "missing": None,
-                "cut": data[: len(data) // 2],
-                "empty": b"",
-                "zeroed": bytes(len(data)),
-            }
+            ways = {"missing": None, "empty": b"", "zeroed": bytes(len(data))}
+            ways["cut"] = data[: len(data) // 2]
             if path.suffix == ".json":
                 ways |= {"list": b"[]", "number": b"3", "words": b"words"}
-                ways |= (
-                    {} if part == "scheduler" else {"nothing": b"{}"}
-                )  # whose defaults are a schedule
+                if part != "scheduler":  # whose defaults are a schedule
+                    ways["nothing"] = b"{}"
                 for key, value in changes.items():
                     ways[key] = json.dumps(json.loads(data) | {key: value}).encode()
             for way, changed in ways.items():
@@ -282,7 +258,6 @@ def make_scene() -> None:
                 damaged.unlink()  # it is a link
                 if changed is not None:
                     damaged.write_bytes(changed)
-    shutil.rmtree("other")
 
 
 def write(path: Path, data: bytes) -> None:
@@ -295,9 +270,8 @@ def damaged_copy(part: str, way: str) -> Path:
     """A copy, of links, of the checkpoint or of the ControlNet; returns the part's folder in it."""
     if part == "controlnet":
         return shutil.copytree(part, Path(f"bad/controlnets/{way}"), copy_function=os.link)
-    target = Path(
-        f"bad/models/{part}_{way}/tiny"
-    )  # edits look for the latents of the folder's name
+    # Edits look for the latents of the folder's name.
+    target = Path(f"bad/models/{part}_{way}/tiny")
     return shutil.copytree("tiny", target, copy_function=os.link) / part
 
 
