@@ -1,5 +1,7 @@
 """What length costs, and whether it shows: seconds a frame and peak memory against the number of frames.
 
+    python -m benchmarks.length --quick
+
 The commands run on clips of growing length, on a tiny random checkpoint. On the shapes checkpoint one
 long clip is edited with windows of several sizes and with all keyframes jointly, and measured: the
 warp error (x 1e-3) where two windows meet, elsewhere, and there in the joint edit, and how far the colours

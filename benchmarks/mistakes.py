@@ -1,5 +1,7 @@
 """Give the four commands random mistakes, and report every one that is not refused in one line.
 
+    python -m benchmarks.mistakes --count 1000 --seed 0
+
 A refusal is exit status 2, nothing on stdout, one line on stderr that begins with "error: " (after progress
 bars), and no file or folder that was not there before. The same seed makes the same mistakes.
 """

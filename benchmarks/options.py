@@ -1,4 +1,7 @@
-"""Write docs/options.md: every option of every command, from the dataclasses of tokenflow/config.py."""
+"""Write docs/options.md: every option of every command, from the dataclasses of tokenflow/config.py.
+
+python -m benchmarks.options
+"""
 
 import argparse
 import types

@@ -1,5 +1,7 @@
 """Quality of edits on clips whose motion and content are known exactly.
 
+    python -m benchmarks.quality --quick
+
 Edits held-out clips of the world of shapes with every method and measures how steady, how right and how
 close to the source they are; writes a table (Markdown and JSON), a plot and a contact sheet.
 """

@@ -1,5 +1,7 @@
 """Cost of whole edits, beside the published algorithm, frame-by-frame editing and the bare UNet.
 
+    python -m benchmarks.speed --quick
+
 On the shapes checkpoint everything from frames to edited frames, with the quality of the same edits
 beside it; on a random UNet of Stable Diffusion 1.5's size the editing stage alone. Methods take turns
 over several clips, and a figure is the median over them. Writes a table (Markdown and JSON).

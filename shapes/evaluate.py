@@ -1,5 +1,7 @@
 """Measure a checkpoint of the world of shapes: do samples show what their captions say?
 
+    python -m shapes.evaluate --checkpoint data/shapes-sd
+
 Samples random captions by DDIM, and prints the part of them in which the judge reads each attribute
 as the caption has it. The judge's own accuracy and the autoencoder's PSNR are on held-out scenes.
 """
