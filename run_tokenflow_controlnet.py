@@ -22,7 +22,7 @@ def main() -> None:
 
     with open_edit(config, "controlnet") as run:
         if not run.is_finished:
-            run.write_control_video()
+            run.find_edges()
             scales = run.inversion.control_scale, config.control_scale
             technique = controlnet(run.schedule, run.first_latents, run.control_images, *scales)
             run.write(run.denoise(technique))

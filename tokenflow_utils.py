@@ -170,11 +170,11 @@ class SourceFeatures:
     """What propagation needs of the source stream at one timestep, for n frames.
 
     nearest: for each self-attention layer, by name, its `correspondences` (n, 2, s).
-    features: (n, c, h, w), what Plug-and-Play injects in the residual block.
+    features: (n, c, h, w), what Plug-and-Play injects in the residual block; None where it does not.
     """
 
     nearest: dict[str, torch.Tensor]
-    features: torch.Tensor
+    features: torch.Tensor | None
 
 
 @dataclass(frozen=True)

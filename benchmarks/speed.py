@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -193,7 +194,7 @@ def sd15_rounds(args: argparse.Namespace) -> dict:
             recording = RecordingPredictor(predictor, recorder, keyframes, three.latents, files)
             for t in schedule.timesteps:
                 recording(inverted, t, torch.arange(n_frames))
-        two = Source(n_frames, three.latents, lambda t, frames: files.read(t, frames, device))
+        two = Source(n_frames, three.latents, partial(files.read, device=device))
 
         def edit_from(source: Source) -> Edit:
             return Edit(sd, technique, source, ("", "", ""), config)

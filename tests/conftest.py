@@ -3,6 +3,10 @@
 import os
 from pathlib import Path
 
+# Two threads of a process wait for each other where something else keeps the cores busy, and do not add as
+# one does; the tests are small. Read when torch is imported, by the processes that tests start too.
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
 import numpy as np
 import pytest
 import torch
@@ -14,9 +18,6 @@ from shapes.checkpoint import build_random
 from tokenflow.diffusion.checkpoints import load
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from util import write_video
-
-# Two threads wait for each other where something else keeps the cores busy; the tests are small.
-torch.set_num_threads(1)
 
 SHAPES_CHECKPOINT = Path(__file__).parent.parent / "data" / "shapes-sd"
 

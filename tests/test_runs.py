@@ -23,8 +23,6 @@ from tokenflow.runtime.batching import Batches
 
 N_FRAMES, STEPS, KILLS = 13, 4, 12
 TECHNIQUES = ("pnp", "sdedit", "controlnet")
-# Two threads do not add as one does, and random weights amplify what is rounded otherwise.
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +62,7 @@ def command_of(script, flags, n_processes=1):
 def run_alone(script, flags, folder, n_processes=1):
     """The path that a command printed as its own process, or as several."""
     command = command_of(script, flags, n_processes)
-    result = subprocess.run(command, cwd=folder, env=ONE_THREAD, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     return folder / last_line(result)
 
 
@@ -79,7 +77,6 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def run_in(folder, script, flags, made):
     """A command in a process of its own that has torch already; puts the path it printed in `made`."""
-    torch.set_num_threads(1)
     with open(os.devnull, "w") as nothing, contextlib.redirect_stderr(nothing):
         made.put(folder / last_line(run(script, *flags, cwd=folder)))
 
@@ -87,8 +84,6 @@ def run_in(folder, script, flags, made):
 @pytest.fixture(scope="module")
 def server():
     """Starts processes at once, of one thread each."""
-    before = dict(os.environ)
-    os.environ.update(ONE_THREAD)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["test_runs", "tokenflow.inversion.run", "tokenflow.editing.run"]
@@ -96,9 +91,7 @@ def server():
     first = context.Process(target=int)  # waits for what is loaded once, which is no part of a run
     first.start()
     first.join()
-    yield context
-    os.environ.clear()
-    os.environ.update(before)
+    return context
 
 
 class Whole(NamedTuple):
@@ -153,7 +146,7 @@ def test_a_process_that_dies_ends_the_run(source, checkpoint):
     )
     command = command_of(script, flags, 2)
     begin = time.monotonic()
-    ended = subprocess.run(command, cwd=source, env=ONE_THREAD, capture_output=True, text=True)
+    ended = subprocess.run(command, cwd=source, capture_output=True, text=True)
     assert ended.returncode != 0 and time.monotonic() - begin < 60
     assert "error (process 1): of this process" in ended.stderr and ended.stdout == ""
 

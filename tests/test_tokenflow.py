@@ -160,7 +160,9 @@ def test_two_streams_equal_the_reference(sd, tmp_path, monkeypatch, batch_size, 
     torch.testing.assert_close(noted, plain, atol=1e-3, rtol=1e-3)
 
     config = config_of(batch_size=2, keyframe_interval=2, keyframe_window=window)
-    known = source_of(source, lambda t, frames: files.read(t, frames, sd.device))
+    known = source_of(
+        source, lambda t, frames, injected: files.read(t, frames, injected, sd.device)
+    )
     technique = Technique(latents.__getitem__, schedule, 1, 1)
     edit = Edit(sd, technique, known, PROMPTS, config)
     with TokenFlowDenoiser.installed(edit) as denoiser:

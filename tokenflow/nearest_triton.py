@@ -58,18 +58,12 @@ def nearest_fused(tokens: torch.Tensor, key_tokens: torch.Tensor) -> torch.Tenso
     n_frames, n_tokens, depth = tokens.shape
     tokens, key_tokens = tokens.contiguous(), key_tokens.float().contiguous()
     nearest = torch.empty(n_frames * n_tokens, dtype=torch.int32, device=tokens.device)
-    grid = (triton.cdiv(len(nearest), BLOCK_TOKENS),)
-    _nearest_kernel[grid](
-        tokens,
-        key_tokens,
-        nearest,
-        len(nearest),
-        len(key_tokens),
-        depth,
-        BLOCK_TOKENS,
-        BLOCK_KEYS,
-        BLOCK_DEPTH,
-    )
+    grid, sizes = (triton.cdiv(len(nearest), BLOCK_TOKENS),), (len(nearest), len(key_tokens))
+    blocks = BLOCK_TOKENS, BLOCK_KEYS, BLOCK_DEPTH
+    with torch.cuda.device_of(
+        tokens
+    ):  # triton launches on the current device, whatever it is given
+        _nearest_kernel[grid](tokens, key_tokens, nearest, *sizes, depth, *blocks)
     return nearest.view(n_frames, n_tokens).long()
 
 

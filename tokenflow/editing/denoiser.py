@@ -49,13 +49,13 @@ class Source:
     """What an inversion knows of the source video.
 
     latents: the inverted latents (n, 4, h, w) of a timestep for frame indices (n,).
-    features: for frames that are no keyframes, likewise, what propagation needs of the source stream;
-    without it that stream is denoised along with the others.
+    features: for frames that are no keyframes, likewise, what propagation needs of the source stream,
+    and what Plug-and-Play injects if that is wanted; without it that stream is denoised as the others.
     """
 
     n_frames: int
     latents: Callable[[int, torch.Tensor], torch.Tensor]
-    features: Callable[[int, torch.Tensor], SourceFeatures] | None = None
+    features: Callable[[int, torch.Tensor, bool], SourceFeatures] | None = None
 
 
 @dataclass(frozen=True)
@@ -184,8 +184,9 @@ class TokenFlowDenoiser(Denoiser):
         weights: torch.Tensor,
     ) -> torch.Tensor:
         """Guided noise (n, 4, h, w) of the frames (n,), which blend keyframes of the cache."""
-        source = self.source.features(t, frames) if self.source.features else None
-        self.flow.begin_propagation(Blend(positions, weights), t in self.feature_timesteps, source)
+        injects = t in self.feature_timesteps
+        source = self.source.features(t, frames, injects) if self.source.features else None
+        self.flow.begin_propagation(Blend(positions, weights), injects, source)
         passes = self._passes(frames, latents, (UNCOND, COND) if source else STREAMS)
         return self.guided_noise(latents, t, frames, passes)
 

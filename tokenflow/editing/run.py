@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -16,7 +15,7 @@ from tokenflow.cli import dump
 from tokenflow.config import ControlNetConfig, EditConfig
 from tokenflow.contact_sheet import contact_sheet, moments
 from tokenflow.diffusion.checkpoints import check_checkpoint, choose_device, load, load_scheduler
-from tokenflow.diffusion.control import canny
+from tokenflow.diffusion.control import CannyEdges
 from tokenflow.diffusion.ddim import Schedule, check_finite, ddim_step
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.denoiser import Denoiser, Edit, Source, TokenFlowDenoiser, keyframe_schedule
@@ -155,20 +154,22 @@ class EditRun:
             return alone
         return replace(alone, features=self._source_features)
 
-    def edges(self, indices: list[int]) -> np.ndarray:
-        """What conditions a ControlNet, of frames by index: Canny edges, uint8 RGB (n, H, W, 3)."""
-        shown = load_frames(self.inversion.source_frames, indices)
-        return canny(shown, self.config.canny_low, self.config.canny_high)
+    def find_edges(self) -> None:
+        """Find what conditions a ControlNet, the Canny edges of all frames, and show them as a video."""
+        if self.processes.is_main:
+            folder, config = self.inversion.source_frames, self.config
+            self._edges.compute(folder, self.n_frames, config.canny_low, config.canny_high)
+            frames = (self._edges[torch.tensor([index])][0] for index in range(self.n_frames))
+            write_video(self.folder / "control.mp4", frames, self.inversion.manifest.frame_rate)
+        self.processes.wait()
 
     def control_images(self, frames: torch.Tensor) -> torch.Tensor:
-        """The same of the frames (n,), as networks take them: (n, 3, H, W) in [0, 1]."""
-        return self.sd.to_images(self.edges(frames.tolist()))
+        """The edges of the frames (n,), as networks take them: (n, 3, H, W) in [0, 1]."""
+        return self.sd.to_images(self._edges[frames])
 
-    def write_control_video(self) -> None:
-        """Show what conditions the ControlNet."""
-        if self.processes.is_main:
-            frames = (self.edges([index])[0] for index in range(self.n_frames))
-            write_video(self.folder / "control.mp4", frames, self.inversion.manifest.frame_rate)
+    @property
+    def _edges(self) -> CannyEdges:
+        return CannyEdges(self.checkpoints / "edges.npy")
 
     def _why_no_features(self) -> str:
         """Why the source's features cannot be taken from the inversion; empty if they can."""
@@ -188,8 +189,8 @@ class EditRun:
     def _source_latents(self, t: int, frames: torch.Tensor) -> torch.Tensor:
         return self.inversion.latents(noisy(t))[frames]
 
-    def _source_features(self, t: int, frames: torch.Tensor) -> SourceFeatures:
-        return self.inversion.source_features.read(t, frames, self.sd.device)
+    def _source_features(self, t: int, frames: torch.Tensor, injected: bool) -> SourceFeatures:
+        return self.inversion.source_features.read(t, frames, injected, self.sd.device)
 
     def _decode(self, edited: FrameArray) -> None:
         processes, frames = self.processes, self.folder / "frames"

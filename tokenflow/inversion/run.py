@@ -26,7 +26,7 @@ from tokenflow.diffusion.checkpoints import (
     load,
     load_scheduler,
 )
-from tokenflow.diffusion.control import Control, canny
+from tokenflow.diffusion.control import CannyEdges, Control
 from tokenflow.diffusion.ddim import NoisePredictor, Schedule, invert, sample
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.errors import DamagedError, UserError
@@ -123,10 +123,14 @@ class InversionRun:
 
     def invert(self) -> None:
         """Encode the frames, invert them, and save their latents at every editing timestep."""
+        config, inversion = self.config, self.inversion
         if self.processes.is_main:
             self._make_room()
+            if config.controlnet_id:
+                low, high = config.canny_low, config.canny_high
+                self._edges.compute(inversion.source_frames, self.manifest.n_frames, low, high)
         self.processes.wait()
-        config, inversion, predictor = self.config, self.inversion, self._predictor
+        predictor = self._predictor
         stage = "Inverting", len(self.schedule.timesteps), self._inverted
         for frames, bar in self._missing_segments(*stage):
             clean = self.sd.encode_frames(load_frames(inversion.source_frames, frames.tolist()))
@@ -196,9 +200,11 @@ class InversionRun:
         return self.noise_predictor(self.config.inversion_prompt)
 
     def _control(self, frames: torch.Tensor) -> Control:
-        shown = load_frames(self.inversion.source_frames, frames.tolist())
-        edges = canny(shown, self.config.canny_low, self.config.canny_high)
-        return Control.of(self.sd.to_images(edges), self.config.control_scale)
+        return Control.of(self.sd.to_images(self._edges[frames]), self.config.control_scale)
+
+    @property
+    def _edges(self) -> CannyEdges:
+        return CannyEdges(Progress(self.inversion.folder).folder / "edges.npy")
 
     @contextmanager
     def _recording_predictor(self) -> Iterator[NoisePredictor]:

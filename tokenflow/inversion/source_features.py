@@ -174,15 +174,19 @@ class SourceFeatureFiles:
     def write(self, t: int, frames: torch.Tensor, source: SourceFeatures) -> None:
         """Keep the features of the frames (n,)."""
         nearest = torch.cat([source.nearest[name] for name in self._layers()], dim=-1)  # n 2 tokens
-        FrameArray(self._file("nearest", t))[frames] = nearest
+        FrameArray(self._file("nearest", t))[frames] = (
+            nearest.short()
+        )  # before it leaves the device
         FrameArray(self._file("features", t))[frames] = source.features
 
-    def read(self, t: int, frames: torch.Tensor, device: torch.device) -> SourceFeatures:
-        """The features of the frames (n,)."""
+    def read(
+        self, t: int, frames: torch.Tensor, injected: bool, device: torch.device
+    ) -> SourceFeatures:
+        """The features of the frames (n,); those that are `injected`, most of the bytes, if wanted."""
         layers = self._layers()
         nearest = FrameArray(self._file("nearest", t))[frames].to(device)
-        features = FrameArray(self._file("features", t))[frames].to(device)
         per_layer = nearest.long().split(list(layers.values()), dim=-1)
+        features = FrameArray(self._file("features", t))[frames].to(device) if injected else None
         return SourceFeatures(dict(zip(layers, per_layer, strict=True)), features)
 
     def written(self, timesteps: Iterable[int], frames: torch.Tensor) -> Iterator[bytes]:
