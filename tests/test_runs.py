@@ -1,9 +1,11 @@
 """Runs that are divided, ended, killed, repeated, or too large for the device."""
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from test_cli import ROOT, last_line, refusal, run
+from test_damage import WAYS
 
 import util
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
@@ -145,14 +148,13 @@ def test_a_process_that_dies_ends_the_run(source, checkpoint):
         "preprocess.main()\n"
     )
     command = command_of(script, flags, 2)
-    begin = time.monotonic()
-    ended = subprocess.run(command, cwd=source, capture_output=True, text=True)
-    assert ended.returncode != 0 and time.monotonic() - begin < 60
+    ended = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=600)
+    assert ended.returncode != 0
     assert "error (process 1): of this process" in ended.stderr and ended.stdout == ""
 
 
 @pytest.mark.parametrize("script", ["preprocess.py", "run_tokenflow_pnp.py"])
-def test_killed_runs_go_on(server, source, checkpoint, whole, script):
+def test_killed_runs_are_resumed(server, source, checkpoint, whole, script):
     """Killed at many moments, a run that is started again ends with the files of one that was not."""
     if script == "preprocess.py":
         flags, name = invert_flags(checkpoint, "killed"), "preprocess"
@@ -174,7 +176,7 @@ def test_killed_runs_go_on(server, source, checkpoint, whole, script):
     assert content(made.get().parent) == whole[name].files
 
 
-def test_a_run_that_was_stopped_halfway_is_gone_on_with(source, checkpoint, monkeypatch):
+def test_a_run_that_was_stopped_halfway_is_resumed(source, checkpoint, monkeypatch):
     """Segments and steps that are done are not done again; --resume false does them again."""
     seen = []
     predict_noise = StableDiffusion.predict_noise
@@ -199,6 +201,38 @@ def test_a_run_that_was_stopped_halfway_is_gone_on_with(source, checkpoint, monk
             last_line(run(script, *flags, *more, cwd=source))
             evaluations.append(sum(seen))
         assert 0 < evaluations[0] < 0.8 * evaluations[1] and evaluations[2] == 0
+
+
+def test_what_a_stopped_inversion_left_is_checked(source, checkpoint, whole, monkeypatch, tmp_path):
+    """Whatever is damaged of it is computed again, and the result is that of an undisturbed run."""
+    flags, predict_noise = invert_flags(checkpoint, "harmed"), StableDiffusion.predict_noise
+    steps = source / "harmed" / "sd_tiny" / "clip" / f"steps_{STEPS}"
+    final, partial = (
+        steps / name for name in (f"nframes_{N_FRAMES}", f".partial-nframes_{N_FRAMES}")
+    )
+
+    def stops(self, latents, *args):
+        if len(list((partial / ".progress").glob("Reconstructing*"))) == 2:
+            raise KeyboardInterrupt
+        return predict_noise(self, latents, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StableDiffusion, "predict_noise", stops)
+        assert run("preprocess.py", *flags, cwd=source).returncode == 130
+    shutil.copytree(partial, tmp_path / "left")
+    names = ["source/00003.png", "vae/00001.png", "frames/00000.png", "latents/clean_latents.npy"]
+    names += ["latents/noisy_latents_1.npy", "source_features/nearest_1.npy", ".run.json"]
+    names += ["source_features/features_1.npy", "source_features/layers.json", ".progress/read"]
+    for name, way in zip(names, itertools.cycle(WAYS), strict=False):
+        for folder in (partial, final):
+            shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(tmp_path / "left", partial)
+        data = (partial / name).read_bytes()
+        (partial / name).unlink()
+        if WAYS[way]:
+            (partial / name).write_bytes(WAYS[way](data))
+        last_line(run("preprocess.py", *flags, cwd=source))
+        assert content(final) == whole["preprocess"].files, (name, way)
 
 
 def test_a_second_run_into_the_same_folder_is_refused(source, checkpoint, whole):
@@ -229,7 +263,7 @@ def test_a_lock_dies_with_its_process(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_another_configuration_left_is_not_gone_on_with(tmp_path):
+def test_what_another_configuration_left_is_not_resumed(tmp_path):
     def left_by(made, resume=True):
         with (
             contextlib.suppress(KeyboardInterrupt),
