@@ -25,7 +25,7 @@ def main() -> None:
             run.find_edges()
             scales = run.inversion.control_scale, config.control_scale
             technique = controlnet(run.schedule, run.first_latents, run.control_images, *scales)
-            run.write(run.denoise(technique))
+            run.write(run.edit(technique))
     print(run.video)
 
 

@@ -23,7 +23,7 @@ def main() -> None:
     with open_edit(config, "pnp") as run:
         if not run.is_finished:
             technique = plug_and_play(config, run.schedule, run.first_latents)
-            run.write(run.denoise(technique))
+            run.write(run.edit(technique))
     print(run.video)
 
 

@@ -26,7 +26,7 @@ def main() -> None:
             manifest = run.inversion.manifest
             latents = run.latents(CLEAN), run.latents(manifest.inverted), manifest.inverted_timestep
             technique = sdedit(config, run.schedule, run.sd.scheduler, *latents)
-            run.write(run.denoise(technique))
+            run.write(run.edit(technique))
     print(run.video)
 
 

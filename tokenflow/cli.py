@@ -32,7 +32,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 _DISK_FAILED = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 _OUT_OF_MEMORY = (
     "the device is out of memory: use --batch_size auto, --cpu_offload, smaller frames or, in an edit, a "
-    "smaller --keyframe_window; the same command resumes the run"
+    "smaller --keyframe_window"
 )
 
 

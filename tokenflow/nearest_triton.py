@@ -75,6 +75,6 @@ def runs_on(device: torch.device) -> bool:
             nearest_fused(tokens[:, :40], tokens[0, :40]).cpu()[0], torch.arange(40)
         )
     except Exception as error:  # a compiler has many ways to fail, and none may end an edit
-        log.info("the fused kernel does not run here (%s)", str(error).splitlines()[:1])
+        log.info("the fused kernel does not run here (%s)", str(error).partition("\n")[0])
         return False
     return right

@@ -96,7 +96,7 @@ class EditRun:
         """Folder of the latents that a killed run is resumed from."""
         return self.folder / ".steps"
 
-    def denoise(self, technique: Technique) -> FrameArray:
+    def edit(self, technique: Technique) -> FrameArray:
         """Denoise step by step; returns the latents of the edited video."""
         prompts = (self.inversion.prompt, self.config.negative_prompt, self.config.prompt)
         shape = (self.n_frames, *self.inversion.latents(CLEAN).shape[1:])

@@ -61,7 +61,8 @@ class SourceRecorder:
 
     def feature_hook(self, module, args, output: torch.Tensor) -> None:
         """Record the residual block's output."""
-        self.features = output.half()
+        if self.blend is not None:
+            self.features = output.half()
 
 
 class RecordingAttention(LayerProcessor):
@@ -129,11 +130,11 @@ class RecordingPredictor:
 
         def of_keyframe(samples: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
             with self.recorder.noting(positions=positions.tolist()):
-                return self.predictor.predict_batch(t, samples, keyframes[positions])
+                return self.predictor.predict_batch(samples, t, keyframes[positions])
 
         def of_other(samples: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
             with self.recorder.noting(blend=flanking_blend(others, keyframes)):
-                noise = self.predictor.predict_batch(t, samples, others)
+                noise = self.predictor.predict_batch(samples, t, others)
             features = SourceFeatures(self.recorder.nearest, self.recorder.features)
             self.files.write(t, others, features)
             return noise
