@@ -6,7 +6,8 @@ state in --work_dir: run the same command again after an interruption and it goe
 number of steps, e.g. 4000, or of minutes, e.g. 12m; learning rates decay over it.
 
 With --start, stages begin from the weights of a checkpoint of the same sizes, which may know fewer
-words, and at lower learning rates. The judge is small and always begins anew.
+words, and at lower learning rates. Its text encoder tells captions apart already, so that the stage
+of its own is skipped: it would undo what the UNet knows of words. The judge always begins anew.
 """
 
 import argparse
@@ -44,7 +45,7 @@ from util import write_image
 
 TRAINING_SEEDS = range(12_000)
 HELD_OUT_SEEDS = range(1_000_000, 1_000_064)
-START_RATE = 0.5  # of the learning rates of weights that come from a checkpoint
+START_RATE = 0.7  # of the learning rates of weights that come from a checkpoint
 BUDGETS = {
     "vae": "4500",
     "judge": "2500",
@@ -130,8 +131,8 @@ def main() -> None:
             module.load_state_dict(stored.float().state_dict())
         start_text_encoder(text_encoder, tokenizer, args.start)
     rate = START_RATE if args.start else 1.0
-    judge, heads = Judge(), nn.Linear(SHAPES.text_width, sum(map(len, VALUES.values())))
-    for module in (vae, unet, text_encoder, judge, heads):
+    judge = Judge()
+    for module in (vae, unet, text_encoder, judge):
         module.to(device)
     train = partial(fit, work_dir=args.work_dir, seed=args.seed)
 
@@ -144,10 +145,10 @@ def main() -> None:
     print("judge:", accuracies(judge.read(held_out), names_of(held_out_labels)))
 
     token_ids, empty_ids = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
-    loss = partial(text_loss, text_encoder, heads, token_ids, labels)
-    train(
-        "text", {"text": text_encoder, "heads": heads}, loss, args.text, learning_rate=rate * 1e-3
-    )
+    if not args.start:
+        heads = nn.Linear(SHAPES.text_width, sum(map(len, VALUES.values()))).to(device)
+        loss = partial(text_loss, text_encoder, heads, token_ids, labels)
+        train("text", {"text": text_encoder, "heads": heads}, loss, args.text, learning_rate=1e-3)
 
     def preview(average: nn.ModuleDict) -> None:
         """Keep a checkpoint and samples of the averaged weights so far."""
