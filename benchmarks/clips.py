@@ -1,7 +1,9 @@
 """Held-out clips of the world of shapes, each with an edit and the exact truth about both."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 
 import numpy as np
 
@@ -10,11 +12,27 @@ from shapes.world import OBJECT, VALUES, Scene, pixel_centers, render, sample_sc
 
 FIRST_SEED = 2_000_000  # far from the seeds that the checkpoint and the judge were trained on
 SIZE = 128  # pixels
+BOTH_PLAIN = {"texture": "plain", "background_texture": "plain"}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Which attributes an edit changes; what source and edited clip have, where it is not random."""
+
+    changes: tuple[str, ...]
+    source: Mapping[str, str] = MappingProxyType({})
+    edited: Mapping[str, str] = MappingProxyType({})
+
+
+# Any few that follow each other hold textured and plain clips.
 KINDS = {
-    "colour": ("color",),
-    "texture": ("texture",),
-    "background": ("background_color",),
-    "several": ("color", "background_texture"),
+    "colour": Kind(("color",)),
+    "plain source": Kind(tuple(BOTH_PLAIN), source=BOTH_PLAIN),
+    "texture": Kind(("texture",)),
+    "plain target": Kind(tuple(BOTH_PLAIN), edited=BOTH_PLAIN),
+    "background": Kind(("background_color",)),
+    "plain source and target": Kind(("color", "background_color"), source=BOTH_PLAIN),
+    "several": Kind(("color", "background_texture")),
 }
 
 
@@ -68,13 +86,14 @@ def held_out_clips(n_clips: int, n_frames: int) -> list[Clip]:
     ]
 
 
-def _clip(seed: int, kind: str, n_frames: int) -> Clip:
-    rng = np.random.default_rng(seed)
-    scene = sample_scene(rng, barred=False)
-    changes = {}
-    for name in KINDS[kind]:
-        taken = {getattr(scene.attributes, name)}
-        if name in ("color", "background_color"):  # an object of its background's colour is unseen
-            taken |= {scene.attributes.color, scene.attributes.background_color}
-        changes[name] = str(rng.choice([value for value in VALUES[name] if value not in taken]))
-    return Clip(kind, scene, changes, n_frames)
+def _clip(seed: int, name: str, n_frames: int) -> Clip:
+    rng, kind = np.random.default_rng(seed), KINDS[name]
+    scene = sample_scene(rng, barred=False, **kind.source)
+    changes = dict(kind.edited)
+    for attribute in kind.changes:
+        taken = {getattr(scene.attributes, attribute)}
+        if attribute in ("color", "background_color"):  # of one colour, the object would be unseen
+            taken |= {scene.attributes.color, scene.attributes.background_color, *changes.values()}
+        free = [value for value in VALUES[attribute] if value not in taken]
+        changes.setdefault(attribute, str(rng.choice(free)))
+    return Clip(name, scene, changes, n_frames)

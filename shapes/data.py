@@ -10,12 +10,17 @@ from tqdm import tqdm
 from shapes.world import attribute_indices, render, sample_scene
 
 LAST_TIME = 48  # frames are taken at random times of clips this long
+# How often each texture is drawn: plain is the easiest to learn, checkered the hardest.
+TEXTURE_SHARES = {"plain": 0.18, "striped": 0.24, "dotted": 0.24, "checkered": 0.34}
 
 
 def render_sample(seed: int) -> tuple[np.ndarray, str, list[int]]:
     """Frame uint8 (128, 128, 3), caption and attribute indices of random scene number `seed`."""
     rng = np.random.default_rng(seed)
-    scene = sample_scene(rng)
+    texture, background_texture = rng.choice(
+        list(TEXTURE_SHARES), size=2, p=list(TEXTURE_SHARES.values())
+    ).tolist()
+    scene = sample_scene(rng, texture=texture, background_texture=background_texture)
     frame, _ = render(scene, rng.uniform(0, LAST_TIME))
     return frame, scene.attributes.caption(), attribute_indices(scene.attributes)
 

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 HUES = {"red": 0.0, "green": 125.0, "blue": 225.0, "yellow": 54.0}  # degrees
+NEUTRALS = {"white": 1.0, "grey": 0.5}  # brightness relative to that of a hue
+COLORS = (*HUES, *NEUTRALS)
+TEXTURES = ("plain", "striped", "dotted", "checkered")
 
 
 @dataclass(frozen=True)
@@ -57,13 +60,21 @@ class Surface:
     period: float  # world units
     phase: complex  # world units
     grain: tuple[tuple[complex, float], ...]  # wave vectors (radians / unit), phases
+    shading: tuple[tuple[complex, float], ...]  # likewise, of waves longer than an object
 
     def paint(self, points: np.ndarray, color: str, texture: str, blur: float) -> np.ndarray:
-        """Colours (..., 3) in [0, 1] at `points` of the layer; edges are `blur` units wide."""
+        """Colours (..., 3) in [0, 1] at `points` of the layer; edges are `blur` units wide.
+
+        Shading and grain belong to the surface and move with it, so that a plain one does too.
+        """
         tone = _pattern(points * np.exp(1j * self.angle) + self.phase, texture, self.period, blur)
         shade = self.brightness * (self.contrast + (1 - self.contrast) * tone)
         for vector, phase in self.grain:
             shade = shade * (1 + 0.02 * np.sin((points * vector.conjugate()).real + phase))
+        for vector, phase in self.shading:
+            shade = shade * (0.9 + 0.1 * np.sin((points * vector.conjugate()).real + phase))
+        if color in NEUTRALS:
+            return shade[..., None] * np.full(3, NEUTRALS[color])
         hue = (HUES[color] + self.hue_shift) / 360 % 1
         return shade[..., None] * np.array(hsv_to_rgb(hue, self.saturation, 1.0))
 
@@ -83,6 +94,8 @@ def outline(points: np.ndarray, shape: str, radius: float) -> np.ndarray:
 
 def _pattern(points: np.ndarray, texture: str, period: float, blur: float) -> np.ndarray:
     """Tone in [0, 1] (dark, light) of a texture of two tones whose edges are `blur` wide."""
+    if texture == "plain":
+        return np.ones(points.shape)
     if texture == "checkered":
         period = 1.25 * period  # two edges a period in both directions: finer than stripes
     # Distances to the middle of the nearest light stripe, and of the nearest light row.

@@ -1,5 +1,7 @@
 """The text stage: captions as tokens, and a text encoder that tells the attributes apart."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from shapes.world import VALUES
 
-OTHER_WORDS = ("a", "on", "background", "behind", "grey", "bar")
+OTHER_WORDS = ("a", "on", "background", "behind", "black", "bar")
 BATCH = 64
 
 
@@ -20,6 +22,22 @@ def vocabulary() -> list[str]:
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     """Token ids (N, prompt_tokens) of N captions, padded as Stable Diffusion pads them."""
     return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
+def start_text_encoder(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Give `text_encoder` the weights of the checkpoint `folder`, in single precision.
+
+    Embeddings go by token, as `tokenizer` may number tokens differently; a token that is new to the
+    checkpoint keeps the embedding it has.
+    """
+    known = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer").get_vocab()
+    stored = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32)
+    rows = text_encoder.get_input_embeddings().weight.detach().clone()
+    for token, index in tokenizer.get_vocab().items():
+        if token in known:
+            rows[index] = stored.get_input_embeddings().weight.detach()[known[token]]
+    stored.set_input_embeddings(nn.Embedding.from_pretrained(rows))
+    text_encoder.load_state_dict(stored.state_dict())
 
 
 def text_loss(

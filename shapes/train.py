@@ -4,6 +4,10 @@ Stages: VAE; judge; text encoder alone; text encoder and UNet together, on laten
 Canny ControlNet; the VAE's decoder alone, which leaves the latents as they are. Each keeps its
 state in --work_dir: run the same command again after an interruption and it goes on. A budget is a
 number of steps, e.g. 4000, or of minutes, e.g. 12m; learning rates decay over it.
+
+With --start, stages begin from the weights of a checkpoint of the same sizes, which may know fewer
+words, and at lower learning rates. Its text encoder tells captions apart already, so that the stage
+of its own is skipped: it would undo what the UNet knows of words. The judge always begins anew.
 """
 
 import argparse
@@ -14,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
@@ -32,15 +36,16 @@ from shapes.controlnet import controlnet_loss, open_embedding
 from shapes.data import load_samples, render_samples
 from shapes.fit import Budget, fit
 from shapes.judge import Judge, accuracies, judge_loss, names_of
-from shapes.text import text_loss, tokenize, vocabulary
+from shapes.text import start_text_encoder, text_loss, tokenize, vocabulary
 from shapes.unet import unet_loss
 from shapes.vae import encode, round_trip_psnr, vae_loss
 from shapes.world import VALUES
 from tokenflow.contact_sheet import contact_sheet
 from util import write_image
 
-TRAINING_SEEDS = range(8_000)
+TRAINING_SEEDS = range(12_000)
 HELD_OUT_SEEDS = range(1_000_000, 1_000_064)
+START_RATE = 0.7  # of the learning rates of weights that come from a checkpoint
 BUDGETS = {
     "vae": "4500",
     "judge": "2500",
@@ -52,12 +57,12 @@ BUDGETS = {
 SHOWN = [
     "a red striped circle on a green dotted background",
     "a blue checkered square on a yellow striped background",
-    "a yellow dotted triangle on a blue checkered background",
-    "a green striped square on a red dotted background",
+    "a yellow dotted triangle on a white checkered background",
+    "a green striped square on a red plain background",
     "a blue dotted circle on a red checkered background",
-    "a red checkered triangle on a blue striped background",
-    "a yellow striped circle on a green checkered background behind a grey bar",
-    "a green dotted triangle on a yellow striped background",
+    "a white plain triangle on a blue striped background",
+    "a yellow striped circle on a green checkered background behind a black bar",
+    "a green plain triangle on a grey plain background",
 ]
 
 
@@ -68,6 +73,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, default="data/shapes-sd", help="folder to write")
     parser.add_argument("--work_dir", type=Path, default="runs/shapes", help="folder of the state")
+    parser.add_argument("--start", type=Path, help="folder of a checkpoint to start from")
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and noise")
     for stage, budget in BUDGETS.items():
         parser.add_argument(
@@ -119,12 +125,18 @@ def main() -> None:
     tokenizer = build_tokenizer(vocabulary(), SHAPES.prompt_tokens)
     vae, unet = build_vae(SHAPES), build_unet(SHAPES)
     text_encoder = build_text_encoder(tokenizer, SHAPES)
-    judge, heads = Judge(), nn.Linear(SHAPES.text_width, sum(map(len, VALUES.values())))
-    for module in (vae, unet, text_encoder, judge, heads):
+    if args.start:
+        for module, name in ((vae, "vae"), (unet, "unet")):
+            stored = type(module).from_pretrained(args.start, subfolder=name)
+            module.load_state_dict(stored.float().state_dict())
+        start_text_encoder(text_encoder, tokenizer, args.start)
+    rate = START_RATE if args.start else 1.0
+    judge = Judge()
+    for module in (vae, unet, text_encoder, judge):
         module.to(device)
     train = partial(fit, work_dir=args.work_dir, seed=args.seed)
 
-    train("vae", {"vae": vae}, partial(vae_loss, vae, frames), args.vae, learning_rate=2e-3)
+    train("vae", {"vae": vae}, partial(vae_loss, vae, frames), args.vae, learning_rate=rate * 2e-3)
     print(f"VAE round trip: {round_trip_psnr(vae, held_out):.2f} dB")
     latents = scaled_latents(vae, frames, args.work_dir / "latents.pt")
 
@@ -133,8 +145,10 @@ def main() -> None:
     print("judge:", accuracies(judge.read(held_out), names_of(held_out_labels)))
 
     token_ids, empty_ids = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
-    loss = partial(text_loss, text_encoder, heads, token_ids, labels)
-    train("text", {"text": text_encoder, "heads": heads}, loss, args.text, learning_rate=1e-3)
+    if not args.start:
+        heads = nn.Linear(SHAPES.text_width, sum(map(len, VALUES.values()))).to(device)
+        loss = partial(text_loss, text_encoder, heads, token_ids, labels)
+        train("text", {"text": text_encoder, "heads": heads}, loss, args.text, learning_rate=1e-3)
 
     def preview(average: nn.ModuleDict) -> None:
         """Keep a checkpoint and samples of the averaged weights so far."""
@@ -155,21 +169,27 @@ def main() -> None:
     scheduler = build_scheduler()
     modules = {"text_encoder": text_encoder, "unet": unet}
     loss = partial(unet_loss, unet, text_encoder, scheduler, latents, token_ids, empty_ids)
-    train("unet", modules, loss, args.unet, learning_rate=5e-4, look=preview)
+    train("unet", modules, loss, args.unet, learning_rate=rate * 5e-4, look=preview)
 
     controlnet = build_controlnet(unet, SHAPES).to(device)
     controlnet.set_attn_processor(AttnProcessor())
-    open_embedding(controlnet)
+    if args.start:
+        stored = ControlNetModel.from_pretrained(args.start, subfolder="controlnet")
+        controlnet.load_state_dict(stored.float().state_dict())
+    else:
+        open_embedding(controlnet)
     with torch.no_grad():
         text = torch.cat([text_encoder(ids.to(device))[0] for ids in token_ids.split(500)])
     loss = partial(controlnet_loss, controlnet, unet, scheduler, frames, latents, text)
-    train("controlnet", {"controlnet": controlnet}, loss, args.controlnet, learning_rate=1e-3)
+    train(
+        "controlnet", {"controlnet": controlnet}, loss, args.controlnet, learning_rate=rate * 1e-3
+    )
 
     decoder = {"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}
     for parts in decoder.values():
         parts.requires_grad_(True)
     loss = partial(vae_loss, vae, frames)
-    train("decoder", decoder, loss, args.decoder, learning_rate=1e-3)
+    train("decoder", decoder, loss, args.decoder, learning_rate=rate * 1e-3)
     print(f"VAE round trip: {round_trip_psnr(vae, held_out):.2f} dB")
 
     modules |= {"vae": vae, "controlnet": controlnet}

@@ -1,4 +1,4 @@
-"""Moving scenes: one textured object over a textured background, at times behind a grey bar.
+"""Moving scenes: an object over a background, both textured or plain, at times behind a black bar.
 
 A scene is a stack of layers (background, object, bar). Each layer has coordinates of its own, in
 which its outline and texture stand still, and a similarity transform that carries them into the
@@ -12,18 +12,18 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from shapes.layers import HUES, STILL, Motion, Surface, Wave, outline
+from shapes.layers import COLORS, STILL, TEXTURES, Motion, Surface, Wave, outline
 
 EXTENT = 128.0
 VALUES = {
     "shape": ("circle", "square", "triangle"),
-    "color": tuple(HUES),
-    "texture": ("striped", "dotted", "checkered"),
-    "background_color": tuple(HUES),
-    "background_texture": ("striped", "dotted", "checkered"),
+    "color": COLORS,
+    "texture": TEXTURES,
+    "background_color": COLORS,
+    "background_texture": TEXTURES,
 }
 BACKGROUND, OBJECT, BAR = range(3)
-BAR_GREY = 0.55
+BAR_TONE = 0.05  # black: darker than the dark tone of every texture
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Attributes:
             f"a {self.color} {self.texture} {self.shape}"
             f" on a {self.background_color} {self.background_texture} background"
         )
-        return text + " behind a grey bar" if self.barred else text
+        return text + " behind a black bar" if self.barred else text
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def sample_attributes(rng: np.random.Generator, **fixed) -> Attributes:
         if free in fixed:
             raise ValueError("the object and the background need different colours")
         taken = drawn["color"]
-        drawn[free] = str(rng.choice([name for name in HUES if name != taken]))
+        drawn[free] = str(rng.choice([name for name in COLORS if name != taken]))
     drawn.setdefault("barred", bool(rng.random() < 0.1))
     return Attributes(**drawn)
 
@@ -152,7 +152,7 @@ def render(scene: Scene, time: float, size: int = 128) -> tuple[np.ndarray, np.n
     surface = scene.object_surface.paint(
         (points - b) / a, attributes.color, attributes.texture, blur
     )
-    for color, distance in zip((surface, BAR_GREY), distances(scene, time, points), strict=True):
+    for color, distance in zip((surface, BAR_TONE), distances(scene, time, points), strict=True):
         coverage = np.clip(0.5 - distance / pixel, 0, 1)[..., None]
         image = image + coverage * (color - image)
     mask = top_layer(scene, time, points) == OBJECT
@@ -166,8 +166,13 @@ def attribute_indices(attributes: Attributes) -> list[int]:
 
 
 def _sample_surface(rng: np.random.Generator) -> Surface:
-    lengths = rng.uniform(10, 40, 4)
-    directions = np.exp(1j * rng.uniform(0, 2 * math.pi, 4))
+    def waves(shortest: float, longest: float, number: int) -> tuple[tuple[complex, float], ...]:
+        """Wave vectors and phases of `number` waves of random directions and lengths (units)."""
+        lengths = rng.uniform(shortest, longest, number)
+        directions = np.exp(1j * rng.uniform(0, 2 * math.pi, number))
+        phases = rng.uniform(0, 2 * math.pi, number)
+        return tuple(zip(2 * np.pi / lengths * directions, phases, strict=True))
+
     return Surface(
         hue_shift=rng.uniform(-8, 8),
         saturation=rng.uniform(0.7, 0.9),
@@ -176,5 +181,6 @@ def _sample_surface(rng: np.random.Generator) -> Surface:
         angle=rng.uniform(0, 2 * math.pi),
         period=rng.uniform(24, 32),
         phase=complex(*rng.uniform(0, 100, 2)),
-        grain=tuple(zip(2 * np.pi / lengths * directions, rng.uniform(0, 7, 4), strict=True)),
+        grain=waves(10, 40, 4),
+        shading=waves(100, 200, 2),
     )
