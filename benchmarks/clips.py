@@ -1,9 +1,7 @@
 """Held-out clips of the world of shapes, each with an edit and the exact truth about both."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from types import MappingProxyType
 
 import numpy as np
 
@@ -20,8 +18,8 @@ class Kind:
     """Which attributes an edit changes; what source and edited clip have, where it is not random."""
 
     changes: tuple[str, ...]
-    source: Mapping[str, str] = MappingProxyType({})
-    edited: Mapping[str, str] = MappingProxyType({})
+    source: dict[str, str] = field(default_factory=dict)
+    edited: dict[str, str] = field(default_factory=dict)
 
 
 # Any few that follow each other hold textured and plain clips.
