@@ -11,6 +11,7 @@ from shapes.world import OBJECT, VALUES, Scene, pixel_centers, render, sample_sc
 FIRST_SEED = 2_000_000  # far from the seeds that the checkpoint and the judge were trained on
 SIZE = 128  # pixels
 BOTH_PLAIN = {"texture": "plain", "background_texture": "plain"}
+BOTH_TEXTURED = {"texture": "striped", "background_texture": "dotted"}
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ KINDS = {
     "colour": Kind(("color",)),
     "plain source": Kind(tuple(BOTH_PLAIN), source=BOTH_PLAIN),
     "texture": Kind(("texture",)),
-    "plain target": Kind(tuple(BOTH_PLAIN), edited=BOTH_PLAIN),
+    "plain target": Kind(tuple(BOTH_PLAIN), source=BOTH_TEXTURED, edited=BOTH_PLAIN),
     "background": Kind(("background_color",)),
     "plain source and target": Kind(("color", "background_color"), source=BOTH_PLAIN),
     "several": Kind(("color", "background_texture")),
