@@ -1,7 +1,7 @@
 """Counts what a pass asks of a GPU, on a machine that has one or not.
 
 Without a GPU its tensors are fakes: they have a shape, a precision and a device, and no values. Tensors on
-the CPU stay real, so the code that decides what passes runs as it is; what comes back from the device is zeros.
+the CPU stay real, so that what decides about passes runs as it is; what comes from the device is zeros.
 """
 
 import weakref
@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakIdKeyDictionary
 
 from tokenflow import nearest
 from tokenflow.runtime.frame_array import FrameArray
@@ -74,7 +75,7 @@ class Census(TorchDispatchMode):
         self.is_fake = device.type == "cuda" and not torch.cuda.is_available()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._live_bytes, self._storages = 0, weakref.WeakSet()
-        self._pinned = weakref.WeakSet()
+        self._pinned = WeakIdKeyDictionary()  # of the tensors that pose as pinned
         self._stack = ExitStack()
 
     def take(self) -> Counts:
@@ -213,7 +214,7 @@ class _PythonSide(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.Tensor.pin_memory:
             pinned = args[0].clone()
-            self.census._pinned.add(pinned)
+            self.census._pinned[pinned] = None
             return pinned
         if args and isinstance(args[0], FakeTensor):
             if func is torch.Tensor.__getitem__:

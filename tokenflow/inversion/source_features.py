@@ -19,11 +19,11 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
 from tokenflow.inversion.predictor import VideoNoisePredictor
-from tokenflow.keyframe_cache import KeyframeCache
+from tokenflow.keyframe_cache import BlendedRows, KeyframeCache
 from tokenflow.runtime.frame_array import FrameArray
+from tokenflow.runtime.transfer import to_device
 from tokenflow_utils import (
     INJECTED_RESNET,
-    Blend,
     KeyframeSchedule,
     LayerProcessor,
     SourceFeatures,
@@ -43,22 +43,22 @@ class SourceRecorder:
 
     def __init__(self) -> None:
         self.cache = KeyframeCache()  # of those that the frames of a segment blend
-        # Of the next pass: the keyframes, by position; the blend of other frames; or neither.
+        # Of the next pass: the keyframes, by position; what other frames blend; or neither.
         self.positions: list[int] | None = None
-        self.blend: Blend | None = None
+        self.blended: BlendedRows | None = None
         self.nearest: dict[str, torch.Tensor] = {}
         self.features: torch.Tensor | None = None
 
     @contextmanager
     def noting(
-        self, positions: list[int] | None = None, blend: Blend | None = None
+        self, positions: list[int] | None = None, blended: BlendedRows | None = None
     ) -> Iterator[None]:
         """Note the features of keyframes, or of other frames, that pass the UNet in the block."""
-        self.positions, self.blend = positions, blend
+        self.positions, self.blended = positions, blended
         try:
             yield
         finally:
-            self.positions, self.blend = None, None
+            self.positions, self.blended = None, None
 
     def feature_hook(self, module, args, output: torch.Tensor) -> None:
         """Note the residual block's output."""
@@ -80,10 +80,10 @@ class RecordingAttention(LayerProcessor):
         if recorder.positions is not None:
             tokens = F.normalize(hidden_states.float(), dim=-1)
             cache.write(self.name, recorder.positions, tokens)
-        elif recorder.blend is not None:
-            rows, weights = cache.rows(recorder.blend.positions), recorder.blend.weights
+        elif recorder.blended is not None:
             key_tokens = cache.tensor(self.name)
-            recorder.nearest[self.name] = correspondences(hidden_states, key_tokens, rows, weights)
+            found = correspondences(hidden_states, key_tokens, recorder.blended)
+            recorder.nearest[self.name] = found
         return frame_self_attention(attn, hidden_states)
 
 
@@ -133,7 +133,9 @@ class RecordingPredictor:
                 return self.predictor.predict_batch(t, samples, keyframes[positions])
 
         def of_other(samples: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-            with self.recorder.noting(blend=flanking_blend(others, keyframes)):
+            blend, device = flanking_blend(others, keyframes), self.predictor.sd.device
+            blended = self.recorder.cache.blended(blend.positions, blend.weights, device)
+            with self.recorder.noting(blended=blended):
                 noise = self.predictor.predict_batch(t, samples, others)
             features = SourceFeatures(self.recorder.nearest, self.recorder.features)
             self.files.write(t, others, features)
@@ -184,10 +186,12 @@ class SourceFeatureFiles:
     ) -> SourceFeatures:
         """The features of the frames (n,); those that are `injected`, most of the bytes, if wanted."""
         layers = self._layers()
-        nearest = FrameArray(self._file("nearest", t))[frames].to(device)
+        nearest = to_device(FrameArray(self._file("nearest", t))[frames], device)
         per_layer = nearest.long().split(list(layers.values()), dim=-1)
-        features = FrameArray(self._file("features", t))[frames].to(device) if injected else None
-        return SourceFeatures(dict(zip(layers, per_layer, strict=True)), features)
+        by_layer, features = dict(zip(layers, per_layer, strict=True)), None
+        if injected:
+            features = to_device(FrameArray(self._file("features", t))[frames], device)
+        return SourceFeatures(by_layer, features)
 
     def written(self, timesteps: Iterable[int], frames: torch.Tensor) -> Iterator[bytes]:
         """What is kept of the frames (n,), as it lies in the files."""
