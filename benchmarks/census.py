@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, ValuesView
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -27,6 +28,7 @@ aten = torch.ops.aten
 
 # Operations whose result the host must have before it can go on.
 DEPENDENT = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2, aten.equal}
+DEPENDENT |= {aten.unique_dim, aten.repeat_interleave}
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._unsafe_index}
 FREE = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.lift_fresh}
 FREE |= {aten.new_empty_strided, aten._unsafe_view, aten.detach}
@@ -90,10 +92,10 @@ class Census(TorchDispatchMode):
                 if parameter is not None:
                     with self.fake if self.is_fake else ExitStack():
                         moved = torch.empty(parameter.shape, dtype=dtype, device=self.device)
-                    if not self.is_fake:
-                        moved.normal_(
-                            0, moved[0].numel() ** -0.5
-                        ) if moved.ndim > 1 else moved.fill_(name == "weight")
+                    if not self.is_fake and moved.ndim > 1:
+                        moved.normal_(0, moved[0].numel() ** -0.5)
+                    elif not self.is_fake:
+                        moved.fill_(name == "weight")
                     part._parameters[name] = nn.Parameter(moved, requires_grad=False)
                     self._hold(moved)
         self.counts.peak_bytes = self._live_bytes
@@ -107,8 +109,11 @@ class Census(TorchDispatchMode):
     def __enter__(self) -> "Census":
         with ExitStack() as stack:
             stack.enter_context(_disk_reads(self._read))
+            kernel = None if self.is_fake else nearest.nearest_triton
+            if self.is_fake or kernel:
+                noticed = FusedNearest(self, kernel)
+                stack.enter_context(patch.object(nearest, "nearest_triton", noticed))
             if self.is_fake:
-                stack.enter_context(patch.object(nearest, "nearest_triton", FusedNearest(self)))
                 stack.enter_context(_PythonSide(self))
                 stack.enter_context(self.fake)
             super().__enter__()
@@ -142,8 +147,12 @@ class Census(TorchDispatchMode):
                 to == self.device and not self._is_pinned(source)
             )
             self.counts.blocking_copies += is_copy and waits
-        elif packet in INDEXING:  # indices on the host are copied
-            self.counts.blocking_copies += sum(device != self.device for device in devices)
+        elif packet in INDEXING:  # indices on the host are copied, and those in a mask counted
+            indices = [x for x in args[1] if x is not None]
+            from_host = sum(device_of(x) != self.device for x in indices)
+            masks = sum(device_of(x) == self.device and x.dtype == torch.bool for x in indices)
+            self.counts.blocking_copies += from_host + masks
+            self.counts.dependent += masks
         out = func(*args, **kwargs)
         if is_copy and to == CPU and self.is_fake:
             with unset_fake_temporarily():
@@ -185,21 +194,23 @@ class Census(TorchDispatchMode):
 
 
 class FusedNearest:
-    """Stands in for `nearest_triton`: what its kernel takes and gives, without running it."""
+    """Counts the kernel of `nearest_triton`, and stands in for it on fakes, where `kernel` is None."""
 
-    def __init__(self, census: Census) -> None:
-        self.census = census
+    def __init__(self, census: Census, kernel: ModuleType | None) -> None:
+        self.census, self.kernel = census, kernel
 
     def runs_on(self, device: torch.device) -> bool:
-        """As every GPU that triton knows."""
-        return True
+        """On a fake device it does, as on every GPU that triton knows."""
+        return self.kernel is None or self.kernel.runs_on(device)
 
     def nearest_fused(self, tokens: torch.Tensor, key_tokens: torch.Tensor) -> torch.Tensor:
         """As `nearest_triton.nearest_fused`, with its copies: indices (n, s)."""
         n_frames, n_tokens, depth = tokens.shape
+        self.census.launch(2 * n_frames * n_tokens * len(key_tokens) * depth)
+        if self.kernel:
+            return self.kernel.nearest_fused(tokens, key_tokens)
         tokens, key_tokens = tokens.contiguous(), key_tokens.float().contiguous()
         nearest = torch.empty(n_frames * n_tokens, dtype=torch.int32, device=tokens.device)
-        self.census.launch(2 * len(nearest) * len(key_tokens) * depth)
         return nearest.view(n_frames, n_tokens).long()
 
 

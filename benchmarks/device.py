@@ -20,11 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from tqdm import tqdm
 
 from benchmarks.census import Census, Counts
+from benchmarks.gpu import fused_kernel, matmul_peak
 from benchmarks.report import write_report
 from benchmarks.sd15 import TEXT
 from shapes.checkpoint import BOS, build_scheduler, build_text_encoder, build_tokenizer
@@ -40,7 +40,6 @@ from tokenflow.inversion.source_features import (
     SourceFeatureFiles,
     install_recorder,
 )
-from tokenflow.nearest import nearest_in_blocks, nearest_tokens
 from tokenflow.runtime.batching import Batches, balanced
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.edit_checkpoint import EditCheckpoint
@@ -62,11 +61,21 @@ SEGMENTS = 4  # of an inversion that are looked at; they are alike
 
 @dataclass
 class Row:
-    """The most that passes of one kind took; `shapes` counts the distinct inputs among all of them."""
+    """The most that any pass of a kind took, and the least seconds by streams and shape of the input."""
 
     most: dict[str, int]
-    shapes: set[tuple[int, ...]]
-    seconds: list[float] = field(default_factory=list)
+    seconds: dict[tuple, float] = field(default_factory=dict)
+
+    def add(self, counts: Counts, what: tuple, seconds: float) -> None:
+        """Take in a pass of those streams and that shape."""
+        for name, value in dataclasses.asdict(counts).items():
+            self.most[name] = max(value, self.most.get(name, 0))
+        self.seconds[what] = min(seconds, self.seconds.get(what, seconds))
+
+    @property
+    def shapes(self) -> int:
+        """Distinct shapes of the inputs."""
+        return len({shape for _, shape in self.seconds})
 
 
 class Tally:
@@ -75,7 +84,7 @@ class Tally:
     def __init__(self, census: Census, timed: bool = False) -> None:
         self.census, self.timed = census, timed
         self.rows: dict[tuple[str, str], Row] = {}
-        self._passes: list[tuple[tuple[str, str], tuple[int, ...], Counts, float]] = []
+        self._passes: list[tuple[tuple[str, str], Counts, tuple, float]] = []
         self.stage, self.kind, self._seen = "", "", {}
 
     @contextmanager
@@ -86,22 +95,15 @@ class Tally:
         self._start = self._now()
         yield
         rest = self.census.take()
-        for number, (key, shape, counts, seconds) in enumerate(self._passes, 1):
-            if number == len(self._passes):
-                counts = plus(counts, rest)
-            row = self.rows.setdefault(key, Row(dataclasses.asdict(counts), set()))
-            row.shapes.add(shape)
-            row.most = {
-                name: max(value, row.most[name])
-                for name, value in dataclasses.asdict(counts).items()
-            }
-            row.seconds.append(seconds)
+        for number, (key, counts, what, seconds) in enumerate(self._passes, 1):
+            is_last = number == len(self._passes)
+            counts = plus(counts, rest) if is_last else counts
+            self.rows.setdefault(key, Row({})).add(counts, what, seconds)
 
-    def end_pass(self, shape: tuple[int, ...]) -> None:
-        """A pass of an input of that shape is over."""
-        now = self._now()
-        key = self.stage, self.kind
-        self._passes.append((key, shape, self.census.take(), now - self._start))
+    def end_pass(self, shape: tuple[int, ...], streams: tuple[int, ...] = ()) -> None:
+        """A pass of an input of that shape, in which these streams are, is over."""
+        now, key = self._now(), (self.stage, self.kind)
+        self._passes.append((key, self.census.take(), (streams, shape), now - self._start))
         self._start = now
 
     def is_repeated(self, streams: tuple[int, ...], shape: tuple[int, ...]) -> bool:
@@ -139,7 +141,7 @@ class TalliedDiffusion(StableDiffusion):
         if flow and flow.joint is None and self.tally.is_repeated(flow.streams, shape):
             return torch.zeros_like(latents)
         noise = super().predict_noise(latents, t, text, control)
-        self.tally.end_pass(shape)
+        self.tally.end_pass(shape, flow.streams if flow else ())
         return noise
 
 
@@ -258,10 +260,7 @@ def rows_of(workload: Workload, build: Callable | None = None) -> list[dict]:
     with census, tempfile.TemporaryDirectory() as folder:
         run(sd, workload, Path(folder))
     rows = {
-        key: workload.names
-        | {"stage": key[0], "kind": key[1]}
-        | row.most
-        | {"shapes": len(row.shapes)}
+        key: workload.names | {"stage": key[0], "kind": key[1]} | row.most | {"shapes": row.shapes}
         for key, row in sd.tally.rows.items()
     }
     if has_gpu:
@@ -270,42 +269,10 @@ def rows_of(workload: Workload, build: Callable | None = None) -> list[dict]:
         with tempfile.TemporaryDirectory() as folder:
             run(timed, workload, Path(folder))
         for key, row in timed.tally.rows.items():
-            seconds = min(row.seconds)
+            seconds = max(row.seconds.values())
             share = rows[key]["flops"] / seconds / peak
             rows[key] |= {"seconds": seconds, "peak_share": share}
     return list(rows.values())
-
-
-def seconds_of(function: Callable[[], torch.Tensor], repeats: int = 5) -> float:
-    """The least time that a function takes on the GPU."""
-    least = float("inf")
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        function()
-        torch.cuda.synchronize()
-        least = min(least, time.perf_counter() - start)
-    return least
-
-
-def matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 8192) -> float:
-    """Floating point operations a second of a large product of matrices."""
-    matrix = torch.randn(size, size, device=device, dtype=dtype)
-    return 2 * size**3 / seconds_of(lambda: matrix @ matrix)
-
-
-def fused_kernel(device: torch.device) -> list[dict]:
-    """The fused search for nearest tokens beside its reference, on a layer of each width."""
-    rows = []
-    for n_tokens, depth in ((4096, 320), (1024, 640), (256, 1280)):
-        tokens = torch.randn(8, n_tokens, depth, device=device, dtype=torch.float16)
-        keys = F.normalize(torch.randn(n_tokens, depth, device=device), dim=-1)
-        ways = {"fused": nearest_tokens, "reference": nearest_in_blocks}
-        found = {name: way(tokens, keys) for name, way in ways.items()}
-        seconds = {name: seconds_of(partial(way, tokens, keys)) for name, way in ways.items()}
-        equal = (found["fused"] == found["reference"]).float().mean().item()
-        rows.append({"tokens": n_tokens, "depth": depth, "equal_share": equal} | seconds)
-    return rows
 
 
 def table_of(rows: list[dict]) -> str:
@@ -340,11 +307,12 @@ def main() -> None:
     rows = []
     for workload in tqdm(workloads[:1] if args.quick else workloads, unit="workload"):
         rows += rows_of(workload)
-        report = {"rows": rows}
-        if torch.cuda.is_available():
-            report["fused_kernel"] = fused_kernel(torch.device("cuda:0"))
-        write_report(args, "device", table_of(rows), report)
-    print(table_of(rows))
+        write_report(args, "device", table_of(rows), {"rows": rows})
+    if torch.cuda.is_available():
+        fused = fused_kernel(torch.device("cuda:0"))
+        table = table_of(rows) + "\n" + table_of(fused)
+        write_report(args, "device", table, {"rows": rows, "fused_kernel": fused})
+    print((args.output / "device.md").read_text())
 
 
 if __name__ == "__main__":
