@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
-from tokenflow.keyframe_cache import KeyframeCache
+from tokenflow.keyframe_cache import BlendedRows, KeyframeCache
 from tokenflow.nearest import nearest_tokens
 
 STREAMS = SOURCE, UNCOND, COND = 0, 1, 2
@@ -132,38 +132,37 @@ def previous_blend(frames: torch.Tensor, interval: int) -> Blend:
 
 
 def correspondences(
-    tokens: torch.Tensor, key_tokens: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor
+    tokens: torch.Tensor, key_tokens: torch.Tensor, blended: BlendedRows
 ) -> torch.Tensor:
     """The index of each token's nearest token in both keyframes of a blend (equation 3): (n, 2, s).
 
     tokens: (n, s, d), source tokens of the frames. key_tokens: (k, s, d), source tokens of the keyframes,
-    of unit length. rows, weights: (n, 2), the blend. Where a weight is 0, the indices are 0.
+    of unit length. blended: the blend of their rows. Where a weight is 0, the indices are 0.
     """
     n_frames, n_tokens, _ = tokens.shape
-    nearest = torch.zeros(n_frames, 2, n_tokens, dtype=torch.long, device=tokens.device)
-    for row in rows.unique().tolist():
-        frames, sides = ((rows == row) & (weights > 0)).nonzero(as_tuple=True)
-        nearest[frames, sides] = nearest_tokens(tokens[frames], key_tokens[row])
-    return nearest
+    nearest = torch.zeros(n_frames * 2, n_tokens, dtype=torch.long, device=tokens.device)
+    for row, frames, places in blended.searches:
+        nearest.index_copy_(0, places, nearest_tokens(tokens[frames], key_tokens[row]))
+    return nearest.unflatten(0, (-1, 2))
 
 
 def propagate(
-    key_outputs: torch.Tensor, nearest: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor
+    key_outputs: torch.Tensor, nearest: torch.Tensor, blended: BlendedRows
 ) -> torch.Tensor:
     """Propagate the keyframes' self-attention outputs (k, s, d) to n frames (equation 4): (n, s, d).
 
-    nearest: (n, 2, s), from `correspondences` with the same rows (n, 2) and weights (n, 2).
+    nearest: (n, 2, s), from `correspondences` with the same rows and weights.
     """
     n_tokens = key_outputs.shape[1]
     # Gathered from all keyframes' tokens in one sequence.
-    tokens = nearest + n_tokens * rows.to(nearest.device)[..., None]  # n 2 s
+    tokens = nearest + n_tokens * blended.rows[..., None]  # n 2 s
     first, second = (
         key_outputs.flatten(0, 1)
         .index_select(0, tokens[:, side].flatten())
         .unflatten(0, (-1, n_tokens))
         for side in (0, 1)
     )  # n s d
-    return first.lerp_(second, weights[:, 1].to(key_outputs)[:, None, None])
+    return first.lerp_(second, blended.weights[:, 1].to(key_outputs)[:, None, None])
 
 
 @dataclass(frozen=True)
@@ -206,8 +205,7 @@ class TokenFlow:
         self.joint: JointPass | None = None  # None during propagation
         self.inject_attention = self.inject_features = False
         self.extended = True
-        self.rows: torch.Tensor | None = None  # (n, 2), the keyframes that each frame blends
-        self.weights: torch.Tensor | None = None  # (n, 2)
+        self.blended: BlendedRows | None = None  # by the frames of a propagation
         self.source: SourceFeatures | None = None  # if an inversion kept them
         self.features: torch.Tensor | None = None  # n c h w, if the source passed alone
 
@@ -227,14 +225,13 @@ class TokenFlow:
         self.inject_attention, self.inject_features = inject_attention, inject_features
 
     def begin_propagation(
-        self, blend: Blend, inject_features: bool, source: SourceFeatures | None = None
+        self, blended: BlendedRows, inject_features: bool, source: SourceFeatures | None = None
     ) -> None:
-        """In the next passes propagate the outputs of cached keyframes to frames, by their `blend`.
+        """In the next passes propagate the outputs of cached keyframes to the frames that blend them.
 
         With the features of the `source`, the passes need no source stream.
         """
-        self.rows, self.weights = self.cache.rows(blend.positions), blend.weights
-        self.joint, self.source = None, source
+        self.blended, self.joint, self.source = blended, None, source
         self.inject_features = inject_features
 
     def _feature_hook(self, module, args, output: torch.Tensor) -> torch.Tensor | None:
@@ -319,12 +316,12 @@ class TokenFlowAttention(LayerProcessor):
             self.nearest = flow.source.nearest[self.name]
         elif SOURCE in tokens:
             key_tokens = flow.cache.tensor((self.name, "tokens"))
-            self.nearest = correspondences(tokens[SOURCE], key_tokens, flow.rows, flow.weights)
+            self.nearest = correspondences(tokens[SOURCE], key_tokens, flow.blended)
         outputs = []
         for stream in flow.streams:
             if stream in flow.propagated:
                 remembered = flow.cache.tensor((self.name, "outputs", stream))
-                outputs.append(propagate(remembered, self.nearest, flow.rows, flow.weights))
+                outputs.append(propagate(remembered, self.nearest, flow.blended))
             else:
                 outputs.append(frame_self_attention(attn, tokens[stream]))
         return torch.cat(outputs)

@@ -17,11 +17,10 @@ from tokenflow.inversion.source_features import (
     bytes_needed,
     install_recorder,
 )
-from tokenflow.keyframe_cache import KeyframeCache
+from tokenflow.keyframe_cache import BlendedRows, KeyframeCache
 from tokenflow.nearest import nearest_in_blocks, nearest_tokens
 from tokenflow.runtime.batching import Batches
 from tokenflow_utils import (
-    Blend,
     JointPass,
     KeyframeSchedule,
     TokenFlowAttention,
@@ -213,7 +212,8 @@ def test_single_frame_is_the_untouched_unet(sd, video):
     with install_tokenflow(sd.unet) as flow:
         flow.begin_joint_edit(JointPass([0]))
         joint = sd.predict_noise(streams, 500, text.expand(3, -1, -1))
-        alone = Blend(torch.zeros(1, 2, dtype=torch.long), torch.tensor([[1.0, 0.0]]))
+        first = torch.zeros(1, 2, dtype=torch.long)
+        alone = flow.cache.blended(first, torch.tensor([[1.0, 0.0]]), sd.device)
         flow.begin_propagation(alone, inject_features=False)
         propagated = sd.predict_noise(streams, 500, text.expand(3, -1, -1))
     torch.testing.assert_close(joint[2:], plain, atol=1e-5, rtol=1e-4)
@@ -305,10 +305,11 @@ def test_propagation_by_hand():
     key_tokens = torch.tensor([[right, down], [down, right]])  # k s d
     tokens = torch.tensor([[[3.0, 1.0], [1.0, 4.0]], [[0.0, 2.0], [0.1, 0.3]]])  # n s d
     rows, weights = torch.tensor([[0, 1], [1, 0]]), torch.tensor([[0.75, 0.25], [1.0, 0.0]])
-    nearest = correspondences(tokens, key_tokens, rows, weights)
+    blended = BlendedRows.of(rows, weights, torch.device("cpu"))
+    nearest = correspondences(tokens, key_tokens, blended)
     assert nearest.tolist() == [[[0, 1], [1, 0]], [[0, 0], [0, 0]]]
     outputs = torch.tensor([[[10.0], [20.0]], [[100.0], [200.0]]])  # k s d
-    propagated = propagate(outputs, nearest, rows, weights)
+    propagated = propagate(outputs, nearest, blended)
     expected = [[0.75 * 10 + 0.25 * 200], [0.75 * 20 + 0.25 * 100]], [[100.0], [100.0]]
     torch.testing.assert_close(propagated, torch.tensor(expected))
 

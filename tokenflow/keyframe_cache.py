@@ -1,8 +1,36 @@
 """Keyframes between UNet passes: their tokens, outputs, keys, values and noise."""
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 import torch
+
+from tokenflow.runtime.transfer import to_device
+
+
+@dataclass(frozen=True)
+class BlendedRows:
+    """Which two rows of the cache each of n frames blends; all tensors are where its layers' tokens are.
+
+    rows, weights: (n, 2). searches: for each row that has a weight, the frames (m,) that blend it, and
+    their places (m,) in `rows`, counted through it.
+    """
+
+    rows: torch.Tensor
+    weights: torch.Tensor
+    searches: tuple[tuple[int, torch.Tensor, torch.Tensor], ...]
+
+    @classmethod
+    def of(cls, rows: torch.Tensor, weights: torch.Tensor, device: torch.device) -> "BlendedRows":
+        """From rows and weights (n, 2) on the CPU, in one go for all layers."""
+        blended = torch.where(weights > 0, rows, -1).flatten()
+        used = blended[blended >= 0].unique().tolist()
+        places = [(blended == row).nonzero().flatten() for row in used]
+        packed = to_device(torch.cat([rows.flatten(), *places]), device)
+        of_rows, *places = packed.split([rows.numel(), *map(len, places)])
+        frames = (place // 2 for place in places)
+        searches = tuple(zip(used, frames, places, strict=True))
+        return cls(of_rows.view_as(rows), to_device(weights, device), searches)
 
 
 class KeyframeCache:
@@ -42,3 +70,9 @@ class KeyframeCache:
         row_of = torch.zeros(max(self.positions) + 1, dtype=torch.long)
         row_of[self.positions] = torch.arange(len(self.positions))
         return row_of[positions]
+
+    def blended(
+        self, positions: torch.Tensor, weights: torch.Tensor, device: torch.device
+    ) -> BlendedRows:
+        """What frames of these positions and weights (n, 2) blend, for layers on `device`."""
+        return BlendedRows.of(self.rows(positions), weights, device)

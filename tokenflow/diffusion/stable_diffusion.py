@@ -12,6 +12,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from tokenflow.diffusion.control import Control
 from tokenflow.diffusion.ddim import check_finite
+from tokenflow.runtime.transfer import to_device
 
 # Of several frames in one pass of the VAE, which works at full resolution and needs the most memory.
 VAE_PIXELS = 1 << 16
@@ -60,7 +61,7 @@ class StableDiffusion:
         frames = []
         size = vae_batch_size(*(self._pixels_of_latent * n for n in latents.shape[2:]))
         for batch in (latents / self.vae.config.scaling_factor).split(size):
-            images = self.vae.decode(batch.to(self.device, self.dtype)).sample.float()
+            images = self.vae.decode(to_device(batch, self.device, self.dtype)).sample.float()
             check_finite(images, "the VAE's decoded frames")
             frames.append((images / 2 + 0.5).clamp(0, 1).mul(255).round().byte().cpu())
         return torch.cat(frames).permute(0, 2, 3, 1).numpy()
@@ -77,7 +78,7 @@ class StableDiffusion:
     def to_images(self, frames: np.ndarray) -> torch.Tensor:
         """Uint8 frames (n, H, W, 3) as images (n, 3, H, W) in [0, 1], as the networks take them."""
         images = torch.from_numpy(frames).permute(0, 3, 1, 2)
-        return images.to(self.device).to(self.dtype) / 255
+        return to_device(images, self.device).to(self.dtype) / 255
 
     @torch.no_grad()
     def predict_noise(
@@ -87,11 +88,14 @@ class StableDiffusion:
 
         text: (n, l, d). control: condition of the ControlNet, whose residuals are added in the UNet.
         """
-        model_input = latents.to(self.device, self.dtype)
+        model_input = to_device(latents, self.device, self.dtype)
+        timestep = torch.full(
+            (), t, device=self.device
+        )  # made there, while a number would be copied
         residuals = (
-            {} if control is None else self._control_residuals(model_input, t, text, control)
+            {} if control is None else self._control_residuals(model_input, timestep, text, control)
         )
-        output = self.unet(model_input, t, encoder_hidden_states=text, **residuals).sample
+        output = self.unet(model_input, timestep, encoder_hidden_states=text, **residuals).sample
         output = output.float().to(latents.device)
         if self.scheduler.config.prediction_type == "v_prediction":
             alpha = self.scheduler.alphas_cumprod[t].item()
@@ -99,12 +103,16 @@ class StableDiffusion:
         return output
 
     def _control_residuals(
-        self, model_input: torch.Tensor, t: int, text: torch.Tensor, control: Control
+        self,
+        model_input: torch.Tensor,
+        timestep: torch.Tensor,
+        text: torch.Tensor,
+        control: Control,
     ) -> dict[str, Any]:
-        scale = control.scale.to(self.device, self.dtype)[:, None, None, None]
+        scale = to_device(control.scale, self.device, self.dtype)[:, None, None, None]
         down, mid = self.controlnet(
             model_input,
-            t,
+            timestep,
             encoder_hidden_states=text,
             controlnet_cond=control.images,
             return_dict=False,

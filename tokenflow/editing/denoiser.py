@@ -123,9 +123,9 @@ class Denoiser:
             self.flow.streams = streams
             source = self.source.latents(t, frames).to(edited) if SOURCE in streams else None
             samples = torch.cat([source if stream == SOURCE else edited for stream in streams])
-            text = self.text[list(streams)].repeat_interleave(len(frames), dim=0)
+            text = [self.text[stream].expand(len(frames), -1, -1) for stream in streams]
             control = Control.cat([controls[stream] for stream in streams]) if controls else None
-            predicted = self.sd.predict_noise(samples, t, text, control)
+            predicted = self.sd.predict_noise(samples, t, torch.cat(text), control)
             noise |= zip(streams, predicted.chunk(len(streams)), strict=True)
         return noise[UNCOND] + self.config.guidance_scale * (noise[COND] - noise[UNCOND])
 
@@ -186,7 +186,8 @@ class TokenFlowDenoiser(Denoiser):
         """Guided noise (n, 4, h, w) of the frames (n,), propagated from keyframes in the cache."""
         injects = t in self.feature_timesteps
         source = self.source.features(t, frames, injects) if self.source.features else None
-        self.flow.begin_propagation(Blend(positions, weights), injects, source)
+        blended = self.flow.cache.blended(positions, weights, self.sd.device)
+        self.flow.begin_propagation(blended, injects, source)
         passes = self._passes(frames, latents, (UNCOND, COND) if source else STREAMS)
         return self.guided_noise(latents, t, frames, passes)
 

@@ -18,11 +18,11 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
 from tokenflow.inversion.predictor import VideoNoisePredictor
-from tokenflow.keyframe_cache import KeyframeCache
+from tokenflow.keyframe_cache import BlendedRows, KeyframeCache
 from tokenflow.runtime.frame_array import FrameArray
+from tokenflow.runtime.transfer import to_device
 from tokenflow_utils import (
     INJECTED_RESNET,
-    Blend,
     KeyframeSchedule,
     LayerProcessor,
     SourceFeatures,
@@ -42,26 +42,26 @@ class SourceRecorder:
 
     def __init__(self) -> None:
         self.cache = KeyframeCache()  # of the keyframes that a segment's frames blend
-        # The next pass is of keyframes (positions), of other frames (blend), or not recorded (neither).
+        # The next pass is of keyframes (positions), of other frames (blended), or not recorded (neither).
         self.positions: list[int] | None = None
-        self.blend: Blend | None = None
+        self.blended: BlendedRows | None = None
         self.nearest: dict[str, torch.Tensor] = {}
         self.features: torch.Tensor | None = None
 
     @contextmanager
     def noting(
-        self, positions: list[int] | None = None, blend: Blend | None = None
+        self, positions: list[int] | None = None, blended: BlendedRows | None = None
     ) -> Iterator[None]:
-        """Record keyframes at `positions`, or other frames with a `blend`, as they pass in the block."""
-        self.positions, self.blend = positions, blend
+        """Record keyframes at `positions`, or other frames and what they blend, in the block's passes."""
+        self.positions, self.blended = positions, blended
         try:
             yield
         finally:
-            self.positions, self.blend = None, None
+            self.positions, self.blended = None, None
 
     def feature_hook(self, module, args, output: torch.Tensor) -> None:
         """Record the residual block's output."""
-        if self.blend is not None:
+        if self.blended is not None:
             self.features = output.half()
 
 
@@ -80,10 +80,10 @@ class RecordingAttention(LayerProcessor):
         if recorder.positions is not None:
             tokens = F.normalize(hidden_states.float(), dim=-1)
             cache.write(self.name, recorder.positions, tokens)
-        elif recorder.blend is not None:
-            rows, weights = cache.rows(recorder.blend.positions), recorder.blend.weights
+        elif recorder.blended is not None:
             key_tokens = cache.tensor(self.name)
-            recorder.nearest[self.name] = correspondences(hidden_states, key_tokens, rows, weights)
+            found = correspondences(hidden_states, key_tokens, recorder.blended)
+            recorder.nearest[self.name] = found
         return frame_self_attention(attn, hidden_states)
 
 
@@ -133,7 +133,9 @@ class RecordingPredictor:
                 return self.predictor.predict_batch(samples, t, keyframes[positions])
 
         def of_other(samples: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-            with self.recorder.noting(blend=flanking_blend(others, keyframes)):
+            blend, device = flanking_blend(others, keyframes), self.predictor.sd.device
+            blended = self.recorder.cache.blended(blend.positions, blend.weights, device)
+            with self.recorder.noting(blended=blended):
                 noise = self.predictor.predict_batch(samples, t, others)
             features = SourceFeatures(self.recorder.nearest, self.recorder.features)
             self.files.write(t, others, features)
@@ -184,10 +186,12 @@ class SourceFeatureFiles:
     ) -> SourceFeatures:
         """Read the features of the frames (n,); most bytes are for Plug-and-Play, read only if `injected`."""
         layers = self._layers()
-        nearest = FrameArray(self._file("nearest", t))[frames].to(device)
+        nearest = to_device(FrameArray(self._file("nearest", t))[frames], device)
         per_layer = nearest.long().split(list(layers.values()), dim=-1)
-        features = FrameArray(self._file("features", t))[frames].to(device) if injected else None
-        return SourceFeatures(dict(zip(layers, per_layer, strict=True)), features)
+        by_layer, features = dict(zip(layers, per_layer, strict=True)), None
+        if injected:
+            features = to_device(FrameArray(self._file("features", t))[frames], device)
+        return SourceFeatures(by_layer, features)
 
     def written(self, timesteps: Iterable[int], frames: torch.Tensor) -> Iterator[bytes]:
         """The bytes of the frames (n,) in each file."""

@@ -1,0 +1,81 @@
+"""The census counts what it should, and no pass waits for the device more often than it must."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from benchmarks.census import Census
+from benchmarks.device import Workload, rows_of
+from shapes.checkpoint import TINY, build_unet, build_vae
+from tokenflow.config import PnPConfig
+from tokenflow.nearest import nearest_tokens
+from tokenflow.runtime.transfer import to_device
+
+# Blocking copies in a pass, at most. Every pass brings its noise to the host; one that records brings
+# source features too, and a decoded frame is asked whether it is finite.
+MOST_BLOCKING = {
+    ("encoding", "VAE"): 1,
+    ("decoding", "VAE"): 2,
+    ("inversion", "plain"): 1,
+    ("reconstruction", "keyframes"): 1,
+    ("reconstruction", "other frames"): 3,
+    ("editing", "joint"): 1,
+    ("editing", "propagation, three streams"): 1,
+    ("editing", "propagation, kept features"): 1,
+}
+
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what it stands in for is there")
+
+
+@without_gpu
+def test_few_copies_are_waited_for():
+    config = PnPConfig(data_path="", prompt="x", batch_size=3, pnp_attn_t=1, pnp_f_t=1)
+    workload = Workload("tiny", 64, 64, 5, config)
+    rows = rows_of(workload, lambda: (build_unet(TINY), build_vae(TINY)))
+    blocking = {(row["stage"], row["kind"]): row["blocking_copies"] for row in rows}
+    assert set(blocking) == set(MOST_BLOCKING)
+    assert all(blocking[key] <= most for key, most in MOST_BLOCKING.items()), blocking
+    for row in rows:
+        assert row["dependent"] == (row["stage"] == "decoding")
+        assert row["launches"] < 1200 and row["shapes"] == 1 and row["flops"] > 1e7
+        assert row["peak_bytes"] > 2 * sum(p.numel() for p in build_unet(TINY).parameters())
+    kept, three = (
+        {r["kind"]: r for r in rows}[f"propagation, {x}"]
+        for x in ("kept features", "three streams")
+    )
+    assert kept["flops"] < three["flops"] and kept["disk_bytes"] > three["disk_bytes"]
+
+
+@without_gpu
+@torch.no_grad()
+def test_census_by_hand():
+    census = Census(torch.device("cuda:0"))
+    host = torch.arange(24.0).view(4, 6)
+
+    def counted(function):
+        census.take()
+        kept = function()
+        counts = census.take()
+        return kept, [counts.blocking_copies, counts.dependent, counts.launches, counts.flops]
+
+    with census:
+        there, counts = counted(partial(host.to, census.device))
+        assert counts == [1, 0, 0, 0] and there.is_cuda
+        assert counted(lambda: to_device(host, census.device))[1] == [0, 0, 0, 0]
+        assert counted(lambda: there @ there.T)[1] == [0, 0, 1, 2 * 4 * 6 * 4]
+        assert counted(lambda: there[1:, None].transpose(0, 1))[1] == [0, 0, 0, 0]  # views
+        assert counted(lambda: there[torch.tensor([0, 2])])[1] == [1, 0, 1, 0]
+        assert counted(lambda: there[there.argmax(-1)])[1] == [0, 0, 2, 0]
+        assert counted(lambda: bool((there > 0).all()))[1] == [1, 1, 2, 0]
+        assert counted(lambda: (host @ host.T).tolist()) == ((host @ host.T).tolist(), [0, 0, 0, 0])
+        back, counts = counted(there.cpu)
+        assert counts == [1, 0, 0, 0] and back.tolist() == torch.zeros(4, 6).tolist()
+        found, counts = counted(lambda: nearest_tokens(there[None], there))
+        assert found.shape == (1, 4) and counts == [0, 0, 2, 2 * 4 * 4 * 6]
+        census.take()
+        before = census.take().peak_bytes
+        temporary = there + there  # 96 bytes
+        del temporary
+        again = there + there
+        assert census.take().peak_bytes == before + again.nbytes
