@@ -13,7 +13,8 @@ from tokenflow.nearest import nearest_tokens
 from tokenflow.runtime.transfer import to_device
 
 # Blocking copies in a pass, at most. Every pass brings its noise to the host; one that records brings
-# source features too, and a decoded frame is asked whether it is finite.
+# source features too, and a decoded frame is asked whether it is finite. When layers still copied what frames
+# blend, each for itself, these were 2, 3, 3, 3, 197, 4, 164 and 70 at Stable Diffusion's size.
 MOST_BLOCKING = {
     ("encoding", "VAE"): 1,
     ("decoding", "VAE"): 2,
