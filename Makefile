@@ -5,7 +5,7 @@ DEMO := demo
 
 .PHONY: demo test clean
 
-# Installers talk to stderr, so that the last line on stdout is a command's own.
+# Installers write to stderr, so that the last line on stdout is the command's.
 .venv/demo: requirements.txt
 	@$(PYTHON) -m venv .venv >&2
 	@$(BIN)/pip install -q -r requirements.txt >&2

@@ -2,8 +2,8 @@
 
     python preprocess.py --data_path wolf.mp4 --inversion_prompt "a wolf in the snow"
 
-The last line on stdout is the path of the reconstruction, inverted.mp4, or, without one, of the folder.
-Look at it: an edit can be no better than it is. A run that was killed is resumed.
+The last line on stdout is the path of the reconstruction, inverted.mp4, or of its folder if there is none.
+Look at the reconstruction: an edit can be no better. A killed run is resumed by the same command.
 """
 
 from tokenflow.cli import command, parse
@@ -15,7 +15,7 @@ def main() -> None:
     """Parse, open, invert, reconstruct, and print where the result is."""
     config = parse(PreprocessConfig, __doc__)
 
-    # Slow imports, left until the configuration is known to be right.
+    # Slow imports, after the configuration is known to be valid.
     from tokenflow.inversion.run import open_inversion
 
     with open_inversion(config) as run:

@@ -2,8 +2,8 @@
 
     python run_tokenflow_controlnet.py --data_path wolf.mp4 --prompt "a robotic wolf in the snow"
 
-The edges of the source's frames hold the layout; their video is saved as control.mp4. An inversion
-under the same ControlNet is used where there is one. Run preprocess.py first.
+The edges of the source's frames preserve the layout; control.mp4 shows them. An inversion under the
+same ControlNet is used if there is one. Run preprocess.py first.
 The last line on stdout is the path of the edited video.
 """
 
@@ -16,7 +16,7 @@ def main() -> None:
     """Parse, open, edit, write, and print where the result is."""
     config = parse(ControlNetConfig, __doc__, "config_controlnet.yaml")
 
-    # Slow imports, left until the configuration is known to be right.
+    # Slow imports, after the configuration is known to be valid.
     from tokenflow.editing.run import open_edit
     from tokenflow.editing.techniques import controlnet
 
@@ -25,7 +25,7 @@ def main() -> None:
             run.find_edges()
             scales = run.inversion.control_scale, config.control_scale
             technique = controlnet(run.schedule, run.first_latents, run.control_images, *scales)
-            run.write(run.denoise(technique))
+            run.write(run.edit(technique))
     print(run.video)
 
 

@@ -2,8 +2,8 @@
 
     python run_tokenflow_pnp.py --data_path wolf.mp4 --prompt "a robotic wolf in the snow"
 
-The edit starts from the inversion's noise, and in the first steps takes over the source's
-self-attention (pnp_attn_t) and features (pnp_f_t), which hold the layout. Run preprocess.py first.
+The edit starts from the inversion's noise. Its first steps take over the source's self-attention
+(pnp_attn_t) and features (pnp_f_t), which preserve the layout. Run preprocess.py first.
 The last line on stdout is the path of the edited video.
 """
 
@@ -16,14 +16,14 @@ def main() -> None:
     """Parse, open, edit, write, and print where the result is."""
     config = parse(PnPConfig, __doc__, "config_pnp.yaml")
 
-    # Slow imports, left until the configuration is known to be right.
+    # Slow imports, after the configuration is known to be valid.
     from tokenflow.editing.run import open_edit
     from tokenflow.editing.techniques import plug_and_play
 
     with open_edit(config, "pnp") as run:
         if not run.is_finished:
             technique = plug_and_play(config, run.schedule, run.first_latents)
-            run.write(run.denoise(technique))
+            run.write(run.edit(technique))
     print(run.video)
 
 

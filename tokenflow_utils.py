@@ -7,18 +7,19 @@ The algorithm of Geyer et al., TokenFlow (ICLR 2024, arXiv 2307.10373):
         pass the keyframes through the UNet, and in every self-attention:
             source: each frame attends to itself                   attention
             uncond, cond: each frame attends to all keyframes      extended_attention
-            remember the source's input and the edits' outputs     KeyframeCache
+            remember the source's inputs and the edit's outputs    KeyframeCache
         pass all other frames through the UNet, and in every self-attention:
             source: find each token's nearest in two keyframes     flanking_blend, correspondences
-            uncond, cond: blend the keyframes' outputs there       propagate
+            uncond, cond: blend the outputs of those tokens        propagate
         noise = uncond + guidance * (cond - uncond)                editing.denoiser.guided_noise
         latents = one DDIM step along the noise                    diffusion.ddim.ddim_step
 
-Plug-and-Play gives uncond and cond the source's queries, keys and features in the first steps. Above are
-pure tensor functions; below, `install_tokenflow` puts them in a diffusers UNet and takes them out again.
+In the first steps Plug-and-Play gives uncond and cond the source's queries, keys and features. Pure tensor
+functions come first in this file; then `install_tokenflow` puts them into a diffusers UNet.
 
-Shapes: streams are source, uncond and cond; (n, s, d) = frames, tokens, channels, of one stream.
-Indices: a *frame* counts in the video, a *position* among a timestep's keyframes, a *row* in the cache.
+Streams: the source, and the edit under the negative prompt (uncond) and under the prompt (cond).
+Shapes: (n, s, d) = frames, tokens, channels of one stream.
+Indices: a *frame* of the video, a *position* among a timestep's keyframes, a *row* of the cache.
 """
 
 import re
@@ -36,8 +37,8 @@ from tokenflow.nearest import nearest_tokens
 
 STREAMS = SOURCE, UNCOND, COND = 0, 1, 2
 
-# Plug-and-Play injects into the decoder's self-attentions but the first (the paper's layers 4-11),
-# and into the output of one residual block of the decoder (Tumanyan et al., arXiv 2211.12572).
+# Plug-and-Play (Tumanyan et al., arXiv 2211.12572) injects into all self-attentions of the decoder except
+# the first (the paper's layers 4-11), and into the output of one residual block of the decoder.
 INJECTED_ATTENTION = re.compile(r"up_blocks\.(1\.attentions\.[12]|[23]\.attentions\.\d+)\.")
 INJECTED_RESNET = (1, 1)  # up_blocks[1].resnets[1]
 
@@ -55,10 +56,10 @@ def attention(
 def extended_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int
 ) -> torch.Tensor:
-    """Self-attention of the joint edit (section 4.1): every frame attends to the tokens of all.
+    """Self-attention of the joint edit (section 4.1): every frame attends to the tokens of all frames.
 
-    query: (n, s, d). key, value: (m, s, d), of those frames and of others that were edited before.
-    Frames that share keys and values are one long sequence, so nothing is repeated.
+    query: (n, s, d). key, value: (m, s, d), of these n frames and of frames that were edited before.
+    All frames form one long sequence, so no key or value is repeated.
     """
     sequences = (x.flatten(0, 1)[None] for x in (query, key, value))  # 1 ns d
     return attention(*sequences, heads).view_as(query)
@@ -66,18 +67,18 @@ def extended_attention(
 
 @dataclass(frozen=True)
 class KeyframeSchedule:
-    """All that decides which frames are keyframes at which timestep."""
+    """What decides which frames are keyframes at each timestep."""
 
     n_frames: int
-    interval: int  # frames, of which one is a keyframe
+    interval: int  # frames per keyframe
     timesteps: tuple[int, ...]  # the noisiest first
     seed: int
 
     def draw(self) -> dict[int, torch.Tensor]:
-        """The keyframes of each timestep: one random frame of each interval, ascending (k,)."""
-        generator = torch.Generator().manual_seed(self.seed)  # draws nothing else
+        """The keyframes (k,) of each timestep: one random frame of each interval, in ascending order."""
+        generator = torch.Generator().manual_seed(self.seed)  # used for nothing else
         starts = torch.arange(0, self.n_frames, self.interval)
-        last = self.n_frames - 1  # a short last interval has fewer frames than the draw may name
+        last = self.n_frames - 1  # a draw may lie beyond a short last interval
         return {
             t: (starts + torch.randint(self.interval, starts.shape, generator=generator)).clamp(
                 max=last
@@ -88,9 +89,9 @@ class KeyframeSchedule:
 
 @dataclass(frozen=True)
 class Blend:
-    """Which two keyframes each frame blends: their positions (n, 2), and their weights (n, 2).
+    """The two keyframes that each frame blends: their positions (n, 2) and their weights (n, 2).
 
-    The weights of a frame sum to 1; where the second is 0, the first keyframe counts alone.
+    The weights of a frame sum to 1. If the second is 0, the frame takes the first keyframe alone.
     """
 
     positions: torch.Tensor
@@ -98,14 +99,14 @@ class Blend:
 
     @property
     def whole(self) -> torch.Tensor:
-        """For each frame the position of the one keyframe that it takes whole, else -1: (n,)."""
+        """The position of the keyframe that a frame takes alone, or -1 if it blends two: (n,)."""
         return torch.where(self.weights[:, 0] == 1, self.positions[:, 0], -1)
 
 
 def flanking_blend(frames: torch.Tensor, keyframes: torch.Tensor) -> Blend:
     """The paper's blend (section 4.2): the nearest keyframe on each side, weighted by closeness.
 
-    A keyframe takes itself whole; frames outside the outermost keyframes take the outermost.
+    A keyframe takes itself alone. A frame outside the outermost keyframes takes the nearer of them alone.
     `frames` (n,) and `keyframes` (k,), ascending, are indices in the video.
     """
     last = len(keyframes) - 1
@@ -117,10 +118,10 @@ def flanking_blend(frames: torch.Tensor, keyframes: torch.Tensor) -> Blend:
 
 
 def previous_blend(frames: torch.Tensor, interval: int) -> Blend:
-    """The authors' code's blend: the keyframes of the frame's own interval and of the one before.
+    """The blend of the authors' code: the keyframes of the frame's own interval and of the previous one.
 
-    They are weighted by a sigmoid of the distances to the intervals' midpoints; the first interval
-    takes its own alone.
+    The weights are a sigmoid of the distances to the intervals' midpoints. Frames of the first interval
+    take its keyframe alone.
     """
     own = frames // interval
     previous = (own - 1).clamp(min=0)
@@ -133,10 +134,10 @@ def previous_blend(frames: torch.Tensor, interval: int) -> Blend:
 def correspondences(
     tokens: torch.Tensor, key_tokens: torch.Tensor, blended: BlendedRows
 ) -> torch.Tensor:
-    """The nearest tokens (equation 3) in the two keyframes that each frame blends: (n, 2, s).
+    """The index of each token's nearest token in both keyframes of a blend (equation 3): (n, 2, s).
 
-    tokens: (n, s, d), the source tokens of the frames. key_tokens: (k, s, d), those of keyframes, of
-    unit length. blended: which of those keyframes. Where the weight is 0, so are indices.
+    tokens: (n, s, d), source tokens of the frames. key_tokens: (k, s, d), source tokens of the keyframes,
+    of unit length. blended: the blend of their rows. Where a weight is 0, the indices are 0.
     """
     n_frames, n_tokens, _ = tokens.shape
     nearest = torch.zeros(n_frames * 2, n_tokens, dtype=torch.long, device=tokens.device)
@@ -166,10 +167,10 @@ def propagate(
 
 @dataclass(frozen=True)
 class SourceFeatures:
-    """What propagation needs of the source stream at one timestep, for n frames.
+    """What propagation to n frames needs from the source stream at one timestep.
 
-    nearest: for each self-attention layer, by name, its `correspondences` (n, 2, s).
-    features: (n, c, h, w), what Plug-and-Play injects in the residual block; None where it does not.
+    nearest: the `correspondences` (n, 2, s) of each self-attention layer, by its name.
+    features: (n, c, h, w), injected into the residual block by Plug-and-Play; None without injection.
     """
 
     nearest: dict[str, torch.Tensor]
@@ -178,9 +179,9 @@ class SourceFeatures:
 
 @dataclass(frozen=True)
 class JointPass:
-    """Keyframes, by position, that pass the UNet together, and those that they attend to as well.
+    """The positions of keyframes that are edited in one UNet pass; they attend to each other.
 
-    attended: were edited before. attended_later: whether keyframes of later passes attend to these.
+    attended: earlier keyframes to which these attend too. attended_later: whether later ones attend to these.
     """
 
     edited: Sequence[int]
@@ -191,22 +192,22 @@ class JointPass:
 class TokenFlow:
     """What the layers of one UNet do in its next pass, and what they remember between passes.
 
-    A pass may be of all streams or of some; those without the source come after those with it.
-    propagated: the streams whose outputs are propagated. The authors' code propagates the source's too;
-    without that the source always has its own attention, as when it was inverted.
-    finds_correspondences: whether the source's tokens are remembered, to be searched.
+    A pass takes all streams or some of them. If streams pass one by one, the source comes first.
+    propagated: the streams whose outputs are propagated. The authors' code propagates in the source too;
+    otherwise the source's frames attend to themselves, as in its inversion.
+    finds_correspondences: whether the keyframes' source tokens are remembered, to be searched.
     """
 
     def __init__(self, propagated: Sequence[int], finds_correspondences: bool) -> None:
         self.propagated, self.finds_correspondences = propagated, finds_correspondences
         self.cache = KeyframeCache()
         self.streams: tuple[int, ...] = STREAMS  # of the next pass, ascending
-        self.joint: JointPass | None = None  # None: propagation
+        self.joint: JointPass | None = None  # None during propagation
         self.inject_attention = self.inject_features = False
         self.extended = True
-        self.blended: BlendedRows | None = None  # of the frames that are propagated to
-        self.source: SourceFeatures | None = None  # where an inversion kept them
-        self.features: torch.Tensor | None = None  # n c h w, of a source that passed alone
+        self.blended: BlendedRows | None = None  # by the frames of a propagation
+        self.source: SourceFeatures | None = None  # if an inversion kept them
+        self.features: torch.Tensor | None = None  # n c h w, if the source passed alone
 
     def begin_joint_edit(
         self,
@@ -215,9 +216,9 @@ class TokenFlow:
         inject_features: bool = False,
         extended: bool = True,
     ) -> None:
-        """The next passes edit keyframes jointly, which are in the cache from then on.
+        """Edit keyframes jointly in the next passes, and keep them in the cache.
 
-        Without `extended` attention each is edited by itself: what TokenFlow is compared with.
+        Without `extended` attention each keyframe is edited by itself, as a baseline for comparisons.
         """
         self.cache.positions += joint.edited
         self.joint, self.source, self.extended = joint, None, extended
@@ -226,9 +227,9 @@ class TokenFlow:
     def begin_propagation(
         self, blended: BlendedRows, inject_features: bool, source: SourceFeatures | None = None
     ) -> None:
-        """The next passes propagate the outputs of keyframes in the cache to the frames that blend them.
+        """In the next passes propagate the outputs of cached keyframes to the frames that blend them.
 
-        With the `source`'s features the source need not be among the streams.
+        With the features of the `source`, the passes need no source stream.
         """
         self.blended, self.joint, self.source = blended, None, source
         self.inject_features = inject_features
@@ -255,20 +256,20 @@ class LayerProcessor:
 
 
 class TokenFlowAttention(LayerProcessor):
-    """Joint edit or propagation, as told."""
+    """Edits keyframes jointly or propagates, as the `TokenFlow` says."""
 
     def __init__(self, flow: TokenFlow, name: str) -> None:
         super().__init__(name)
         self.flow = flow
         self.injected = bool(INJECTED_ATTENTION.match(name))
-        # Of a source that passed before the streams that need it:
+        # Kept from the source's pass, if the other streams pass later:
         self.injection: tuple[torch.Tensor, ...] = ()  # query and key (n, s, d)
         self.nearest: torch.Tensor | None = None  # n 2 s
 
     def __call__(
         self, attn: Attention, hidden_states: torch.Tensor, *args, **kwargs
     ) -> torch.Tensor:
-        """Input of the layer, which is `norm1`'s output, to its output: (streams x n, s, d)."""
+        """The layer's output for its input, the output of `norm1`; both (streams x n, s, d)."""
         if self.flow.joint is not None:
             return self._joint_edit(attn, hidden_states)
         return self._propagation(attn, hidden_states)
@@ -301,7 +302,7 @@ class TokenFlowAttention(LayerProcessor):
         return output
 
     def _with_attended(self, kind: str, stream: int, new: torch.Tensor) -> torch.Tensor:
-        """Keys or values (n, s, d) of the pass's keyframes, after those of keyframes edited before."""
+        """The keys or values of the attended keyframes, followed by the `new` ones (n, s, d)."""
         name, cache, joint = (self.name, kind, stream), self.flow.cache, self.flow.joint
         attended = cache.read(name, joint.attended)
         if joint.attended_later:
@@ -326,19 +327,19 @@ class TokenFlowAttention(LayerProcessor):
         return torch.cat(outputs)
 
     def _by_stream(self, tensor: torch.Tensor) -> dict[int, torch.Tensor]:
-        """A tensor of all streams of the pass (streams x n, ...) as one (n, ...) for each."""
+        """Split a tensor of the pass (streams x n, ...) into one (n, ...) for each stream."""
         streams = self.flow.streams
         return dict(zip(streams, tensor.chunk(len(streams)), strict=True))
 
 
 def frame_self_attention(attn: Attention, tokens: torch.Tensor) -> torch.Tensor:
-    """What a layer does without TokenFlow: input (n, s, d) to output, each frame by itself."""
+    """The layer's output (n, s, d) without TokenFlow: each frame attends to itself."""
     output = attention(attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens), attn.heads)
     return output_projection(attn, output)
 
 
 def output_projection(attn: Attention, output: torch.Tensor) -> torch.Tensor:
-    """What a layer does to its attention's output (..., d)."""
+    """The layer's output (..., d) for the output of its attention heads."""
     projection, dropout = attn.to_out
     return dropout(projection(output))
 
@@ -351,9 +352,8 @@ def install_tokenflow(
 ) -> Iterator[TokenFlow]:
     """Install TokenFlow in every self-attention of `unet`, and take it out again at the end.
 
-    Yields the handle that says what the next pass does; see there for the arguments. Passes take the
-    streams concatenated, all three (3n, 4, h, w) or those that the handle's `streams` name.
-    Raises as `self_attentions_replaced` does.
+    Yields the `TokenFlow` that controls the next pass; its class explains the arguments. A pass takes
+    its streams concatenated: (streams x n, 4, h, w). Raises the errors of `self_attentions_replaced`.
     """
     flow = TokenFlow(propagated, finds_correspondences)
     with self_attentions_replaced(
@@ -370,8 +370,8 @@ def self_attentions_replaced(
 ) -> Iterator[None]:
     """Replace the processor of every self-attention and hook into the injected residual block.
 
-    Raises ValueError when the UNet is not of Stable Diffusion's layout and RuntimeError when this was
-    done already; the UNet is left as it was in every case.
+    Raises ValueError if the UNet does not have Stable Diffusion's layout, and RuntimeError if TokenFlow is
+    already installed. In every case the UNet is restored.
     """
     before = dict(unet.attn_processors)
     if any(isinstance(processor, LayerProcessor) for processor in before.values()):

@@ -15,8 +15,8 @@ from tokenflow.errors import UserError, is_text
 from tokenflow.runtime.run_folder import staged
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
-# x264's AVX-512 code reads memory that it did not write (in its macroblock tree), so that the same
-# frames give different files; what does not depend on the processor gives one file everywhere.
+# The macroblock tree of x264's AVX-512 code reads memory that it did not write, so the same frames give
+# different files. With cpu-independent=1 they give the same file on every processor.
 X264_OPTIONS = {"crf": "12", "x264-params": "cpu-independent=1"}
 FOLDER_FPS = Fraction(24)  # a folder of images does not say how fast it plays
 
@@ -24,7 +24,7 @@ FOLDER_FPS = Fraction(24)  # a folder of images does not say how fast it plays
 def frame_rate(path: Path) -> Fraction:
     """Frames per second of a video file (the mean, where the rate varies) or folder of images.
 
-    Raises UserError when `path` is missing or no video.
+    Raises UserError if `path` is missing or not a video.
     """
     if path.is_dir():
         return FOLDER_FPS
@@ -36,7 +36,7 @@ def frame_rate(path: Path) -> Fraction:
 def decode_frames(path: Path) -> Iterator[np.ndarray]:
     """Yield the frames of a video file or folder of images, upright, as uint8 RGB (H, W, 3).
 
-    Frames are decoded one by one. Raises UserError for a missing or undecodable source.
+    Frames are decoded one by one. Raises UserError if `path` is missing or undecodable.
     """
     if path.is_dir():
         for image in list_images(path):
@@ -45,20 +45,20 @@ def decode_frames(path: Path) -> Iterator[np.ndarray]:
     with _open_video(path) as container:
         try:
             for frame in container.decode(video=0):
-                # The display matrix of a phone's video turns it upright, counter-clockwise.
+                # Phones store turned frames; this counter-clockwise rotation makes them upright.
                 yield np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
         except av.FFmpegError as error:
             raise UserError(f"{path}: cannot be decoded ({error.strerror})") from error
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The image files of `folder` in natural order (2 before 10); UserError when there are none."""
+    """The image files of `folder` in natural order (2 before 10). Raises UserError if there are none."""
     images = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
         raise UserError(f"{folder}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     for image in images:
-        if not is_text(image.name):  # OpenCV is ended by such a name
-            raise UserError(f"{folder}: the name {image.name!r} is no UTF-8; rename that image")
+        if not is_text(image.name):  # such a name crashes OpenCV
+            raise UserError(f"{folder}: the name {image.name!r} is not UTF-8; rename that image")
     return sorted(
         images,
         key=lambda p: [int(s) if s.isdecimal() else s for s in re.split(r"([0-9]+)", p.name)],
@@ -80,7 +80,7 @@ def write_image(path: Path, frame: np.ndarray) -> None:
 
 
 def frame_path(folder: Path, index: int) -> Path:
-    """Where frame `index` of a folder of frames lies."""
+    """The path of frame `index` in a folder of frames."""
     return folder / f"{index:05d}.png"
 
 
@@ -98,8 +98,8 @@ def save_frames(folder: Path, start: int, frames: Iterable[np.ndarray]) -> None:
 def fit_frame(frame: np.ndarray, height: int, width: int, mode: str) -> np.ndarray:
     """Fit a frame (h, w, 3) into (height, width, 3).
 
-    `crop` keeps the aspect ratio and cuts the centre out, `pad` keeps it and adds black borders,
-    `stretch` does not keep it. A frame that has the size already is returned as it is.
+    `crop` keeps the aspect ratio and cuts out the centre, `pad` keeps it and adds black borders,
+    `stretch` changes it. A frame of the right size is returned unchanged.
     """
     h, w = frame.shape[:2]
     if (h, w) == (height, width):
@@ -125,7 +125,7 @@ def fit_frame(frame: np.ndarray, height: int, width: int, mode: str) -> np.ndarr
 
 
 def write_video(path: Path, frames: Iterable[np.ndarray], fps: Fraction) -> None:
-    """Encode uint8 RGB frames (H, W, 3), H and W even, as H.264 as they come."""
+    """Encode uint8 RGB frames (H, W, 3), H and W even, as H.264, one by one."""
     with staged(path) as partial, av.open(str(partial), "w") as container:
         stream = None
         for frame in frames:
@@ -135,13 +135,13 @@ def write_video(path: Path, frames: Iterable[np.ndarray], fps: Fraction) -> None
                 stream.pix_fmt = "yuv420p"
                 stream.options = X264_OPTIONS
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            # Converted here, since the conversion inside the encoder varies from time to time.
+            # Converted here, because the encoder's own conversion varies between runs.
             container.mux(stream.encode(picture.reformat(format=stream.pix_fmt)))
         container.mux(stream.encode())
 
 
 def write_video_from_folders(path: Path, folders: list[Path], n_frames: int, fps: Fraction) -> None:
-    """Encode the first `n_frames` frames of `folders` side by side."""
+    """Encode a video of the first `n_frames` frames of the `folders`, side by side."""
     frames = (
         np.concatenate([read_image(frame_path(folder, i)) for folder in folders], axis=1)
         for i in range(n_frames)
@@ -150,7 +150,7 @@ def write_video_from_folders(path: Path, folders: list[Path], n_frames: int, fps
 
 
 def fingerprint(path: Path) -> str:
-    """A short digest that tells two sources of the same name apart, without reading all of them."""
+    """A short digest that tells files or folders of the same name apart without reading them whole."""
     digest = hashlib.blake2b(digest_size=8)
     if path.is_dir():
         for image in list_images(path):
@@ -173,6 +173,6 @@ def _open_video(path: Path) -> Iterator[av.container.InputContainer]:
     with container:
         if not container.streams.video:
             raise UserError(f"{path}: holds no video")
-        # Decoding on all cores; the default uses one for most codecs.
+        # Decode on all cores; by default most codecs use one.
         container.streams.video[0].thread_type = "AUTO"
         yield container

@@ -96,7 +96,7 @@ def cost_of(*configs: PreprocessConfig | PnPConfig) -> Cost:
                     run.finish()
             else:  # what `run_tokenflow_pnp.py` does
                 with open_edit(config, "pnp") as run:
-                    run.write(run.denoise(plug_and_play(config, run.schedule, run.first_latents)))
+                    run.write(run.edit(plug_and_play(config, run.schedule, run.first_latents)))
     return meter.stages["run"]
 
 

@@ -3,15 +3,15 @@
 import os
 from pathlib import Path
 
-# Two threads of a process wait for each other where something else keeps the cores busy, and do not add as
-# one does; the tests are small. Read when torch is imported, by the processes that tests start too.
+# One thread: on busy cores two wait for each other, and they add floats in another order. Torch reads this
+# when it is imported, here and in the processes that tests start.
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 import numpy as np
 import pytest
 import torch
 
-# Without a GPU triton's kernels are interpreted, which is decided when they are imported.
+# Without a GPU, triton interprets its kernels; it decides so when they are imported.
 os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))
 
 from shapes.checkpoint import build_random

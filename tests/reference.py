@@ -1,7 +1,7 @@
-"""TokenFlow as plain loops, written from the design's text: slow, and obviously right.
+"""TokenFlow as plain loops, written from the text of the design: slow and obviously right.
 
-It shares no code with `tokenflow_utils`: the attention of every layer is computed head by head on
-repeated keys, every similarity matrix is whole, and the layers are replaced one by one.
+It shares no code with `tokenflow_utils`: it computes the attention of every layer head by head and every
+similarity matrix whole, and replaces the layers one by one.
 """
 
 import math
@@ -10,21 +10,14 @@ import torch
 
 
 class Reference:
-    """Predicts the noise of all frames of a video for one timestep, as the design says."""
+    """Predicts the noise of all frames of a video at one timestep."""
 
-    def __init__(
-        self,
-        unet,
-        batch_size,
-        propagation,
-        attention_layers,
-        window=100,
-    ):
+    def __init__(self, unet, batch_size, propagation, attention_layers, window=100):
         self.unet, self.batch_size, self.propagation = unet, batch_size, propagation
         self.window = window
         self.attention_layers = attention_layers
-        self.memory = {}  # by layer and position of the keyframe: source tokens, outputs, keys, values
-        self.keyframes, self.chunk, self.group, self.context = None, None, None, None
+        self.memory = {}  # by layer and keyframe position: source tokens, outputs, keys, values
+        self.keyframes, self.chunk, self.group, self.attended = None, None, None, None
         self.joint, self.inject_attention, self.inject_features = True, False, False
 
     def predict(self, source, latents, t, text, keyframes, inject_attention, inject_features):
@@ -42,8 +35,8 @@ class Reference:
         conv.forward = self._conv(conv.forward)
         try:
             self.joint = True
-            for group, context in self._groups(len(keyframes)):
-                self.group, self.context = group, context
+            for group, attended in self._groups(len(keyframes)):
+                self.group, self.attended = group, attended
                 frames = [keyframes[position] for position in self.group]
                 self._pass(source, latents, t, text, frames)
             self.joint = False
@@ -57,7 +50,7 @@ class Reference:
                 module.forward = forward
 
     def _groups(self, n):
-        """Keyframes that are edited together, and those before them that they attend to as well."""
+        """Positions of keyframes edited together, and of earlier ones to which they attend too."""
         if n <= self.window:
             return [(list(range(n)), [])]
         anchors = [round(i * (n - 1) / 3) for i in range(4)]
@@ -66,10 +59,10 @@ class Reference:
         groups = [(anchors, [])]
         groups += [([bound], anchors) for bound in bounds if bound not in anchors]
         for first, last in zip(bounds[:-1], bounds[1:], strict=True):
-            context = anchors + [bound for bound in (first, last) if bound not in anchors]
-            inner = [position for position in range(first, last) if position not in context]
+            attended = anchors + [bound for bound in (first, last) if bound not in anchors]
+            inner = [position for position in range(first, last) if position not in attended]
             if inner:
-                groups.append((inner, context))
+                groups.append((inner, attended))
         return groups
 
     def _pass(self, source, latents, t, text, frames):
@@ -117,7 +110,7 @@ class Reference:
             }
         for stream in range(3):
             for i, position in enumerate(self.group):
-                seen = [position] if stream == 0 else self.context + self.group
+                seen = [position] if stream == 0 else self.attended + self.group
                 key = torch.cat([memory[p]["keys"][stream] for p in seen])
                 value = torch.cat([memory[p]["values"][stream] for p in seen])
                 output = self._attend(attn, queries[stream][i], key, value)
@@ -141,26 +134,26 @@ class Reference:
 
     def _propagated(self, source, memory):
         outputs = [[], [], []]
-        for position, frame in enumerate(self.chunk):
+        for index, frame in enumerate(self.chunk):
             blend = (
                 self._flanking(frame) if self.propagation == "flanking" else self._previous(frame)
             )
-            tokens = source[position] / source[position].norm(dim=-1, keepdim=True)
+            tokens = source[index] / source[index].norm(dim=-1, keepdim=True)
             total = [0, 0, 0]
-            for keyframe, weight in blend.items():
-                keys = memory[keyframe]["tokens"]
+            for position, weight in blend.items():
+                keys = memory[position]["tokens"]
                 keys = keys / keys.norm(dim=-1, keepdim=True)
                 nearest = (tokens @ keys.T).argmax(-1)
                 for stream in range(3):
-                    output = memory[keyframe]["outputs"][stream]
+                    output = memory[position]["outputs"][stream]
                     total[stream] = total[stream] + weight * output[nearest]
             for stream in range(3):
                 outputs[stream].append(total[stream])
         return [torch.stack(frames) for frames in outputs]
 
     def _flanking(self, frame):
-        before = [k for k, position in enumerate(self.keyframes) if position <= frame]
-        after = [k for k, position in enumerate(self.keyframes) if position >= frame]
+        before = [k for k, keyframe in enumerate(self.keyframes) if keyframe <= frame]
+        after = [k for k, keyframe in enumerate(self.keyframes) if keyframe >= frame]
         if frame in self.keyframes:
             return {self.keyframes.index(frame): 1.0}
         if not before or not after:

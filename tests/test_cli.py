@@ -29,7 +29,7 @@ TECHNIQUES = {"pnp": PnPConfig, "sdedit": SDEditConfig, "controlnet": ControlNet
 
 @dataclass
 class Result:
-    """What a command left: exit status and the text of its two streams."""
+    """What a command returned: its exit status and the text on stdout and stderr."""
 
     returncode: int
     stdout: str
@@ -37,7 +37,7 @@ class Result:
 
 
 def run(script, *flags, cwd):
-    """Run a command in this process, which spares it the seconds of importing torch."""
+    """Run a command in this process, which saves the seconds of importing torch."""
     module = importlib.import_module(script.removesuffix(".py"))
     stdout, stderr, status = io.StringIO(), io.StringIO(), 0
     argv = [script, *map(str, flags)]
@@ -87,7 +87,7 @@ def video_of(path):
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory, checkpoint, clip):
-    """A folder with a clip whose inversion (5 steps, 64x64) is in `latents`, with and without control."""
+    """A folder with a clip, whose inversions (5 steps, 64x64) are in `latents`, with and without control."""
     folder = tmp_path_factory.mktemp("work")
     shutil.copy(clip, folder / "clip.mp4")
     flags = ["--data_path", "clip.mp4", "--model", checkpoint, "--H", 64, "--W", 64]
@@ -163,7 +163,7 @@ def test_edit(work, checkpoint, technique):
 
 
 def test_edits_of_kept_source_features(work, checkpoint):
-    """The inversion's features serve the edits whose keyframes they are for; others say why not."""
+    """Edits with the keyframes of the kept features use them; other edits say why they do not."""
     folder, _, _ = work
     flags = [*edit_flags(checkpoint, "pnp"), "--output_path", "kept"]
     for changes, reason in [
@@ -214,9 +214,9 @@ def shapes_edits(tmp_path_factory):
 
 @pytest.mark.parametrize("invert, decibels", [(("--no_reconstruction",), 80), ((), 55)])
 def test_kept_source_features_do_not_change_the_edit(shapes_edits, invert, decibels):
-    """Without them the source stream is denoised, with its own attention, as when they were noted.
+    """An edit that denoises the source stream itself gives the same frames.
 
-    During a reconstruction they are noted of sampled latents, which stray a little from the inverted ones.
+    A reconstruction records features of sampled latents, which differ a little from the inverted ones.
     """
     without = shapes_edits(invert=invert, edit=["--reuse_source", "false"])
     assert min(frame_psnr(shapes_edits(invert=invert), without)) > decibels
@@ -228,14 +228,14 @@ def test_half_precision_is_close_to_single(shapes_edits):
 
 
 def test_an_inversion_under_the_controlnet_is_preferred(work, checkpoint):
-    """There is one with and one without; both would serve."""
+    """An edit uses the inversion under the ControlNet if it exists, and otherwise the plain one."""
     folder, _, _ = work
     flags = [*edit_flags(checkpoint, "controlnet"), "--output_path", "preferred"]
-    for cls, name in ((folder / "latents", "sd_tiny_ControlNet"), (folder / "plain", "sd_tiny")):
-        cls.mkdir(exist_ok=True)
-        if not (cls / name).exists():
-            (cls / name).symlink_to(folder / "latents" / name)
-        result = run("run_tokenflow_controlnet.py", *flags, "--latents_path", cls.name, cwd=folder)
+    for latents, name in (("latents", "sd_tiny_ControlNet"), ("plain", "sd_tiny")):
+        (folder / latents).mkdir(exist_ok=True)
+        if not (folder / latents / name).exists():
+            (folder / latents / name).symlink_to(folder / "latents" / name)
+        result = run("run_tokenflow_controlnet.py", *flags, "--latents_path", latents, cwd=folder)
         text = (folder / last_line(result).parent / "config.yaml").read_text()
         assert f'"conditioned": {str(name.endswith("ControlNet")).lower()}' in text
 
@@ -244,8 +244,8 @@ def test_features_are_kept_of_editing_steps_alone(work, checkpoint):
     """An inversion may take more steps than the edits it serves."""
     folder, flags, _ = work
     changes = ["--steps", 10, "--save_dir", "finer", "--batch_size", 3]
-    made = folder / last_line(run("preprocess.py", *flags, *changes, cwd=folder))
-    kept = sorted(path.name for path in (made.parent / "source_features").glob("nearest_*.npy"))
+    video = folder / last_line(run("preprocess.py", *flags, *changes, cwd=folder))
+    kept = sorted(path.name for path in (video.parent / "source_features").glob("nearest_*.npy"))
     assert kept == sorted(f"nearest_{t}.npy" for t in (1, 201, 401, 601, 801))
     edit = [*edit_flags(checkpoint, "sdedit"), "--latents_path", "finer", "--output_path", "finer"]
     edit += ["--n_inversion_steps", 10, "--keyframe_interval", 8]
@@ -257,8 +257,8 @@ def test_features_are_kept_of_editing_steps_alone(work, checkpoint):
 def test_without_a_reconstruction(work, checkpoint):
     folder, flags, _ = work
     changes = ["--no_reconstruction", "--save_dir", "bare"]
-    made = folder / last_line(run("preprocess.py", *flags, *changes, cwd=folder))
-    assert made.is_dir() and not (made / "frames").exists() and not (made / "inverted.mp4").exists()
+    path = folder / last_line(run("preprocess.py", *flags, *changes, cwd=folder))
+    assert path.is_dir() and not (path / "frames").exists() and not (path / "inverted.mp4").exists()
     edit = [*edit_flags(checkpoint, "pnp"), "--latents_path", "bare", "--output_path", "bare"]
     video = folder / last_line(run("run_tokenflow_pnp.py", *edit, cwd=folder))
     assert video_of(video.parent / "comparison.mp4") == (7, 12, 128, 64)
@@ -376,7 +376,7 @@ def test_sdedit_that_runs_no_step(tmp_path):
     ],
 )
 def test_shipped_configs_are_the_defaults(name, cls, changes):
-    """The YAML a user starts from and the code's defaults never drift apart."""
+    """The YAML files that users start from hold the defaults of the code."""
     written = yaml.safe_load((ROOT / "configs" / name).read_text())
     assert set(written) == {f.name for f in fields(cls)}
     needed = {"data_path": "a.mp4", "prompt": "a dog"}
@@ -396,7 +396,7 @@ def test_a_prompt_is_never_made_up(work, technique):
 
 @pytest.mark.parametrize("cls", [PreprocessConfig, *TECHNIQUES.values()])
 def test_numbers_are_bounded(cls):
-    """No number is so large that only what is computed from it fails."""
+    """Numbers that are too large are refused at once, not by what is computed from them."""
     needed = {"data_path": "a.mp4"} | ({} if cls is PreprocessConfig else {"prompt": "a dog"})
     numbers = [f for f in fields(cls) if f.type in (int, float, int | None)]
     assert len(numbers) > 5

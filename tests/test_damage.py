@@ -1,4 +1,4 @@
-"""Files that are not as an earlier run wrote them: never a traceback, never a wrong result in silence."""
+"""Files that have changed since a run wrote them lead to no traceback and no silent wrong result."""
 
 import contextlib
 import shutil
@@ -29,7 +29,7 @@ WAYS = {
 
 @contextlib.contextmanager
 def damaged(path: Path, way: str):
-    """The file is damaged in the block, and as it was after it."""
+    """Damage a file for the block, and restore it afterwards."""
     data = path.read_bytes()
     path.unlink() if WAYS[way] is None else path.write_bytes(WAYS[way](data))
     try:
@@ -39,9 +39,9 @@ def damaged(path: Path, way: str):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, checkpoint, clip):
-    """A folder with the inversion of a clip and an edit of it, and the flags of both commands."""
-    folder = tmp_path_factory.mktemp("made")
+def finished(tmp_path_factory, checkpoint, clip):
+    """A folder, the inversion of a clip and an edit of it therein, and the flags of both commands."""
+    folder = tmp_path_factory.mktemp("finished")
     shutil.copy(clip, folder / "clip.mp4")
     invert = ["--data_path", "clip.mp4", "--model", checkpoint, "--H", 64, "--W", 64]
     invert += ["--steps", 5, "--save_steps", 5, "--n_frames", 7, "--keyframe_interval", 3]
@@ -53,8 +53,8 @@ def made(tmp_path_factory, checkpoint, clip):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_damaged_inversion_is_refused(made, way):
-    folder, inversion, _, _, edit = made
+def test_a_damaged_inversion_is_refused(finished, way):
+    folder, inversion, _, _, edit = finished
     latents = sorted((inversion / "latents").glob("*.npy"))
     pictures = [inversion / name / "00002.png" for name in ("source", "vae", "frames")]
     texts = [inversion / name for name in ("inversion_prompt.txt", "manifest.json", "digests.json")]
@@ -72,8 +72,8 @@ def test_a_damaged_inversion_is_refused(made, way):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_what_is_there_already_is_checked(made, way):
-    folder, inversion, edited, invert, edit = made
+def test_finished_results_are_checked(finished, way):
+    folder, inversion, edited, invert, edit = finished
     features = sorted((inversion / "source_features").iterdir())[0]
     for path in (inversion / "inverted.mp4", features):
         with damaged(path, way):
@@ -86,8 +86,8 @@ def test_what_is_there_already_is_checked(made, way):
     assert last_line(run("run_tokenflow_pnp.py", *edit, cwd=folder)).name == "edited.mp4"
 
 
-def test_edits_go_on_without_damaged_source_features(made):
-    folder, inversion, _, _, edit = made
+def test_edits_do_without_damaged_source_features(finished):
+    folder, inversion, _, _, edit = finished
     without = run("run_tokenflow_pnp.py", *edit, "--reuse_source", "false", cwd=folder)
     expected = (folder / last_line(without)).read_bytes()
     store = inversion / "source_features"
@@ -101,7 +101,7 @@ def test_edits_go_on_without_damaged_source_features(made):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_damaged_step_of_an_edit_is_not_gone_on_from(tmp_path, way):
+def test_an_edit_is_not_resumed_from_a_damaged_step(tmp_path, way):
     saved = EditCheckpoint(tmp_path, (3, 4, 2, 2), Processes(torch.device("cpu")))
     for step in range(3):
         with saved.writing(step) as latents:

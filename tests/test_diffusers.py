@@ -16,7 +16,7 @@ def attend(attn, tokens, all_tokens):
 
 @torch.no_grad()
 def test_joint_attention(sd):
-    """Each keyframe attends to the tokens of all, in two passes that know of each other."""
+    """Each keyframe attends to all keyframes of its own pass and of the pass before."""
     attn = sd.unet.up_blocks[2].attentions[0].transformer_blocks[0].attn1
     width = attn.to_q.in_features
     source, uncond, cond = torch.randn(3, 4, 6, width, generator=torch.Generator().manual_seed(0))
@@ -38,7 +38,7 @@ def test_joint_attention(sd):
 
 @torch.no_grad()
 def test_controlnet_residuals(sd):
-    """Sampling under a ControlNet at part of its strength, as diffusers' pipeline does it."""
+    """Sampling with a weakened ControlNet gives what diffusers' pipeline gives."""
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(2, 4, 8, 8, generator=generator)
     images = torch.rand(2, 3, 64, 64, generator=generator)

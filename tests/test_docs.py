@@ -1,4 +1,4 @@
-"""README.md and docs/ are current: what they name is there, and their commands are accepted."""
+"""README.md and docs/ are current: what they name exists, and their commands are accepted."""
 
 import re
 import shlex
@@ -24,7 +24,7 @@ every_page = pytest.mark.parametrize(
 
 
 def blocks_of(text: str) -> list[str]:
-    """The lines of a page's blocks of commands, without comments."""
+    """The lines of a page's command blocks, without comments."""
     blocks = re.findall(r"^```\n(.*?)^```$", text, re.M | re.S)
     return [line.partition(" #")[0] for block in blocks for line in block.splitlines()]
 

@@ -1,4 +1,4 @@
-"""Inversion and sampling, and that neither depends on how frames are batched."""
+"""Inversion and sampling, which do not depend on how frames are batched."""
 
 import dataclasses
 
@@ -51,7 +51,7 @@ def test_sampling_equals_diffusers(sd):
 
 
 def test_sampling_undoes_inversion():
-    """For Gaussian data of deviation s the noise and the whole path are known in closed form."""
+    """For Gaussian data of standard deviation s, noise and trajectory are known in closed form."""
     alphas = build_scheduler().alphas_cumprod
     s, latents = 2.0, 2 * torch.randn(1000, generator=torch.Generator().manual_seed(0))
 
@@ -72,10 +72,10 @@ def test_sampling_undoes_inversion():
 
 
 def test_fixed_point_inversion_is_undone_by_sampling():
-    """Where naive inversion is of first order, this is exact to its tolerance, at few evaluations."""
+    """Naive inversion has first-order error; fixed-point inversion meets its tolerance in few evaluations."""
     alphas = build_scheduler().alphas_cumprod
     s, latents = 2.0, 2 * torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    latents[5] = 0  # has nothing to move: its first evaluation of a step is its last
+    latents[5] = 0  # never moves, so each step evaluates it once
     evaluations = torch.zeros(6)
 
     def predict(x, t, frames):
@@ -128,7 +128,7 @@ def test_v_prediction_is_turned_into_noise(sd):
 
 @pytest.mark.parametrize("inversion", ["ddim", "fixed_point"])
 def test_latents_do_not_depend_on_the_batch_size(checkpoint, clip, tmp_path, inversion):
-    # Random weights amplify rounding, and what is not trained has no fixed point to find.
+    # A network of random weights amplifies rounding and has no fixed point to find.
     model = SHAPES_CHECKPOINT if inversion == "fixed_point" else checkpoint
     flags = ["--data_path", clip, "--model", model, "--H", 128, "--W", 128, "--n_frames", 7]
     flags += ["--inversion", inversion, "--steps", 5, "--save_steps", 5, "--dtype", "float32"]
@@ -136,8 +136,8 @@ def test_latents_do_not_depend_on_the_batch_size(checkpoint, clip, tmp_path, inv
 
     def latents(batch_size):
         batches = ["--batch_size", batch_size, "--save_dir", f"by_{batch_size}"]
-        made = tmp_path / last_line(run("preprocess.py", *flags, *batches, cwd=tmp_path))
-        return [np.load(path) for path in sorted((made / "latents").iterdir())]
+        folder = tmp_path / last_line(run("preprocess.py", *flags, *batches, cwd=tmp_path))
+        return [np.load(path) for path in sorted((folder / "latents").iterdir())]
 
     whole = latents(7)
     for batch_size in (1, 3):

@@ -1,7 +1,7 @@
-"""Whole edits against the published algorithm and against the paper's, from frames to edited frames.
+"""Whole edits, from frames to edited frames, against the authors' published algorithm and the paper's.
 
-The published side is plain: diffusers' own scheduler and the slow reference, nothing of ours but the
-checkpoint's loading.
+The published side uses diffusers' scheduler and the slow reference. Of the code under test it uses only the
+loading of checkpoints.
 """
 
 import numpy as np
@@ -19,7 +19,7 @@ SOURCE_PROMPT, PROMPT, NEGATIVE = "a red square", "a blue circle", "ugly"
 
 @pytest.fixture(scope="module")
 def frames(clip_frames):
-    """Uint8 RGB (6, 128, 128, 3) of texture, which makes nearest neighbours unambiguous."""
+    """Uint8 RGB (6, 128, 128, 3), whose texture makes nearest neighbours unambiguous."""
     noise = np.random.default_rng(0).integers(-25, 25, (128, 128 + 5 * N_FRAMES, 3))
     large = clip_frames[:N_FRAMES].repeat(2, 1).repeat(2, 2).astype(int)
     moved = [noise[:, 5 * i : 5 * i + 128] for i in range(N_FRAMES)]
@@ -97,7 +97,7 @@ class Published:
 
 
 def assert_same_video(ours, theirs):
-    """44 dB, and 98 % of the pixels within one grey level: ties account for the rest."""
+    """Assert 44 dB, and 98 % of the values within one grey level; ties account for the rest."""
     difference = np.abs(ours.astype(float) - theirs)
     assert 10 * np.log10(255**2 / (difference**2).mean()) > 44
     assert (difference <= 1).mean() > 0.98

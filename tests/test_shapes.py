@@ -1,4 +1,4 @@
-"""The world of shapes, and what its trained checkpoint must be good for."""
+"""The world of shapes, and what its trained checkpoint must be able to do."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from tokenflow.metrics import frame_psnr, warp_error
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("gap", [1, 8])
 def test_flow_is_exact(seed, gap):
-    """A frame warped along the flow is the other frame, but for what interpolation blurs."""
+    """A frame warped along the flow is the other frame, except for the blur of interpolation."""
     scene = sample_scene(seed)
     (first, _), (second, _) = render(scene, 3), render(scene, 3 + gap)
     motion, valid = flow(scene, 3, 3 + gap)

@@ -1,11 +1,11 @@
-"""The rooms of the house: imports point downwards and never in a circle."""
+"""Modules lie on floors: imports point downwards and never in a circle."""
 
 import ast
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# From the ground up; a module is on the floor of the longest name that it begins with.
+# From the ground up; the longest matching prefix of its name decides a module's floor.
 FLOORS = (
     ["tokenflow.errors"],
     ["tokenflow.runtime"],

@@ -1,4 +1,4 @@
-"""The algorithm against its slow reference, and what must hold around it."""
+"""The algorithm against its slow reference, and properties that must hold."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def config_of(**changes):
 
 
 def source_of(latents, features=None):
-    """What an inversion would know of a source of the same latents at every timestep."""
+    """What an inversion knows about a source whose latents are the same at every timestep."""
     return Source(len(latents), lambda t, frames: latents[frames], features)
 
 
@@ -85,7 +85,7 @@ def test_equals_reference(sd, video, propagation, injects):
 @pytest.mark.parametrize("window, together", [(7, True), (10, True), (10, False)])
 @torch.no_grad()
 def test_windows_equal_the_reference(sd, monkeypatch, propagation, window, together):
-    """Anchors, shared boundaries and inner keyframes, all streams in a pass or one by one."""
+    """Anchors, shared boundaries and inner keyframes, with all streams in one pass or one by one."""
     monkeypatch.setattr("tokenflow.editing.denoiser.FILLED_CPU", 1 << 12 if together else 1)
     source, latents = video_of(21)
     sizes = {"batch_size": 3, "keyframe_interval": 2, "keyframe_window": window}
@@ -95,7 +95,7 @@ def test_windows_equal_the_reference(sd, monkeypatch, propagation, window, toget
     edit = Edit(sd, technique, source_of(source), PROMPTS, config)
     with TokenFlowDenoiser.installed(edit) as denoiser:
         ours = denoiser.predict_noise(latents, t)
-        # Whoever takes which chunks, the frames come out the same.
+        # The noise is the same however processes divide the chunks.
         chunks = denoiser.chunks(t)
         for part in (chunks[: len(chunks) // 2], chunks[len(chunks) // 2 :]):
             for frames, noise in denoiser.noise(latents, t, part):
@@ -123,7 +123,7 @@ def test_windows_share_one_keyframe_each(n_keyframes, size):
 
 @torch.no_grad()
 def test_what_the_speed_benchmark_compares_with(sd, video):
-    """The benchmark's published algorithm is the reference's, only not so slow."""
+    """The benchmark's published algorithm predicts what the reference does, only faster."""
     source, latents = video
     schedule = Schedule.of(sd.scheduler, 10)
     t = schedule.timesteps[0]
@@ -143,7 +143,7 @@ def test_what_the_speed_benchmark_compares_with(sd, video):
 @pytest.mark.parametrize("window, together", [(16, True), (16, False), (6, True), (6, False)])
 @torch.no_grad()
 def test_two_streams_equal_the_reference(sd, tmp_path, monkeypatch, batch_size, window, together):
-    """With the source's features noted in the inversion's passes, its stream is not needed."""
+    """With source features recorded in the inversion's passes, an edit needs no source stream."""
     monkeypatch.setattr("tokenflow.editing.denoiser.FILLED_CPU", 1 << 12 if together else 1)
     source, latents = video_of(13)
     schedule, files = Schedule.of(sd.scheduler, 10), SourceFeatureFiles(tmp_path / "source")
@@ -176,7 +176,7 @@ def test_two_streams_equal_the_reference(sd, tmp_path, monkeypatch, batch_size, 
 
 
 def assert_same_noise(ours, reference, sd, source, latents, t, keyframes, injects, tolerance=1e-3):
-    """Guided noise as the reference predicts it, but for tokens whose nearest neighbours tie."""
+    """Assert the reference's guided noise, except for tokens whose nearest neighbours tie."""
     text = torch.cat([sd.encode_text(prompt) for prompt in PROMPTS])
     _, uncond, cond = reference.predict(source, latents, t, text, keyframes, *injects)
     theirs = uncond + PnPConfig.guidance_scale * (cond - uncond)
@@ -187,7 +187,7 @@ def assert_same_noise(ours, reference, sd, source, latents, t, keyframes, inject
 
 @torch.no_grad()
 def test_the_reference_tells_the_modes_apart(sd, video):
-    """What the test above compares differs between modes and injections, or it would show nothing."""
+    """The reference differs between modes and injections; else comparing with it would show nothing."""
     source, latents = video
     text = torch.cat([sd.encode_text(prompt) for prompt in PROMPTS])
     outputs = [
@@ -222,7 +222,7 @@ def test_single_frame_is_the_untouched_unet(sd, video):
 
 @torch.no_grad()
 def test_every_frame_may_be_a_keyframe(sd, video):
-    """With chunks of one frame nothing is left to propagate to."""
+    """With intervals of one frame, no frame is left to propagate to."""
     source, latents = video[0][:2], video[1][:2]
     config = config_of(batch_size=1)
     technique = Technique(latents.__getitem__, Schedule.of(sd.scheduler, 10))
@@ -300,7 +300,7 @@ def test_blend_of_the_authors_code():
 
 
 def test_propagation_by_hand():
-    """Two frames of two tokens; the first blends both keyframes, the second takes one whole."""
+    """Two frames of two tokens; the first blends both keyframes, the second takes one alone."""
     right, down = [1.0, 0.0], [0.0, 1.0]
     key_tokens = torch.tensor([[right, down], [down, right]])  # k s d
     tokens = torch.tensor([[[3.0, 1.0], [1.0, 4.0]], [[0.0, 2.0], [0.1, 0.3]]])  # n s d
@@ -316,7 +316,7 @@ def test_propagation_by_hand():
 
 @pytest.mark.parametrize("n_keyframes, size", [(1, 8), (8, 8), (9, 8), (15, 8), (50, 12), (7, 6)])
 def test_joint_passes_are_the_references(sd, n_keyframes, size):
-    """Whole videos and videos of which a process takes up the later windows alone."""
+    """For a process that edits all windows, and for processes that edit only the later ones."""
     blend = flanking_blend(torch.arange(4 * n_keyframes), torch.arange(n_keyframes) * 4 + 1)
     reference = Reference(sd.unet, 4, "flanking", INJECTED_LAYERS, window=size)
     expected = {
@@ -347,7 +347,7 @@ def test_rows_of_the_cache():
     cache.write("a", [7, 2], torch.tensor([[7.0], [2.0]]))
     cache.positions += [5]
     cache.write("a", [5], torch.tensor([[0.0]]))
-    cache.write("a", [5], torch.tensor([[5.0]]))  # what is written twice is there once
+    cache.write("a", [5], torch.tensor([[5.0]]))  # writing a row again replaces it
     assert cache.rows(torch.tensor([[5, 7], [2, 5]])).tolist() == [[2, 0], [1, 2]]
     cache.keep([2, 5])
     assert cache.tensor("a").tolist() == [[2.0], [5.0]] and cache.positions == [2, 5]
@@ -366,7 +366,7 @@ def test_nearest_tokens_in_blocks(monkeypatch):
 
 
 def test_fused_nearest_tokens_equal_the_blocked_ones():
-    """On a GPU as it runs there, else in triton's interpreter, where there is triton."""
+    """On a GPU if there is one, else in triton's interpreter; skipped without triton."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     fused = pytest.importorskip("tokenflow.nearest_triton").nearest_fused
     generator = torch.Generator().manual_seed(0)
@@ -376,7 +376,7 @@ def test_fused_nearest_tokens_equal_the_blocked_ones():
         keys = keys.to(device)
         assert torch.equal(fused(tokens, keys), nearest_in_blocks(tokens, keys))
     same = torch.ones(1, 3, 8, device=device)
-    assert fused(same, same[0] / 8**0.5).tolist() == [[0, 0, 0]]  # of ties the first
+    assert fused(same, same[0] / 8**0.5).tolist() == [[0, 0, 0]]  # the first of ties
 
 
 def test_keyframes_are_one_an_interval_and_repeatable():

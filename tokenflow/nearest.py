@@ -1,4 +1,4 @@
-"""Nearest tokens by cosine similarity, without a similarity matrix that is ever whole."""
+"""Nearest tokens by cosine similarity, without ever holding the whole similarity matrix."""
 
 import torch
 
@@ -7,15 +7,15 @@ try:
 except ImportError:  # triton comes with CUDA builds of torch only
     nearest_triton = None
 
-# Similarities held at once while nearest tokens are searched: 64 MiB in fp32.
+# Similarities held at once: 64 MiB in fp32.
 SIMILARITY_BLOCK = 1 << 24
 
 
 def nearest_tokens(tokens: torch.Tensor, key_tokens: torch.Tensor) -> torch.Tensor:
     """For each of `tokens` (n, s, d) the index of the most similar of `key_tokens` (k, d): (n, s).
 
-    Cosine similarity, for which the `key_tokens` must have unit length; the length of a token itself
-    changes no order.
+    The similarity is the cosine, so the `key_tokens` must have unit length. The length of `tokens` does not
+    matter, because it does not change which key token is nearest.
     """
     if tokens.is_cuda and nearest_triton and nearest_triton.runs_on(tokens.device):
         return nearest_triton.nearest_fused(tokens, key_tokens)

@@ -1,8 +1,8 @@
 """Nearest tokens on CUDA: one kernel that never writes a similarity to memory.
 
 In the manner of flash attention: a block of tokens stays on the chip while the keyframe's tokens stream
-past it, and only the best similarity and its index are kept. `nearest.nearest_in_blocks` is its
-reference, and takes its place where it does not run.
+past it, and only the best similarity and its index are kept. `nearest.nearest_in_blocks` is the
+reference, which is used wherever the kernel does not run.
 """
 
 import functools
@@ -47,7 +47,7 @@ def _nearest_kernel(
             similarity += tl.dot(a.to(tl.float32), b, input_precision="tf32x3")
         similarity = tl.where(keys[None, :] < n_keys, similarity, float("-inf"))
         value, key = tl.max(similarity, axis=1, return_indices=True)
-        better = value > best  # of equal ones the first counts, as in torch
+        better = value > best  # the first of equal ones wins, as in torch
         best_key = tl.where(better, first + key, best_key)
         best = tl.where(better, value, best)
     tl.store(nearest + rows, best_key, mask=rows < n_tokens)
@@ -60,22 +60,21 @@ def nearest_fused(tokens: torch.Tensor, key_tokens: torch.Tensor) -> torch.Tenso
     nearest = torch.empty(n_frames * n_tokens, dtype=torch.int32, device=tokens.device)
     grid, sizes = (triton.cdiv(len(nearest), BLOCK_TOKENS),), (len(nearest), len(key_tokens))
     blocks = BLOCK_TOKENS, BLOCK_KEYS, BLOCK_DEPTH
-    with torch.cuda.device_of(
-        tokens
-    ):  # triton launches on the current device, whatever it is given
+    # Triton launches on the current device, wherever its arguments are.
+    with torch.cuda.device_of(tokens):
         _nearest_kernel[grid](tokens, key_tokens, nearest, *sizes, depth, *blocks)
     return nearest.view(n_frames, n_tokens).long()
 
 
 @functools.cache
 def runs_on(device: torch.device) -> bool:
-    """Whether the kernel compiles for this device and finds a small example's nearest tokens."""
+    """Whether the kernel compiles for this device and is right on a small example."""
     tokens = torch.eye(70, 40, device=device)[None]
     try:
         right = torch.equal(
             nearest_fused(tokens[:, :40], tokens[0, :40]).cpu()[0], torch.arange(40)
         )
     except Exception as error:  # a compiler has many ways to fail, and none may end an edit
-        log.info("the fused kernel does not run here (%s)", str(error).splitlines()[:1])
+        log.info("the fused kernel does not run here (%s)", str(error).partition("\n")[0])
         return False
     return right

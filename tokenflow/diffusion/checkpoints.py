@@ -27,7 +27,7 @@ from util import fingerprint
 
 HUB_TIMEOUT = 10  # seconds
 
-# What makes a UNet Stable Diffusion's: the layers that TokenFlow and its injections name.
+# Stable Diffusion's UNet, as far as TokenFlow and its injections depend on its layers.
 SD_LAYOUT = {
     "_class_name": "UNet2DConditionModel",
     "in_channels": 4,
@@ -37,11 +37,11 @@ SD_LAYOUT = {
 }
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
-BYTE_TOKENS = 512  # CLIP's least vocabulary: each byte within a word and at its end
+BYTE_TOKENS = 512  # CLIP's smallest vocabulary: each byte within a word and at its end
 
-# diffusers passes the hub a retired argument, which is no concern of the user's.
+# diffusers passes a retired argument to the hub, which does not concern the user.
 warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks.*")
-# Files that are looked for in two places are no errors either; what is missing we say ourselves.
+# Files are looked for in two places; `_find` reports those that are missing in both.
 diffusers.utils.logging.set_verbosity(logging.CRITICAL)
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
@@ -49,7 +49,7 @@ transformers.utils.logging.disable_progress_bar()
 
 
 def check_checkpoint(model_id: str, height: int | None = None, width: int | None = None) -> None:
-    """Refuse, before weights are loaded, a checkpoint or a frame size (pixels) that cannot work."""
+    """Before weights are loaded, raise UserError for a checkpoint or frame size (pixels) that cannot work."""
     unet = _load_config(UNet2DConditionModel, model_id, "unet", "block_out_channels")
     for key, expected in SD_LAYOUT.items():
         found = _plain(unet.get(key))
@@ -65,17 +65,17 @@ def check_checkpoint(model_id: str, height: int | None = None, width: int | None
         if size is not None and size % multiple:
             nearest = max(multiple, round(size / multiple) * multiple)
             raise UserError(
-                f"{name}: {size} is no multiple of {multiple}; the nearest valid size is {nearest}"
+                f"{name}: {size} is not a multiple of {multiple}; the nearest valid size is {nearest}"
             )
 
 
 def _plain(value: Any) -> Any:
-    """A value of a configuration as JSON has it."""
+    """A value of a configuration as JSON stores it."""
     return list(value) if isinstance(value, tuple) else value
 
 
 def checkpoint_identity(model_id: str) -> str:
-    """What tells one checkpoint from another: a hub id, or a fingerprint of a folder's UNet."""
+    """What tells checkpoints apart: the fingerprint of a folder's UNet, or a hub id."""
     weights = sorted((Path(model_id) / "unet").glob("*.safetensors"))
     weights += sorted((Path(model_id) / "unet").glob("*.bin"))
     return fingerprint(weights[0]) if weights else model_id
@@ -86,8 +86,8 @@ def load_scheduler(model_id: str) -> DDIMScheduler:
     config = _load_config(DDIMScheduler, model_id, "scheduler")
     try:
         scheduler = DDIMScheduler.from_config(config)
-        Schedule.of(scheduler, 1)  # most of the configuration is looked at only now
-    except Exception as error:  # each wrong value has its own
+        Schedule.of(scheduler, 1)  # checks most of the configuration
+    except Exception as error:  # each wrong value raises its own
         raise UserError(f"model: {model_id}: its scheduler cannot be used: {error}") from error
     kind = scheduler.config.prediction_type
     if kind not in PREDICTION_TYPES:
@@ -107,7 +107,7 @@ def load(
 ) -> StableDiffusion:
     """Load a checkpoint, and a ControlNet, from a hub id or a folder in diffusers layout.
 
-    With `cpu_offload` of the VAE, the text encoder and the UNet only one is on the device at a time.
+    With `cpu_offload` only one of the VAE, the text encoder and the UNet is on the device at a time.
     """
     if controlnet_id:
         _load_config(ControlNetModel, controlnet_id, None, "block_out_channels")
@@ -137,7 +137,7 @@ def load(
     networks = sd.vae, sd.text_encoder, sd.unet
     if cpu_offload:
         hooks = [cpu_offload_with_hook(part, device)[1] for part in networks]
-        # In the order of a run, and round again: whichever begins sends the one before away.
+        # A run uses the networks in this order, again and again; each sends the one before it away.
         for hook, before in zip(hooks, hooks[-1:] + hooks[:-1], strict=True):
             hook.hook.prev_module_hook = before
     else:
@@ -147,20 +147,20 @@ def load(
 
 
 def _check_parts(sd: StableDiffusion, model_id: str, controlnet_id: str | None) -> None:
-    """Refuse parts that do not fit each other, such as a ControlNet of another version."""
+    """Raise UserError for parts that do not fit each other, such as a ControlNet of another version."""
     unet, text = sd.unet.config, sd.text_encoder.config
     if text.hidden_size != unet.cross_attention_dim:
         raise UserError(
             f"model: {model_id}: its text encoder's width is {text.hidden_size}, "
-            f"but its UNet takes {unet.cross_attention_dim}; they are of different checkpoints"
+            f"but its UNet takes {unet.cross_attention_dim}; they belong to different checkpoints"
         )
     length = sd.tokenizer.model_max_length
     if length > text.max_position_embeddings or len(sd.tokenizer) > text.vocab_size:
         raise UserError(
-            f"model: {model_id}: its tokenizer is not its text encoder's: {len(sd.tokenizer)} tokens "
+            f"model: {model_id}: its tokenizer does not fit its text encoder: {len(sd.tokenizer)} tokens "
             f"in texts of {length}, not {text.vocab_size} in {text.max_position_embeddings}"
         )
-    if len(sd.tokenizer) < BYTE_TOKENS:  # one without its files is no error to transformers
+    if len(sd.tokenizer) < BYTE_TOKENS:  # transformers does not report missing files
         raise UserError(
             f"model: {model_id}: its tokenizer knows no words; copy or download the checkpoint again"
         )
@@ -175,9 +175,9 @@ def _check_parts(sd: StableDiffusion, model_id: str, controlnet_id: str | None) 
 def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     """The device and precision that the configuration's `device` and `dtype` stand for.
 
-    Half precision is chosen where it is faster and safe: on CUDA, and on CPUs with units for bfloat16.
+    auto takes half precision where it is faster and safe: on CUDA, and on CPUs with units for bfloat16.
     """
-    # The same seed must give the same bytes, so cuDNN may not choose algorithms by a race.
+    # The same seed must give the same bytes, so cuDNN may not choose algorithms by timing them.
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     if device == "auto":
         has_mps = torch.backends.mps.is_available()
@@ -188,7 +188,7 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
         "cuda": torch.cuda.device_count(),
         "mps": int(torch.backends.mps.is_available()),
     }[chosen.type]
-    # torch keeps an index in one byte, so that it would take cuda:256 for cuda:0.
+    # torch stores the index in one byte, so it would take cuda:256 for cuda:0.
     if int(device.partition(":")[2] or 0) >= available:
         raise UserError(f"device: {device} is unavailable on this machine; use auto or cpu")
     if dtype == "auto":
@@ -199,14 +199,14 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
 def _natural_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.float16
-    # Without such units bfloat16 is emulated, which is slower; no public function tells them apart.
+    # A CPU without such units emulates bfloat16, slowly; no public function tells whether it has them.
     if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
         return torch.bfloat16
     return torch.float32
 
 
 def _load_config(cls: type, model_id: str, subfolder: str | None, *lists: str) -> dict[str, Any]:
-    """The configuration of a checkpoint's part, with the `lists` in it."""
+    """The configuration of a checkpoint's part, in which the keys `lists` must hold lists."""
     config = _find(cls.load_config, model_id, subfolder)
     if not (isinstance(config, dict) and all(isinstance(config.get(key), list) for key in lists)):
         raise UserError(
@@ -219,7 +219,7 @@ def _load_config(cls: type, model_id: str, subfolder: str | None, *lists: str) -
 def _load_weights(
     cls: type, model_id: str, subfolder: str | None, dtype: torch.dtype, dtype_key: str
 ) -> torch.nn.Module:
-    """Weights in the variant nearest to `dtype`; not every repository has both."""
+    """A network from the variant nearest to `dtype`; not every repository has both variants."""
     half = dtype != torch.float32
     variants = [{"variant": variant} for variant in (("fp16", None) if half else (None, "fp16"))]
     return _find(cls.from_pretrained, model_id, subfolder, variants, **{dtype_key: dtype})
@@ -232,7 +232,7 @@ def _find(
     variants: Sequence[dict[str, Any]] = ({},),
     **options: Any,
 ) -> Any:
-    """Call `get` on a checkpoint's part: what is on disk first, so that the hub is asked for the rest."""
+    """Call `get` on a checkpoint's part: first on what is on disk, then, if that fails, on the hub."""
     for local_only in (True, False):
         if not local_only and not _on_hub(model_id):
             break
@@ -242,7 +242,7 @@ def _find(
                 return get(model_id, **where, **variant, **options)
             except MemoryError:
                 raise
-            except Exception as error:  # each loader has its own ways to say what it misses
+            except Exception as error:  # each loader reports a missing file in its own way
                 failure = error
     option = _option(subfolder)
     _refuse_broken(option, _local_folder(model_id, subfolder or ""), failure)
@@ -256,16 +256,16 @@ def _find(
 
 
 def _option(subfolder: str | None) -> str:
-    """The option that named a part: only a ControlNet is a folder of its own."""
+    """The option that names a part's checkpoint: only a ControlNet is not in a subfolder."""
     return "controlnet" if subfolder is None else "model"
 
 
 def _local_folder(model_id: str, subfolder: str) -> Path:
-    """Where a checkpoint's part lies on disk, or would lie."""
+    """The folder that holds a checkpoint's part, or would hold it."""
     if os.path.isdir(model_id):
         return Path(model_id) / subfolder
     for name in ("config.json", "scheduler_config.json", "tokenizer_config.json"):
-        with suppress(HFValidationError):  # the name of no model at all
+        with suppress(HFValidationError):  # not a valid name of a model
             cached = try_to_load_from_cache(model_id, f"{subfolder}/{name}".lstrip("/"))
             if isinstance(cached, str):
                 return Path(cached).parent
@@ -273,8 +273,8 @@ def _local_folder(model_id: str, subfolder: str) -> Path:
 
 
 def _refuse_broken(option: str, folder: Path, failure: Exception) -> None:
-    """Raise UserError if the part of a checkpoint in `folder` is there, but cannot be read."""
-    if not os.path.isdir(folder):  # unlike Path's, for a name that is too long too
+    """Raise UserError if `folder` holds a part of a checkpoint that cannot be read."""
+    if not os.path.isdir(folder):  # unlike Path.is_dir, takes a name that is too long
         return
     files = sorted(path for path in folder.glob("*") if path.is_file())
     for path in files:
@@ -299,18 +299,18 @@ def _broken(path: Path) -> str:
                 pass
         elif path.suffix == ".bin":
             torch.load(path, map_location="meta", weights_only=True)
-    except Exception as error:  # each format has its own ways to be broken
+    except Exception as error:  # each format fails in its own way
         return str(error).strip().partition("\n")[0] or type(error).__name__
     return ""
 
 
 @functools.cache
 def _on_hub(model_id: str) -> bool:
-    """Whether the hub can be reached and knows the model; asked once, without the loaders' retries."""
+    """Whether the hub can be reached and has the model; asked once, without the loaders' retries."""
     if os.path.isdir(model_id):
         return False
     try:
         model_info(model_id, timeout=HUB_TIMEOUT)
-    except Exception:  # each HTTP client has its own ways to say that there is no network
+    except Exception:  # each HTTP client reports a missing network in its own way
         return False
     return True

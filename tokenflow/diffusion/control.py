@@ -21,12 +21,12 @@ class Control:
 
     @classmethod
     def of(cls, images: torch.Tensor, scale: float) -> "Control":
-        """The condition of images (n, 3, H, W) that share one factor."""
+        """The condition of images (n, 3, H, W) with one factor for all."""
         return cls(images, torch.full((len(images),), scale))
 
     @classmethod
     def cat(cls, controls: Sequence["Control"]) -> "Control":
-        """The conditions of several batches as those of one."""
+        """Concatenate the conditions of several batches."""
         images, scales = zip(*((c.images, c.scale) for c in controls), strict=True)
         return cls(torch.cat(images), torch.cat(scales))
 
@@ -47,7 +47,7 @@ class CannyEdges:
         self.rows = FrameArray(path)
 
     def compute(self, folder: Path, n_frames: int, low: int, high: int) -> None:
-        """Find the edges of the first frames in a `folder`, one frame at a time."""
+        """Find the edges of the first `n_frames` frames in `folder`, one frame at a time."""
         for index in range(n_frames):
             edges = canny(load_frames(folder, [index]), low, high)[..., 0]
             if index == 0:

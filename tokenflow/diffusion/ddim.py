@@ -11,20 +11,20 @@ from diffusers import DDIMScheduler
 
 from tokenflow.errors import UserError
 
-# A latent is of unit variance. Most steps come to rest at their first evaluation (2e-3 is typical).
+# Latents have unit variance. Most steps end after one evaluation, with a movement of about 2e-3.
 FIXED_POINT_TOLERANCE = 3e-3  # root mean square of a latent's last movement
-FIXED_POINT_ITERATIONS = 5  # at most, of a frame at a step
+FIXED_POINT_ITERATIONS = 5  # at most, for a frame in a step
 
 T = TypeVar("T")
-# The latents (n, 4, h, w) of some frames, a timestep, and which frames of the video (n,) they are.
+# Latents (n, 4, h, w), a timestep and the indices (n,) of their frames give the noise (n, 4, h, w).
 NoisePredictor = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The noise levels that a number of DDIM steps visits, the noisiest first.
+    """The noise levels that a number of DDIM steps visit, the noisiest first.
 
-    `alphas` (the cumulative products) has one entry more than `timesteps`: the end of the last step.
+    `alphas` (the cumulative products) has one more entry than `timesteps`: the end of the last step.
     """
 
     timesteps: tuple[int, ...]
@@ -32,7 +32,7 @@ class Schedule:
 
     @classmethod
     def of(cls, scheduler: DDIMScheduler, n_steps: int) -> "Schedule":
-        """The schedule of `n_steps` steps. Raises UserError where the checkpoint has fewer."""
+        """The schedule of `n_steps` steps. Raises UserError if the checkpoint has fewer timesteps."""
         trained = scheduler.config.num_train_timesteps
         if n_steps > trained:
             raise UserError(
@@ -45,7 +45,7 @@ class Schedule:
         return cls(timesteps, (*alphas, float(scheduler.final_alpha_cumprod)))
 
     def last(self, n_steps: int) -> "Schedule":
-        """Only the `n_steps` last, least noisy steps."""
+        """The schedule of the last `n_steps` steps, which are the least noisy."""
         first = len(self.timesteps) - n_steps
         return Schedule(self.timesteps[first:], self.alphas[first:])
 
@@ -70,15 +70,15 @@ def invert(
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """DDIM inversion: from the clean latents (n, 4, h, w) of the frames (n,) to noise.
 
-    Yields each timestep and its latents. A sampling step uses the noise predicted at the latents it
-    comes from, which an inversion does not know yet. Naive inversion predicts it at those it has; with
-    `fixed_point` it is found by `fixed_point_noise`.
+    Yields each timestep and its latents. A sampling step uses the noise predicted at its noisier latents,
+    which an inversion does not know yet. Naive inversion predicts the noise at the cleaner latents instead;
+    with `fixed_point`, all steps but the first use `fixed_point_noise`.
     """
     noise, before = None, None
     for step, t in reversed(list(enumerate(schedule.timesteps))):
         alphas = schedule.alphas[step + 1], schedule.alphas[step]
         if fixed_point and noise is not None:
-            # The noise changes smoothly along a trajectory, so that its line is a close guess.
+            # The noise changes smoothly along a trajectory, so linear extrapolation is a close guess.
             guess = noise if before is None else 2 * noise - before
             before = noise
             noise = fixed_point_noise(latents, frames, guess, t, alphas, predict_noise)
@@ -97,12 +97,12 @@ def fixed_point_noise(
     alphas: tuple[float, float],
     predict_noise: NoisePredictor,
 ) -> torch.Tensor:
-    """The noise (n, 4, h, w) that moves latents to where just that noise is predicted.
+    """The noise (n, 4, h, w) that moves latents to a point where the same noise is predicted.
 
     Iterates noise = predict_noise(ddim_step(latents, noise), t) from a `guess` (Pan et al., AIDI,
     arXiv 2309.04907; Garibi et al., ReNoise, arXiv 2403.14602) until the latents move by less than
-    FIXED_POINT_TOLERANCE. Frames at rest cost nothing more, and neither do those that an iteration
-    leads further away.
+    FIXED_POINT_TOLERANCE. Frames that have converged are not evaluated again, and neither are frames that
+    the last iteration moved further than the one before.
     """
     noise, moving = guess.clone(), torch.arange(len(latents))
     least = torch.full((len(latents),), math.inf)
@@ -122,7 +122,7 @@ def fixed_point_noise(
 def sample(
     latents: torch.Tensor, frames: torch.Tensor, schedule: Schedule, predict_noise: NoisePredictor
 ) -> Iterator[torch.Tensor]:
-    """DDIM sampling of the frames (n,) from noise to clean latents (n, 4, h, w); yields every step's."""
+    """DDIM sampling of the frames (n,) from noise; yields the latents (n, 4, h, w) after each step."""
     for step, t in enumerate(schedule.timesteps):
         noise = predict_noise(latents, t, frames)
         latents = ddim_step(latents, noise, schedule.alphas[step], schedule.alphas[step + 1])
@@ -131,7 +131,7 @@ def sample(
 
 
 def last(trajectory: Iterable[T]) -> T:
-    """Run a trajectory to its end and return only that."""
+    """Run a trajectory to its end and return its last element."""
     return deque(trajectory, maxlen=1).pop()
 
 
@@ -140,5 +140,5 @@ def check_finite(values: torch.Tensor, what: str) -> None:
     if not torch.isfinite(values).all():
         raise FloatingPointError(
             f"{what} hold non-finite values; run again with --dtype float32 or bfloat16, "
-            "which do not overflow where float16 does (in float32: the checkpoint is broken)"
+            "which do not overflow where float16 does (if it was float32, the checkpoint is broken)"
         )

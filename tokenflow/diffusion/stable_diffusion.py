@@ -14,7 +14,7 @@ from tokenflow.diffusion.control import Control
 from tokenflow.diffusion.ddim import check_finite
 from tokenflow.runtime.transfer import to_device
 
-# At once, or one frame: the VAE works at full resolution and needs the most memory.
+# Of several frames in one pass of the VAE, which works at full resolution and needs the most memory.
 VAE_PIXELS = 1 << 16
 
 log = logging.getLogger("tokenflow")
@@ -38,7 +38,7 @@ class StableDiffusion:
         """Embedding (1, l, d) of a prompt, cut or padded to the tokenizer's length."""
         length = self.tokenizer.model_max_length
         if len(self.tokenizer(prompt).input_ids) > length:
-            log.warning("only the first %d tokens count of the prompt %r", length, prompt)
+            log.warning("only the first %d tokens of the prompt are used: %r", length, prompt)
         tokens = self.tokenizer(
             prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
@@ -67,7 +67,7 @@ class StableDiffusion:
         return torch.cat(frames).permute(0, 2, 3, 1).numpy()
 
     def latent_shape(self, n_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """Shape (N, 4, h, w) of the latents of frames of that size in pixels."""
+        """Shape (N, 4, h, w) of the latents of N frames of that size in pixels."""
         factor = self._pixels_of_latent
         return n_frames, self.vae.config.latent_channels, height // factor, width // factor
 
@@ -84,9 +84,9 @@ class StableDiffusion:
     def predict_noise(
         self, latents: torch.Tensor, t: int, text: torch.Tensor, control: Control | None = None
     ) -> torch.Tensor:
-        """The noise (n, 4, h, w) that the UNet sees in `latents` (n, 4, h, w); fp32 on their device.
+        """The noise (n, 4, h, w) that the UNet predicts in `latents` (n, 4, h, w); fp32 on their device.
 
-        text: (n, l, d). control: conditions the ControlNet, whose residuals the UNet takes.
+        text: (n, l, d). control: condition of the ControlNet, whose residuals are added in the UNet.
         """
         model_input = to_device(latents, self.device, self.dtype)
         timestep = torch.full(
@@ -124,5 +124,5 @@ class StableDiffusion:
 
 
 def vae_batch_size(height: int, width: int) -> int:
-    """How many frames of that size (pixels) pass the VAE at once."""
+    """How many frames of that size (in pixels) pass the VAE at once."""
     return max(1, VAE_PIXELS // (height * width))

@@ -1,7 +1,7 @@
 """One step of an edit: joint passes over the keyframes, then propagation to every frame.
 
-A technique is its initial latents, a schedule, how long the source is injected, and a ControlNet's
-condition; nothing here knows which technique it is.
+A technique gives the initial latents, the schedule, the number of steps that inject the source, and the
+ControlNet's condition. Nothing here depends on which technique it is.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,17 +40,17 @@ from tokenflow_utils import (
 
 FILLED_CPU, FILLED_GPU = 1 << 12, 1 << 15  # latent pixels
 
-# Of all frames' latents, those of some frames (n,): (n, 4, h, w). A tensor or a file.
+# The latents of all frames, in memory or in a file; frames (n,) index them: (n, 4, h, w).
 Latents = torch.Tensor | FrameArray
 
 
 @dataclass(frozen=True)
 class Source:
-    """What an inversion knows of the source video.
+    """What an inversion knows about the source video.
 
-    latents: the inverted latents (n, 4, h, w) of a timestep for frame indices (n,).
-    features: for frames that are no keyframes, likewise, what propagation needs of the source stream,
-    and what Plug-and-Play injects if that is wanted; without it that stream is denoised as the others.
+    latents: maps a timestep and frames (n,) to their inverted latents (n, 4, h, w).
+    features: maps a timestep, frames (n,) that are not keyframes, and whether Plug-and-Play injects, to
+    their source features. Without it, the source stream is denoised along with the edit.
     """
 
     n_frames: int
@@ -60,7 +60,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Edit:
-    """All that decides what an edited video looks like. prompts: of source, uncond and cond."""
+    """All that decides what an edited video looks like. prompts: for source, uncond and cond."""
 
     sd: StableDiffusion
     technique: Technique
@@ -70,7 +70,7 @@ class Edit:
 
 
 class Denoiser:
-    """Predicts the guided noise of a video's frames at one timestep, in passes of some streams."""
+    """Predicts the guided noise of a video's frames at one timestep; subclasses plan the UNet passes."""
 
     def __init__(self, edit: Edit, flow: TokenFlow) -> None:
         self.sd, self.config, self.flow = edit.sd, edit.config, flow
@@ -84,19 +84,19 @@ class Denoiser:
     @classmethod
     @contextmanager
     def installed(cls, edit: Edit) -> Iterator[Self]:
-        """A denoiser, with TokenFlow in its UNet while the block lasts."""
+        """Yield a denoiser, with TokenFlow in its UNet while the block lasts."""
         propagated = STREAMS if edit.config.propagation == "previous" else (UNCOND, COND)
         with install_tokenflow(edit.sd.unet, propagated, edit.source.features is None) as flow:
             yield cls(edit, flow)
 
     def chunks(self, t: int) -> list:
-        """The frames of the video in chunks that processes may share; neighbours belong together."""
+        """The video's frames in chunks, which the processes divide; each takes neighbouring chunks."""
         return list(balanced(torch.arange(self.source.n_frames), self.config.frames_at_once))
 
     def noise(
         self, latents: Latents, t: int, chunks: list
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """For some of the `chunks`, one by one: frames (n,) and their guided noise (n, 4, h, w)."""
+        """Yield the frames (n,) of each of some `chunks`, and their guided noise (n, 4, h, w)."""
         raise NotImplementedError
 
     def predict_noise(self, latents: Latents, t: int) -> torch.Tensor:
@@ -115,7 +115,7 @@ class Denoiser:
     ) -> torch.Tensor:
         """Guided noise (n, 4, h, w) of the frames (n,).
 
-        passes: which streams go through the UNet together; SOURCE may be in none.
+        passes: the streams of each UNet pass; SOURCE may be left out.
         """
         controls = self.technique.control(frames) if self.technique.control else None
         edited, noise = latents[frames], {}
@@ -134,9 +134,9 @@ class TokenFlowDenoiser(Denoiser):
     """Joint edit of random keyframes, window by window, and propagation to all other frames."""
 
     def chunks(self, t: int) -> list[tuple[Window, torch.Tensor]]:
-        """Frames of one window each, and that window.
+        """Each chunk's window and frames (n,).
 
-        Those that are done with the joint edit are a chunk of their own.
+        In a window, the keyframes that need no propagation are a chunk of their own.
         """
         keyframes, blend = self._keyframes_and_blend(t)
         done, chunks = done_with_joint_edit(keyframes, blend), []
@@ -149,7 +149,7 @@ class TokenFlowDenoiser(Denoiser):
     def noise(
         self, latents: Latents, t: int, chunks: list[tuple[Window, torch.Tensor]]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """For some of the `chunks`, one by one: frames (n,) and their guided noise (n, 4, h, w)."""
+        """Yield the frames (n,) of each of some `chunks`, and their guided noise (n, 4, h, w)."""
         keyframes, blend = self._keyframes_and_blend(t)
         done, cache = done_with_joint_edit(keyframes, blend), self.flow.cache
         cache.keep([])
@@ -169,7 +169,7 @@ class TokenFlowDenoiser(Denoiser):
     def _edit_jointly(
         self, latents: Latents, t: int, frames: torch.Tensor, joint: JointPass
     ) -> None:
-        """Edit keyframes, which are the frames (k,); their guided noise is then in the cache."""
+        """Edit the frames (k,), which are keyframes, and put their guided noise into the cache."""
         injects = t in self.attention_timesteps, t in self.feature_timesteps
         self.flow.begin_joint_edit(joint, *injects)
         noise = self.guided_noise(latents, t, frames, self._passes(frames, latents, STREAMS))
@@ -183,7 +183,7 @@ class TokenFlowDenoiser(Denoiser):
         positions: torch.Tensor,
         weights: torch.Tensor,
     ) -> torch.Tensor:
-        """Guided noise (n, 4, h, w) of the frames (n,), which blend keyframes of the cache."""
+        """Guided noise (n, 4, h, w) of the frames (n,), propagated from keyframes in the cache."""
         injects = t in self.feature_timesteps
         source = self.source.features(t, frames, injects) if self.source.features else None
         blended = self.flow.cache.blended(positions, weights, self.sd.device)
@@ -194,7 +194,7 @@ class TokenFlowDenoiser(Denoiser):
     def _passes(
         self, frames: torch.Tensor, latents: Latents, streams: tuple[int, ...]
     ) -> tuple[tuple[int, ...], ...]:
-        """The streams one by one where one has enough latent pixels for the device, else together."""
+        """The streams one by one if a single one fills the device, else all together."""
         pixels = len(frames) * latents.shape[-2] * latents.shape[-1]
         large = pixels >= filling_pixels(self.sd.device)
         return tuple((stream,) for stream in streams) if large else (streams,)
@@ -210,18 +210,18 @@ class TokenFlowDenoiser(Denoiser):
     def _keyframes(self) -> dict[int, torch.Tensor]:
         if self.config.propagation == "flanking":
             return keyframe_schedule(self.config, self.sd.scheduler, self.source.n_frames).draw()
-        # The authors' code draws none at skipped steps.
+        # The authors' code draws no keyframes for skipped steps.
         n_frames, timesteps = self.source.n_frames, self.technique.schedule.timesteps
         return KeyframeSchedule(n_frames, self.config.interval, timesteps, self.config.seed).draw()
 
 
 def filling_pixels(device: torch.device) -> int:
-    """Latent pixels in one pass from which on more of them are hardly faster, only larger."""
+    """Latent pixels that fill the device: a larger pass takes more memory and is hardly more efficient."""
     return FILLED_CPU if device.type == "cpu" else FILLED_GPU
 
 
 def done_with_joint_edit(keyframes: torch.Tensor, blend: Blend) -> torch.Tensor:
-    """Which frames of the video, bool (N,), are among the `keyframes` (k,) and take themselves whole."""
+    """Whether a frame of the video is a keyframe that takes itself alone, without propagation: bool (N,)."""
     whole = blend.whole
     return (whole >= 0) & (keyframes[whole] == torch.arange(len(whole)))
 
@@ -229,6 +229,6 @@ def done_with_joint_edit(keyframes: torch.Tensor, blend: Blend) -> torch.Tensor:
 def keyframe_schedule(
     config: EditConfig, scheduler: DDIMScheduler, n_frames: int
 ) -> KeyframeSchedule:
-    """The keyframes of an edit; steps that a technique skips have theirs too."""
+    """The keyframe schedule of an edit, which includes the steps that a technique skips."""
     timesteps = Schedule.of(scheduler, config.n_timesteps).timesteps
     return KeyframeSchedule(n_frames, config.interval, timesteps, config.seed)

@@ -38,9 +38,9 @@ DECODE_BATCH = 8  # frames decoded before they are written
 
 @contextmanager
 def open_edit(config: EditConfig, technique: str) -> Iterator["EditRun"]:
-    """The run that edits a video, in a folder that no other run works on while the block lasts.
+    """The run that edits a video; while the block lasts, no other run can work in its folder.
 
-    Everything that can be checked is checked first. technique: the first part of the folder's name.
+    Everything that can be checked is checked first. technique: first part of the folder's name.
     """
     check_checkpoint(config.model_id)
     schedule = Schedule.of(load_scheduler(config.model_id), config.n_timesteps)
@@ -49,7 +49,7 @@ def open_edit(config: EditConfig, technique: str) -> Iterator["EditRun"]:
     processes = Processes(device)
 
     name = f"{technique}_{Path(config.data_path).stem}"
-    chosen = replace(config, resume=True, overwrite=False)  # of one edit, whatever it began with
+    chosen = replace(config, resume=True, overwrite=False)  # these two do not change the edit
     identity = f"{dump(chosen)}# of the inversion {json.dumps(inversion.manifest.identity)}\n"
     with ExitStack() as held:
         with processes.main_first():
@@ -59,8 +59,8 @@ def open_edit(config: EditConfig, technique: str) -> Iterator["EditRun"]:
             try:
                 check(folder)
             except DamagedError as damage:
-                raise UserError(f"{damage}; --overwrite computes the edit again") from damage
-            log.info("this edit was there already; --overwrite computes it again")
+                raise UserError(f"{damage}; --overwrite recomputes the edit") from damage
+            log.info("this edit exists already; --overwrite recomputes it")
             yield replace(run, is_finished=True)
             return
         if processes.is_main:
@@ -74,7 +74,7 @@ def open_edit(config: EditConfig, technique: str) -> Iterator["EditRun"]:
 
 @dataclass(frozen=True)
 class EditRun:
-    """One process's part in editing a video, from the step after which an earlier run was killed."""
+    """One process's part in editing a video, resumed if an earlier run was killed."""
 
     config: EditConfig
     inversion: Inversion
@@ -96,8 +96,8 @@ class EditRun:
         """Folder of the latents that a killed run is resumed from."""
         return self.folder / ".steps"
 
-    def denoise(self, technique: Technique) -> FrameArray:
-        """Edit the latents, step by step; returns those of the edited video."""
+    def edit(self, technique: Technique) -> FrameArray:
+        """Denoise step by step; returns the latents of the edited video."""
         prompts = (self.inversion.prompt, self.config.negative_prompt, self.config.prompt)
         shape = (self.n_frames, *self.inversion.latents(CLEAN).shape[1:])
         checkpoint = EditCheckpoint(self.checkpoints, shape, self.processes)
@@ -127,17 +127,17 @@ class EditRun:
         return load(config.model_id, controlnet, self.device, self.dtype, config.cpu_offload)
 
     def latents(self, name: str) -> LatentsOf:
-        """The inversion's latents of that name: (n, 4, h, w) for frame indices (n,)."""
+        """The function from frames (n,) to the inversion's latents (n, 4, h, w) of that name."""
         return self.inversion.latents(name).__getitem__
 
     @property
     def first_latents(self) -> LatentsOf:
-        """The inverted latents of the first editing timestep: (n, 4, h, w) for frame indices (n,)."""
+        """The function from frames (n,) to their inverted latents (n, 4, h, w) at the first editing step."""
         return self.latents(noisy(self.schedule.timesteps[0]))
 
     @property
     def source(self) -> Source:
-        """What the inversion knows of the source; its features too, if it kept them for this edit."""
+        """What the inversion knows about the source, with its features if they fit this edit."""
         alone = Source(self.n_frames, self._source_latents)
         if missed := self._why_no_features():
             log.info("the source is denoised along with the edit: %s", missed)
@@ -147,7 +147,7 @@ class EditRun:
         except DamagedError as damage:
             log.warning(
                 "warning: %s; the source is denoised along with the edit instead; "
-                "to keep its features again: %s --overwrite",
+                "to recompute its features: %s --overwrite",
                 damage,
                 preprocess_command(self.config, self.inversion.manifest.config),
             )
@@ -155,7 +155,7 @@ class EditRun:
         return replace(alone, features=self._source_features)
 
     def find_edges(self) -> None:
-        """Find what conditions a ControlNet, the Canny edges of all frames, and show them as a video."""
+        """Find the Canny edges of all frames, which condition the ControlNet, and show them as a video."""
         if self.processes.is_main:
             folder, config = self.inversion.source_frames, self.config
             self._edges.compute(folder, self.n_frames, config.canny_low, config.canny_high)
@@ -172,7 +172,7 @@ class EditRun:
         return CannyEdges(self.checkpoints / "edges.npy")
 
     def _why_no_features(self) -> str:
-        """Why the source's features cannot be taken from the inversion; empty if they can."""
+        """Why the source features in the inversion cannot be used; empty if they can."""
         kept = self.inversion.manifest.keyframes
         wanted = keyframe_schedule(self.config, self.sd.scheduler, self.n_frames)
         if not self.config.reuse_source:
@@ -222,10 +222,10 @@ class EditRun:
 def denoise(
     edit: Edit, checkpoint: EditCheckpoint, denoiser: type[Denoiser] = TokenFlowDenoiser
 ) -> Iterator[int]:
-    """The only loop over the steps of an edit, resumed after the last step that is in the `checkpoint`.
+    """Loop over the steps of an edit, starting after the last step in the `checkpoint`.
 
-    Yields the number of steps done, the first time at once. Processes divide the frames of each step.
-    denoiser: how frames become consistent; benchmarks put what they compare with here.
+    Yields the number of steps done before the loop and after each step. Processes divide each step's frames.
+    denoiser: how frames become consistent; benchmarks pass their baselines.
     """
     schedule, share = edit.technique.schedule, checkpoint.processes.share
     with denoiser.installed(edit) as predictor:

@@ -1,4 +1,4 @@
-"""Plug-and-Play, SDEdit and ControlNet, each as what the editor needs to know of it."""
+"""Plug-and-Play, SDEdit and ControlNet, each reduced to what the denoiser needs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from tokenflow.config import PnPConfig, SDEditConfig
 from tokenflow.diffusion.control import Control
 from tokenflow.diffusion.ddim import Schedule
 
-# For frame indices (n,), latents (n, 4, h, w).
+# From frame indices (n,) to latents (n, 4, h, w).
 LatentsOf = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -18,10 +18,10 @@ LatentsOf = Callable[[torch.Tensor], torch.Tensor]
 class Technique:
     """What makes an edit Plug-and-Play, SDEdit or ControlNet.
 
-    initial: for frame indices (n,), latents (n, 4, h, w) at the schedule's first timestep.
+    initial: maps frame indices (n,) to latents (n, 4, h, w) at the schedule's first timestep.
     attention_steps, feature_steps: how many steps, from the first, inject the source's attention
     and features.
-    control: for frame indices (n,), what conditions the ControlNet in each stream: three times (n).
+    control: maps frame indices (n,) to the conditions of the ControlNet, one for each stream.
     """
 
     initial: LatentsOf
@@ -34,7 +34,7 @@ class Technique:
 def plug_and_play(config: PnPConfig, schedule: Schedule, inverted: LatentsOf) -> Technique:
     """Tumanyan et al., arXiv 2211.12572: the first steps take over the source's attention and features.
 
-    inverted: to the schedule's first timestep.
+    inverted: the inverted latents at the schedule's first timestep.
     """
     return Technique(
         inverted,
@@ -54,7 +54,7 @@ def sdedit(
 ) -> Technique:
     """Meng et al., arXiv 2108.01073: the source is noised part of the way, and denoised from there.
 
-    clean: the encoded frames. inverted: their inversion, at `inverted_timestep`.
+    clean: the encoded frames. inverted: their inverted latents at `inverted_timestep`.
     """
     schedule = schedule.last(int(config.n_timesteps * config.start))
     first = torch.tensor(schedule.timesteps[0])
@@ -62,7 +62,7 @@ def sdedit(
 
     def noised(frames: torch.Tensor) -> torch.Tensor:
         latents = clean(frames)
-        if config.use_ddim_noise:  # what the inversion's end holds beyond the clean latents
+        if config.use_ddim_noise:  # the noise in the inverted latents
             noise = (inverted(frames) - alpha.sqrt() * latents) / (1 - alpha).sqrt()
         else:  # the same for all frames, so that it does not flicker
             generator = torch.Generator().manual_seed(config.seed)
@@ -81,10 +81,10 @@ def controlnet(
 ) -> Technique:
     """Zhang et al., arXiv 2302.05543: an image of each frame conditions a ControlNet.
 
-    inverted: to the schedule's first timestep.
-    images: for frame indices (n,), the conditions (n, 3, H, W) in [0, 1].
-    source_scale, edit_scale: factors on the residuals; the source stream must see what the inversion
-    saw, which is 0 where that was not conditioned.
+    inverted: the inverted latents at the schedule's first timestep.
+    images: maps frame indices (n,) to the conditions (n, 3, H, W) in [0, 1].
+    source_scale, edit_scale: factors on the residuals. The source stream needs the inversion's factor, which
+    is 0 if the inversion had no ControlNet.
     """
 
     def control(frames: torch.Tensor) -> tuple[Control, Control, Control]:

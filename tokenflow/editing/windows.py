@@ -1,10 +1,10 @@
-"""Long videos: keyframes are edited in windows, so that cost grows with their number, not its square.
+"""Long videos: keyframes are edited in windows, so that the cost is linear in their number.
 
-A window's keyframes attend to each other and to a few anchors, keyframes spread over the whole video,
-which hold the look. Neighbouring windows share the keyframe between them: it is edited once, with the
-anchors alone, so that what is propagated on its two sides is the same.
+A window's keyframes attend to each other and to a few anchors: keyframes spread over the whole video,
+which keep its look the same. Neighbouring windows share one keyframe. It is edited once and attends to
+the anchors alone, so that both windows propagate the same outputs from it.
 
-Keyframes are named by position, which counts among the keyframes of one timestep.
+Keyframes are named by their position among the keyframes of a timestep.
 """
 
 import itertools
@@ -20,7 +20,7 @@ ANCHORS = 4
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """Neighbouring keyframes, ascending, and the frames (n,) that blend no others."""
+    """Neighbouring keyframes, ascending, and the frames (n,) that blend only these."""
 
     positions: list[int]
     frames: torch.Tensor
@@ -32,9 +32,9 @@ def anchors(n_keyframes: int) -> list[int]:
 
 
 def windows(blend: Blend, n_keyframes: int, size: int) -> list[Window]:
-    """As few windows as hold all keyframes; neighbours share one.
+    """The fewest windows that hold all keyframes; neighbouring windows share one.
 
-    size: keyframes that attend to each other, at most; in several windows the anchors are among them.
+    size: largest number of keyframes that attend to each other; of several windows each includes the anchors.
     blend: of all frames of the video.
     """
     bounds = window_bounds(n_keyframes, size)
@@ -47,26 +47,26 @@ def windows(blend: Blend, n_keyframes: int, size: int) -> list[Window]:
 
 
 def window_bounds(n_keyframes: int, size: int) -> list[int]:
-    """Where windows begin and end, from the first keyframe to the last."""
+    """The first keyframe of each window, and the last keyframe of the last window."""
     own = size if n_keyframes <= size else size - ANCHORS
     n_windows = max(1, -(-(n_keyframes - 1) // (own - 1)))
     return torch.linspace(0, n_keyframes - 1, n_windows + 1).round().long().tolist()
 
 
 def seen_by_all(window: Window, n_keyframes: int) -> list[int]:
-    """The keyframes that a window's inner ones attend to: the anchors, then its first and last."""
+    """The keyframes that all inner keyframes attend to: the anchors, then the window's first and last."""
     return list(dict.fromkeys([*anchors(n_keyframes), window.positions[0], window.positions[-1]]))
 
 
 def joint_passes(window: Window, n_keyframes: int, edited: Sequence[int]) -> list[JointPass]:
     """The passes that edit a window's keyframes: the anchors, each end, and the rest.
 
-    edited: keyframes that were edited before and are remembered; they need not pass again.
+    edited: keyframes that are in the cache and need not pass again.
     """
     if len(window.positions) == n_keyframes:
         return [JointPass(window.positions)]
     seen, shared = seen_by_all(window, n_keyframes), anchors(n_keyframes)
-    # The ends attend to the anchors alone, so that they are the same in both windows.
+    # The ends attend to the anchors alone, so that the two windows of an end edit it alike.
     plan = [
         (shared, []),
         *(([end], shared) for end in seen[len(shared) :]),

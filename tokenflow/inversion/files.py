@@ -1,15 +1,15 @@
-"""An inversion on disk: what `preprocess.py` leaves and an edit finds again.
+"""An inversion on disk: what `preprocess.py` writes and an edit reads.
 
 `<save_dir>/sd_<version or model>/<video>/steps_<steps>/nframes_<n>/` holds
 
 - `latents/noisy_latents_<t>.npy`, (N, 4, h, w) fp32, for every editing timestep t;
-- `latents/clean_latents.npy`, the encoded frames, and `latents/inverted_latents.npy`, the end of the
-  inversion where that is no editing timestep; of the same shape;
-- `source/`, `vae/` and `frames/`: the frames as they were encoded, after the VAE's round trip, and
-  reconstructed from the noisiest latents; `inverted.mp4`, the latter as a video;
-- `source_features/`: what edits need of the source stream, where that was kept;
-- `inversion_prompt.txt` and `manifest.json`: the prompt, and all that the files were computed from;
-- `digests.json`, by which damage to any of these files is noticed.
+- `latents/clean_latents.npy`: the encoded frames, of the same shape;
+- `latents/inverted_latents.npy`: where the inversion ended, if not at an editing timestep; of the same shape;
+- `source/`, `vae/`, `frames/`: the frames before encoding, after the VAE's round trip, and reconstructed from
+  the noisiest latents; `inverted.mp4`: the reconstructed frames as a video;
+- `source_features/`: what edits need from the source stream, if it was kept;
+- `inversion_prompt.txt`, `manifest.json`, `digests.json`: the prompt, all that the files were computed from,
+  and digests that reveal damage to any of these files.
 """
 
 import json
@@ -42,13 +42,13 @@ class Manifest:
     fps: str  # frames per second of the frames used, as a fraction
     n_frames: int
     timesteps: tuple[int, ...]  # editing timesteps whose latents are saved, the noisiest first
-    inverted: str  # name of the latents that the inversion ended with,
-    inverted_timestep: int  # and their timestep
-    keyframes: KeyframeSchedule | None = None  # for which the source's features are kept
+    inverted: str  # name of the latents that the inversion ended with
+    inverted_timestep: int  # timestep of those latents
+    keyframes: KeyframeSchedule | None = None  # of the kept source features
 
     @property
     def identity(self) -> dict:
-        """What decides which inversion this is; two with the same are the same."""
+        """What tells inversions apart: those of the same identity are equal."""
         config = {key: value for key, value in self.config.items() if key not in HOW}
         return {"config": config, "source": self.source, "checkpoint": self.checkpoint}
 
@@ -89,12 +89,12 @@ class Inversion:
 
     @property
     def source_features(self) -> SourceFeatureFiles:
-        """What edits need of the source stream, where that is kept."""
+        """What edits need from the source stream; there are no files if it was not kept."""
         return SourceFeatureFiles(self.folder / "source_features")
 
     @property
     def exists(self) -> bool:
-        """Whether there is a finished inversion."""
+        """Whether the folder holds a finished inversion."""
         return (self.folder / "manifest.json").is_file()
 
     @property
@@ -119,14 +119,14 @@ class Inversion:
         return config["control_scale"] if config["conditioned"] else 0.0
 
     def write_manifest(self, manifest: Manifest) -> None:
-        """Write the manifest and the prompt, which make the inversion valid."""
+        """Write the prompt and the manifest, which marks the inversion as finished."""
         prompt = manifest.config["inversion_prompt"]
         (self.folder / "inversion_prompt.txt").write_text(prompt, encoding="utf-8")
         text = json.dumps(asdict(manifest), indent=2, ensure_ascii=False)
         (self.folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
 
     def check_for_edit(self, timesteps: tuple[int, ...]) -> None:
-        """Check all files that an edit of these timesteps reads, but the source's features.
+        """Check all files that an edit of these timesteps reads, except the source features.
 
         Raises DamagedError.
         """
@@ -136,11 +136,11 @@ class Inversion:
         check(self.folder, lambda name: name in read or name.endswith(".png"))
 
     def check_source_features(self) -> None:
-        """Check the source's features. Raises DamagedError."""
+        """Check the source features. Raises DamagedError."""
         check(self.folder, lambda name: name.startswith(self.source_features.folder.name))
 
     def create_latents(self, name: str, shape: tuple[int, ...]) -> None:
-        """Make room for latents (N, 4, h, w) of that name, where there is none."""
+        """Create the file of latents (N, 4, h, w) of that name, unless it exists."""
         FrameArray(self._latents_file(name)).ensure(shape, torch.float32)
 
     def latents(self, name: str) -> FrameArray:

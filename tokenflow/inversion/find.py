@@ -1,4 +1,4 @@
-"""Which inversion an edit stands on, and the command that makes one where there is none."""
+"""Which inversion an edit uses, and the command that computes one that is missing."""
 
 import itertools
 import shlex
@@ -12,10 +12,10 @@ from util import fingerprint
 
 
 def find_inversion(config: EditConfig, timesteps: tuple[int, ...]) -> tuple[Inversion, int]:
-    """The inversion that an edit stands on, and the number of frames to edit.
+    """The inversion that an edit uses, and the number of frames to edit.
 
-    timesteps: of the edit, the noisiest first. Of several, the one with the fewest frames that are
-    enough is taken. Raises UserError when there is none or it does not fit the edit.
+    timesteps: of the edit, the noisiest first. Of several inversions with enough frames, the shortest is
+    used. Raises UserError if there is none or it does not fit the edit.
     """
     found = [inversion for name in config.inversions for inversion in _list(config, name)]
     if not found:
@@ -34,7 +34,7 @@ def find_inversion(config: EditConfig, timesteps: tuple[int, ...]) -> tuple[Inve
         raise UserError(f"{damage}; recompute it with: {command} --overwrite") from damage
     if config.n_frames > manifest.n_frames:
         raise UserError(
-            f"n_frames: {config.n_frames} asked, but the latents in {inversion.folder} are of "
+            f"n_frames: {config.n_frames} were asked for, but {inversion.folder} holds latents of "
             f"{manifest.n_frames} frames; ask for fewer, or run: "
             f"{preprocess_command(config, manifest.config)}"
         )
@@ -45,7 +45,7 @@ def find_inversion(config: EditConfig, timesteps: tuple[int, ...]) -> tuple[Inve
 def preprocess_command(config: EditConfig, like: dict | None = None) -> str:
     """The command that computes the inversion an edit needs.
 
-    like: the configuration of an inversion of the same video, whose prompt and frames it takes over.
+    like: the configuration of another inversion of the same video, whose prompt and frames are reused.
     """
     options = {
         "data_path": config.data_path,
@@ -66,9 +66,9 @@ def preprocess_command(config: EditConfig, like: dict | None = None) -> str:
 
 
 def _list(config: EditConfig, name: str) -> list[Inversion]:
-    steps = Path(config.latents_path) / name / Path(config.data_path).stem
-    steps /= f"steps_{config.n_inversion_steps}"
-    return [Inversion(path.parent) for path in steps.glob("nframes_*/manifest.json")]
+    folder = Path(config.latents_path) / name / Path(config.data_path).stem
+    folder /= f"steps_{config.n_inversion_steps}"
+    return [Inversion(path.parent) for path in folder.glob("nframes_*/manifest.json")]
 
 
 def _no_latents(config: EditConfig) -> str:

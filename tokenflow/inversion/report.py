@@ -1,4 +1,4 @@
-"""What a person should know of a reconstruction: how good it is and, if it is poor, why."""
+"""What a person should know about a reconstruction: how good it is and, if it is poor, why."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ from tokenflow.metrics import frame_psnr, frame_ssim
 from tokenflow.runtime.batching import balanced
 from util import load_frames
 
-# Below this PSNR (dB) textures and small objects of the source are lost, in an edit too.
+# Below this PSNR (dB) textures and small objects of the source are lost, also in an edit.
 POOR_PSNR = 20.0
 
 
@@ -26,7 +26,7 @@ def reconstruction_report(
 ) -> str:
     """How close the reconstruction and the VAE's round trip are to the source, in a sentence or two.
 
-    noise_predictor: for a prompt, predicts the noise of the video's frames under it.
+    noise_predictor: maps a prompt to a predictor of the noise of the video's frames.
     """
     clean = inversion.latents(CLEAN)
 
@@ -53,19 +53,19 @@ def reconstruction_report(
         f"\nwarning: below {POOR_PSNR:.0f} dB a video is too poorly reconstructed to edit well; "
     )
     if vae[0] < POOR_PSNR:
-        return text + "the VAE loses it: use larger frames (--H, --W) or another checkpoint"
+        return text + "the VAE is the reason: use larger frames (--H, --W) or another checkpoint"
     frames = torch.arange(min(len(clean), config.frames_at_once))
     predictors = [noise_predictor(prompt) for prompt in (config.inversion_prompt, "")]
     with_prompt, without = (noise_error(sd, p, clean[frames], config.seed) for p in predictors)
     if with_prompt > without:
-        return text + "the inversion prompt does not describe it: the model does better with none"
-    return text + "the inversion loses it: use more --steps, or describe it in --inversion_prompt"
+        return text + "the prompt is the reason: the model does better without --inversion_prompt"
+    return text + "the inversion is the reason: use more --steps, or a better --inversion_prompt"
 
 
 def noise_error(
     sd: StableDiffusion, predictor: VideoNoisePredictor, clean: torch.Tensor, seed: int
 ) -> float:
-    """Mean square error of the noise predicted in noised latents (n, 4, h, w) of the first n frames."""
+    """Mean square error of the noise predicted in the first n frames' `clean` latents, after noising."""
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
     t = sd.scheduler.config.num_train_timesteps // 2  # where the prompt matters most
     noised = sd.scheduler.add_noise(clean, noise, torch.tensor(t))

@@ -1,7 +1,7 @@
 """From a video to its inversion on disk, stage by stage, by all processes of a run.
 
-Frames are inverted and reconstructed in segments that know nothing of each other, so processes can
-share them, a killed run is resumed with those that are missing, and memory does not grow with the video.
+Frames are inverted and reconstructed in independent segments. Processes can divide the segments, a killed
+run is resumed with the missing segments, and memory does not grow with the length of the video.
 """
 
 import itertools
@@ -63,9 +63,9 @@ VIDEO = "inverted.mp4"
 
 @contextmanager
 def open_inversion(config: PreprocessConfig) -> Iterator["InversionRun"]:
-    """The run that inverts a video, in a folder that no other run works on while the block lasts.
+    """The run that inverts a video; while the block lasts, no other run can work in its folder.
 
-    Everything that can be checked is checked first. What the run writes is there once the block ends.
+    Everything that can be checked is checked first. The inversion appears on disk when the block ends.
     """
     check_checkpoint(config.model_id, config.H, config.W)
     schedule, editing = schedules(config)
@@ -78,7 +78,7 @@ def open_inversion(config: PreprocessConfig) -> Iterator["InversionRun"]:
         config, manifest, schedule, editing, final, inversion, processes, device, dtype
     )
     if is_there(final, manifest, config.overwrite):
-        log.info("this inversion was there already; --overwrite computes it again")
+        log.info("this inversion exists already; --overwrite recomputes it")
         yield replace(run, is_finished=True)
         return
     with ExitStack() as held:
@@ -93,14 +93,14 @@ def open_inversion(config: PreprocessConfig) -> Iterator["InversionRun"]:
 
 @dataclass(frozen=True)
 class InversionRun:
-    """One process's part in inverting a video, from where an earlier run was killed."""
+    """One process's part in inverting a video, resumed if an earlier run was killed."""
 
     config: PreprocessConfig
     manifest: Manifest
-    schedule: Schedule  # of the inversion
-    editing: Schedule  # the steps whose latents are saved
+    schedule: Schedule  # the inversion steps
+    editing: Schedule  # the editing steps, whose latents are saved
     final: Inversion  # where the result will be
-    inversion: Inversion  # where it is written
+    inversion: Inversion  # where it is written first
     processes: Processes
     device: torch.device
     dtype: torch.dtype
@@ -112,7 +112,7 @@ class InversionRun:
         return self.final.folder if self.config.no_reconstruction else self.final.folder / VIDEO
 
     def read_frames(self) -> None:
-        """Write the frames that are used as images; the main process does."""
+        """Write the frames to invert as images, in the main process alone."""
         folder, n_frames = self.inversion.source_frames, self.manifest.n_frames
         progress, frames = Progress(self.inversion.folder), torch.arange(n_frames)
         if self.processes.is_main and not progress.is_done(
@@ -125,7 +125,7 @@ class InversionRun:
         """Encode the frames, invert them, and save their latents at every editing timestep."""
         config, inversion = self.config, self.inversion
         if self.processes.is_main:
-            self._make_room()
+            self._create_files()
             if config.controlnet_id:
                 low, high = config.canny_low, config.canny_high
                 self._edges.compute(inversion.source_frames, self.manifest.n_frames, low, high)
@@ -143,9 +143,9 @@ class InversionRun:
                 bar.update()
 
     def reconstruct(self) -> None:
-        """Sample the frames back from their noise, and keep what edits need of the source meanwhile.
+        """Sample the frames back from their noise, and record the source features on the way.
 
-        Where only the latter is wanted, the saved latents pass instead of sampled ones.
+        If only the features are wanted, the saved latents pass the UNet instead of sampled ones.
         """
         if self.config.no_reconstruction and not self._keeps_source_features:
             return
@@ -189,7 +189,7 @@ class InversionRun:
         return load(config.model_id, controlnet, self.device, self.dtype, config.cpu_offload)
 
     def noise_predictor(self, prompt: str) -> VideoNoisePredictor:
-        """Predicts the noise of the video's frames under a prompt."""
+        """A predictor of the noise of the video's frames under a prompt."""
         batches = Batches(self.config.frames_at_once, adapts=self.config.batch_size is None)
         control = self._control if self.sd.controlnet else None
         return VideoNoisePredictor(self.sd, prompt, batches, control)
@@ -208,7 +208,7 @@ class InversionRun:
 
     @contextmanager
     def _recording_predictor(self) -> Iterator[NoisePredictor]:
-        """Predicts noise and, if they are to be kept, records the source's features."""
+        """Yield a predictor, which also records the source features if they are kept."""
         if not self._keeps_source_features:
             yield self._predictor
             return
@@ -224,10 +224,10 @@ class InversionRun:
     def _missing_segments(
         self, stage: str, n_steps: int, written: Callable[[torch.Tensor], Iterator[bytes]]
     ) -> Iterator[tuple[torch.Tensor, tqdm]]:
-        """The frames (n,) of this process's segments that a stage has not done yet, and a progress bar.
+        """Yield the frames (n,) of each segment that this process has yet to do, and a progress bar.
 
-        A segment is noted as done when the loop comes back for the next one; at the end all processes
-        wait for each other. written: what the stage leaves of a segment's frames.
+        A segment is recorded as done when the caller asks for the next one. At the end all processes wait
+        for each other. written: maps a segment's frames to the bytes that the stage writes for them.
         """
         progress = Progress(self.inversion.folder)
         segments = balanced(torch.arange(self.manifest.n_frames), self.config.frames_at_once)
@@ -254,7 +254,7 @@ class InversionRun:
         if self._keeps_source_features:
             yield from self.inversion.source_features.written(self.editing.timesteps, frames)
 
-    def _make_room(self) -> None:
+    def _create_files(self) -> None:
         config, inversion = self.config, self.inversion
         shape = self.sd.latent_shape(self.manifest.n_frames, config.H, config.W)
         for name in (CLEAN, *self._names.values()):
@@ -277,20 +277,20 @@ class InversionRun:
 
     @cached_property
     def _names(self) -> dict[int, str]:
-        """Names of the latents that are saved, by timestep."""
+        """Names of the saved latents, by timestep."""
         names = {t: noisy(t) for t in self.editing.timesteps}
         return {self.manifest.inverted_timestep: self.manifest.inverted} | names
 
 
 def schedules(config: PreprocessConfig) -> tuple[Schedule, Schedule]:
-    """The schedules of the inversion and of the editing steps whose latents are saved.
+    """The schedules of the inversion steps and of the editing steps, whose latents are saved.
 
-    Raises UserError when the inversion would not visit every editing timestep.
+    Raises UserError if the inversion would not visit every editing timestep.
     """
     scheduler = load_scheduler(config.model_id)
     editing = Schedule.of(scheduler, config.save_steps)
-    inversion = Schedule.of(scheduler, config.steps)
-    if not set(editing.timesteps) <= set(inversion.timesteps):
+    inverting = Schedule.of(scheduler, config.steps)
+    if not set(editing.timesteps) <= set(inverting.timesteps):
         n_train = scheduler.config.num_train_timesteps
         fitting = [
             n
@@ -301,13 +301,13 @@ def schedules(config: PreprocessConfig) -> tuple[Schedule, Schedule]:
             f"steps: {config.steps} inversion steps do not visit all timesteps of "
             f"{config.save_steps} editing steps; these do: {', '.join(map(str, fitting))}"
         )
-    return inversion, editing
+    return inverting, editing
 
 
 def new_manifest(config: PreprocessConfig, schedule: Schedule, editing: Schedule) -> Manifest:
-    """What the inversion will have been computed from; its keyframes are left open."""
+    """The manifest of the inversion that is to be computed, as yet without keyframes."""
     noisiest, video = schedule.timesteps[0], Path(config.data_path)
-    fps = frame_rate(video) / config.stride  # first of all, for it says so where there is no video
+    fps = frame_rate(video) / config.stride  # first, because it refuses a missing video
     return Manifest(
         config=asdict(config) | {"conditioned": config.controlnet_id is not None},
         source=fingerprint(video),
@@ -321,7 +321,7 @@ def new_manifest(config: PreprocessConfig, schedule: Schedule, editing: Schedule
 
 
 def is_there(final: Inversion, manifest: Manifest, overwrite: bool) -> bool:
-    """Whether this very inversion is there, undamaged, and is to stay."""
+    """Whether this inversion exists, is undamaged, and is not to be overwritten."""
     if not final.exists:
         return False
     try:
@@ -337,7 +337,7 @@ def is_there(final: Inversion, manifest: Manifest, overwrite: bool) -> bool:
     except DamagedError as damage:
         if overwrite:
             return False
-        raise UserError(f"{damage}; --overwrite computes the inversion again") from damage
+        raise UserError(f"{damage}; --overwrite recomputes the inversion") from damage
     return True
 
 
@@ -348,18 +348,18 @@ def can_keep_source_features(
     latent_shape: tuple[int, ...],
     editing: Schedule,
 ) -> bool:
-    """Whether the source's features are wanted and fit in `folder`; says what they take."""
+    """Whether source features are wanted and fit on the disk of `folder`; logs the space that they take."""
     if not config.keep_source or config.inversion != "fixed_point":
-        return False  # sampling does not come back by the way that a naive inversion went
+        return False  # sampling does not retrace the latents of a naive inversion
     needed = bytes_needed(sd.unet, latent_shape, len(editing.timesteps))
     if latent_shape[-2] * latent_shape[-1] > MAX_TOKENS:
         log.warning(
-            "no source features are kept of frames this large: edits will denoise the source too"
+            "source features of frames this large cannot be kept: edits will denoise the source too"
         )
         return False
     if needed > shutil.disk_usage(folder).free:
         log.warning(
-            "no source features are kept, which would take %.0f MB of disk, more than is free: "
+            "source features are not kept, because they take %.0f MB, more disk than is free: "
             "edits will denoise the source too",
             needed / 1e6,
         )
@@ -369,7 +369,7 @@ def can_keep_source_features(
 
 
 def write_source_frames(config: PreprocessConfig, folder: Path, n_frames: int) -> None:
-    """Write the `n_frames` used frames, fitted to the wanted size, as PNG into `folder`."""
+    """Write the `n_frames` frames to invert, fitted to the configured size, as PNG into `folder`."""
     folder.mkdir(exist_ok=True)
     count = 0
     for frame in tqdm(used_frames(config), "Reading", n_frames, unit="frame"):
@@ -380,18 +380,18 @@ def write_source_frames(config: PreprocessConfig, folder: Path, n_frames: int) -
         raise UserError(f"start_frame: there are no frames in {used}")
     if count < n_frames:
         raise UserError(
-            f"n_frames: {n_frames} asked, but there are only {count} frames in {used}; "
+            f"n_frames: {n_frames} were asked for, but there are only {count} frames in {used}; "
             f"use --n_frames {count}, or 0 for all"
         )
 
 
 def used_frames(config: PreprocessConfig) -> Iterator[np.ndarray]:
-    """The frames of the video that are used, uint8 RGB (H, W, 3), one by one."""
+    """The frames of the video to invert, uint8 RGB (H, W, 3), one by one."""
     stop = config.start_frame + config.n_frames * config.stride if config.n_frames else None
     frames = decode_frames(Path(config.data_path))
     return itertools.islice(frames, config.start_frame, stop, config.stride)
 
 
 def pictures(folder: Path, frames: torch.Tensor) -> Iterator[bytes]:
-    """The image files of the frames (n,)."""
+    """The bytes of the frames' image files; frames (n,)."""
     return (frame_path(folder, index).read_bytes() for index in frames.tolist())

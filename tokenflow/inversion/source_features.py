@@ -1,8 +1,7 @@
-"""The source stream's part in every edit of a video: recorded while it is sampled back, kept on disk.
+"""Source features: what edits need from the source stream, recorded in a reconstruction, kept on disk.
 
-Keyframes depend on the seed alone, so which tokens of them each frame takes (section 4.2), and the
-features that Plug-and-Play injects, are the same for every prompt. An edit that finds them here
-denoises two streams instead of three.
+Keyframes do not depend on the prompt. Neither do the keyframe tokens that each frame takes (section 4.2)
+or the features that Plug-and-Play injects. An edit that reads them denoises two streams instead of three.
 """
 
 import json
@@ -33,17 +32,17 @@ from tokenflow_utils import (
     self_attentions_replaced,
 )
 
-MAX_TOKENS = 1 << 15  # of a frame: indices have 16 bits
+MAX_TOKENS = 1 << 15  # of a frame, as indices have 16 bits
 LEVELS = 4  # resolutions of the UNet, each half the one before
 LEVEL = re.compile(r"(down|up)_blocks\.(\d)|mid_block")
 
 
 class SourceRecorder:
-    """What the layers of a UNet note of the frames of the next pass, if anything."""
+    """What the layers of a UNet record in the next pass, if anything."""
 
     def __init__(self) -> None:
-        self.cache = KeyframeCache()  # of those that the frames of a segment blend
-        # Of the next pass: the keyframes, by position; what other frames blend; or neither.
+        self.cache = KeyframeCache()  # of the keyframes that a segment's frames blend
+        # The next pass is of keyframes (positions), of other frames (blended), or not recorded (neither).
         self.positions: list[int] | None = None
         self.blended: BlendedRows | None = None
         self.nearest: dict[str, torch.Tensor] = {}
@@ -53,7 +52,7 @@ class SourceRecorder:
     def noting(
         self, positions: list[int] | None = None, blended: BlendedRows | None = None
     ) -> Iterator[None]:
-        """Note the features of keyframes, or of other frames, that pass the UNet in the block."""
+        """Record keyframes at `positions`, or other frames and what they blend, in the block's passes."""
         self.positions, self.blended = positions, blended
         try:
             yield
@@ -61,12 +60,13 @@ class SourceRecorder:
             self.positions, self.blended = None, None
 
     def feature_hook(self, module, args, output: torch.Tensor) -> None:
-        """Note the residual block's output."""
-        self.features = output.half()
+        """Record the residual block's output."""
+        if self.blended is not None:
+            self.features = output.half()
 
 
 class RecordingAttention(LayerProcessor):
-    """Plain self-attention that notes the keyframes' tokens, and which of them other frames take."""
+    """Plain self-attention that records keyframes' tokens, and other frames' correspondences to them."""
 
     def __init__(self, recorder: SourceRecorder, name: str) -> None:
         super().__init__(name)
@@ -75,7 +75,7 @@ class RecordingAttention(LayerProcessor):
     def __call__(
         self, attn: Attention, hidden_states: torch.Tensor, *args, **kwargs
     ) -> torch.Tensor:
-        """Input of the layer, (n, s, d), to its output."""
+        """The layer's output for its input; both (n, s, d)."""
         recorder, cache = self.recorder, self.recorder.cache
         if recorder.positions is not None:
             tokens = F.normalize(hidden_states.float(), dim=-1)
@@ -89,9 +89,9 @@ class RecordingAttention(LayerProcessor):
 
 @contextmanager
 def install_recorder(unet: UNet2DConditionModel) -> Iterator[SourceRecorder]:
-    """Let every self-attention of `unet` note what passes, where the recorder says so.
+    """Install a recorder in every self-attention of `unet`, and take it out again at the end.
 
-    Raises as `self_attentions_replaced` does.
+    Raises the errors of `self_attentions_replaced`.
     """
     recorder = SourceRecorder()
     with self_attentions_replaced(
@@ -103,8 +103,8 @@ def install_recorder(unet: UNet2DConditionModel) -> Iterator[SourceRecorder]:
 class RecordingPredictor:
     """Predicts the noise of a segment's frames as `predictor` does, and keeps their source features.
 
-    Keyframes that lie outside the segment are looked at too: two for each step, one on each side.
-    saved: for a timestep and frame indices (n,), the latents (n, 4, h, w) that the inversion found.
+    Its frames may blend keyframes outside the segment, one on each side, which then pass the UNet too.
+    saved: maps a timestep and frame indices (n,) to the latents (n, 4, h, w) that the inversion found.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class RecordingPredictor:
         self.keyframes, self.saved, self.files = schedule.draw(), saved, files
 
     def __call__(self, latents: torch.Tensor, t: int, frames: torch.Tensor) -> torch.Tensor:
-        """The noise (n, 4, h, w) in latents (n, 4, h, w) of the frames (n,), neighbours in the video."""
+        """The noise (n, 4, h, w) in latents (n, 4, h, w) of frames (n,) that are neighbours in the video."""
         all_keyframes = self.keyframes[t]
         keyframes = all_keyframes[flanking_blend(frames, all_keyframes).positions.unique()]
         place = torch.searchsorted(frames, keyframes).clamp(max=len(frames) - 1)
@@ -130,13 +130,13 @@ class RecordingPredictor:
 
         def of_keyframe(samples: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
             with self.recorder.noting(positions=positions.tolist()):
-                return self.predictor.predict_batch(t, samples, keyframes[positions])
+                return self.predictor.predict_batch(samples, t, keyframes[positions])
 
         def of_other(samples: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
             blend, device = flanking_blend(others, keyframes), self.predictor.sd.device
             blended = self.recorder.cache.blended(blend.positions, blend.weights, device)
             with self.recorder.noting(blended=blended):
-                noise = self.predictor.predict_batch(t, samples, others)
+                noise = self.predictor.predict_batch(samples, t, others)
             features = SourceFeatures(self.recorder.nearest, self.recorder.features)
             self.files.write(t, others, features)
             return noise
@@ -163,7 +163,7 @@ class SourceFeatureFiles:
         latent_shape: tuple[int, ...],
         timesteps: Iterable[int],
     ) -> None:
-        """Make room for a video of latents (N, 4, h, w) at the timesteps, where there is none."""
+        """Create the files for latents (N, 4, h, w) at the timesteps, unless they exist."""
         tokens = tokens_by_layer(unet, latent_shape)
         n_frames = latent_shape[0]
         for t in timesteps:
@@ -174,7 +174,7 @@ class SourceFeatureFiles:
         (self.folder / "layers.json").write_text(json.dumps(tokens, indent=2) + "\n")
 
     def write(self, t: int, frames: torch.Tensor, source: SourceFeatures) -> None:
-        """Keep the features of the frames (n,)."""
+        """Write the features of the frames (n,)."""
         nearest = torch.cat([source.nearest[name] for name in self._layers()], dim=-1)  # n 2 tokens
         FrameArray(self._file("nearest", t))[frames] = (
             nearest.short()
@@ -184,7 +184,7 @@ class SourceFeatureFiles:
     def read(
         self, t: int, frames: torch.Tensor, injected: bool, device: torch.device
     ) -> SourceFeatures:
-        """The features of the frames (n,); those that are `injected`, most of the bytes, if wanted."""
+        """Read the features of the frames (n,); most bytes are for Plug-and-Play, read only if `injected`."""
         layers = self._layers()
         nearest = to_device(FrameArray(self._file("nearest", t))[frames], device)
         per_layer = nearest.long().split(list(layers.values()), dim=-1)
@@ -194,7 +194,7 @@ class SourceFeatureFiles:
         return SourceFeatures(by_layer, features)
 
     def written(self, timesteps: Iterable[int], frames: torch.Tensor) -> Iterator[bytes]:
-        """What is kept of the frames (n,), as it lies in the files."""
+        """The bytes of the frames (n,) in each file."""
         for t in timesteps:
             for kind in ("nearest", "features"):
                 yield FrameArray(self._file(kind, t)).bytes_of(frames)
@@ -207,7 +207,7 @@ class SourceFeatureFiles:
 
 
 def tokens_by_layer(unet: UNet2DConditionModel, latent_shape: tuple[int, ...]) -> dict[str, int]:
-    """Tokens of a frame in each self-attention, by name, for latents (N, 4, h, w)."""
+    """The number of a frame's tokens in each self-attention, by name, for latents (N, 4, h, w)."""
     height, width = latent_shape[-2:]
     tokens = {}
     for name in unet.attn_processors:
@@ -221,7 +221,7 @@ def tokens_by_layer(unet: UNet2DConditionModel, latent_shape: tuple[int, ...]) -
 
 
 def features_shape(unet: UNet2DConditionModel, latent_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape (c, h, w) of what Plug-and-Play injects in a frame, for latents (N, 4, h, w)."""
+    """Shape (c, h, w) of what Plug-and-Play injects into a frame, for latents (N, 4, h, w)."""
     down = LEVELS - 1 - INJECTED_RESNET[0]
     channels = unet.config.block_out_channels[down]
     return channels, latent_shape[-2] // 2**down, latent_shape[-1] // 2**down

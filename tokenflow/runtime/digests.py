@@ -12,7 +12,7 @@ NAME = "digests.json"
 
 
 def digest_of(parts: Iterable[bytes]) -> str:
-    """The digest of some bytes, which come in parts."""
+    """The digest of bytes that come in parts."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         digest.update(part)
@@ -20,13 +20,13 @@ def digest_of(parts: Iterable[bytes]) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """The digest of a file's bytes; the interpreter is free meanwhile, so that threads share the work."""
+    """The digest of a file's bytes. It releases the interpreter lock, so that threads run side by side."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def seal(folder: Path) -> None:
-    """Write the digests of all files below `folder` (but hidden ones) to `folder/digests.json`."""
+    """Write the digests of all files below `folder` (except hidden ones) to `folder/digests.json`."""
     below = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
     names = [str(p) for p in below if str(p) != NAME and not any(s[0] == "." for s in p.parts)]
     with ThreadPoolExecutor() as pool:
@@ -42,7 +42,7 @@ def seal(folder: Path) -> None:
 def check(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
     """Compare the files below `folder` whose relative path is `wanted` with their digests.
 
-    Raises DamagedError for the first that is missing or not as it was written.
+    Raises DamagedError for the first that is missing or has changed.
     """
     files = _sealed(folder)
     names = [name for name in files if wanted(name)]
@@ -64,7 +64,7 @@ def _problem(path: Path, sealed: dict) -> str:
 
 
 def _sealed(folder: Path) -> dict[str, dict]:
-    """Size and digest of each file; the list's own digest guards it."""
+    """Size and digest of each file, after checking the digest of the list itself."""
     path = folder / NAME
     if not path.is_file():
         raise DamagedError(f"{path} is missing")

@@ -10,23 +10,23 @@ from accelerate import PartialState
 
 T = TypeVar("T")
 
-# A dead process ends the others at once, so waiting is for long work only: a whole video to be read.
+# A dead process ends the others at once, so a long wait means long work, such as reading a whole video.
 PATIENCE = timedelta(days=7)
 
 
 class Processes:
-    """This process among those of the run; alone where nothing launched several."""
+    """This process and the others of its run, which may be this process alone."""
 
     def __init__(self, device: torch.device) -> None:
         self._state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one process that does what is done once."""
+        """Whether this process does the work that is done only once."""
         return self._state.is_main_process
 
     def share(self, parts: Sequence[T]) -> Sequence[T]:
-        """This process's parts of the work: a run of neighbours, as many as any other has, or one less."""
+        """This process's parts of the work: neighbours, as many as any other process has, or one fewer."""
         count, index = self._state.num_processes, self._state.process_index
         return parts[len(parts) * index // count : len(parts) * (index + 1) // count]
 

@@ -20,7 +20,7 @@ class EditCheckpoint:
 
     @property
     def steps_done(self) -> int | None:
-        """Steps that are whole on disk, and undamaged; None before the initial latents are."""
+        """The most steps whose latents are on disk, undamaged; None without even the initial latents."""
         written = (int(path.stem) for path in self.folder.glob("[0-9]*.npy"))
         return max(filter(self._is_whole, written), default=None)
 
@@ -30,7 +30,7 @@ class EditCheckpoint:
 
     @contextmanager
     def writing(self, steps_done: int) -> Iterator[FrameArray]:
-        """Latents for all processes to write their frames of, which are then those of so many steps."""
+        """Yield an array in which all processes write their frames' latents after `steps_done` steps."""
         path, is_main = self._file(steps_done), self.processes.is_main
         if is_main:
             FrameArray.create(partial_path(path), self.shape, torch.float32)

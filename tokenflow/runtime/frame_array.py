@@ -1,4 +1,4 @@
-"""A tensor on disk with one row for each frame, of which only the frames asked for are in memory."""
+"""A tensor on disk with one row for each frame; only the requested rows are in memory."""
 
 from pathlib import Path
 
@@ -9,8 +9,8 @@ import torch
 class FrameArray:
     """A `.npy` file, indexed by frame indices (n,) as a tensor is.
 
-    It is mapped only while rows are read, so that what was read does not stay resident, and written
-    row by row, so that processes (on machines that share a disk, too) can each write their own.
+    It is mapped only while rows are read, so that they do not stay in memory. It is written row by row, so
+    that each process, even on another machine with the same disk, can write its own rows.
     """
 
     def __init__(self, path: Path) -> None:
@@ -25,7 +25,7 @@ class FrameArray:
         return cls(path)
 
     def ensure(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        """Create the file unless one of that shape is there, which a killed run left."""
+        """Create the file, unless a killed run left one of that shape."""
         try:
             fits = self.shape == tuple(shape)
         except (OSError, ValueError, EOFError):
@@ -34,12 +34,12 @@ class FrameArray:
             FrameArray.create(self.path, shape, dtype)
 
     def bytes_of(self, frames: torch.Tensor) -> bytes:
-        """The rows of the frames (n,) as they lie in the file."""
+        """The bytes of the frames (n,) in the file."""
         return self[frames].numpy().tobytes()
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole, frames first."""
+        """Shape of the whole tensor, frames first."""
         return self._mapped().shape
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""The folders of runs: whole or absent, used by one run at a time, and resumed when that was killed."""
+"""Folders of runs: complete or absent, used by one run at a time, and resumed after a kill."""
 
 import fcntl
 import itertools
@@ -16,12 +16,12 @@ from tokenflow.runtime.digests import digest_of
 
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
-    """Yield a path to write a file or folder to, which becomes `path` when the block succeeds.
+    """Yield a path to write a file or folder to, which is renamed to `path` if the block succeeds.
 
-    When the block raises, nothing of it remains and what was at `path` before is untouched.
+    If the block raises, what it wrote is removed and `path` stays as it was.
     """
     partial = partial_path(path)
-    with _made_folder(path.parent):
+    with _created_folder(path.parent):
         remove(partial)
         try:
             yield partial
@@ -33,14 +33,14 @@ def staged(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def resumable(path: Path, identity: str, resume: bool) -> Iterator[Path]:
-    """As `staged`, a folder; but the block finds what a killed run of the same `identity` left there.
+    """As `staged` for a folder, which may already hold what a killed run of the same `identity` wrote.
 
-    When the block raises UserError or FloatingPointError, nothing of the folder remains; whatever else
-    ends the block, the folder stays for the next run. Without `resume` it is removed first.
+    If the block raises UserError or FloatingPointError, the folder is removed. If anything else ends the
+    block, the folder stays for the next run. Without `resume` the block starts with an empty folder.
     """
     partial = partial_path(path)
     note = partial / ".run.json"
-    with _made_folder(path.parent):
+    with _created_folder(path.parent):
         if not (resume and note.is_file() and note.read_bytes() == identity.encode()):
             remove(partial)
             partial.mkdir()
@@ -55,31 +55,31 @@ def resumable(path: Path, identity: str, resume: bool) -> Iterator[Path]:
 
 
 def partial_path(path: Path) -> Path:
-    """Where what will be at `path` is until it is whole."""
+    """Where a file or folder is written until it is complete and renamed to `path`."""
     return path.with_name(f".partial-{path.name}")
 
 
 class Progress:
-    """Which parts of a run's stages are done: a file for each, which holds the digest of what it wrote."""
+    """Which parts of a run's stages are done: one file for each, with the digest of what the part wrote."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / ".progress"
 
     def is_done(self, stage: str, *part: int, written: Iterable[bytes]) -> bool:
-        """Whether that part, or a stage that has none, is done, and what it wrote is there unharmed."""
+        """Whether a part, or a stage without parts, is done and what it wrote is undamaged."""
         file = self._file(stage, part)
         try:
             return file.is_file() and file.read_bytes() == digest_of(written).encode()
-        except (OSError, ValueError, EOFError):  # what was written cannot be read any more
+        except (OSError, ValueError, EOFError):  # what was written is unreadable
             return False
 
     def done(self, stage: str, *part: int, written: Iterable[bytes]) -> None:
-        """Note that its files are written, and what with."""
+        """Record that a part is done, and the digest of what it wrote."""
         self.folder.mkdir(exist_ok=True)
         self._file(stage, part).write_bytes(digest_of(written).encode())
 
     def remove(self) -> None:
-        """The run is done."""
+        """Forget all parts, when the run is done."""
         remove(self.folder)
 
     def _file(self, stage: str, part: Sequence[int]) -> Path:
@@ -88,12 +88,12 @@ class Progress:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """No other run works on `folder` in the block. Raises UserError, with its pid, where one does.
+    """Keep other runs from `folder` during the block. Raises UserError, with its pid, if one is there.
 
-    The system takes the lock from a process that dies.
+    The system releases the lock of a process that dies.
     """
     path = folder.with_name(f".lock-{folder.name}")
-    with _made_folder(path.parent), _lock(path, folder) as file:
+    with _created_folder(path.parent), _lock(path, folder) as file:
         file.truncate(0)
         file.write(f"{os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -112,22 +112,22 @@ def _lock(path: Path, folder: Path) -> IO:
             with file:
                 file.seek(0)
                 raise UserError(
-                    f"{folder}: process {file.read()} is at work on it; let it finish, or end it"
+                    f"{folder}: process {file.read()} is at work there; let that process finish, or end it"
                 ) from None
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             return file
-        file.close()  # its run removed it between our opening and our locking it
+        file.close()  # the run that held the lock removed the file before we locked it
 
 
 @contextmanager
 def run_folder(parent: Path, name: str, config: str) -> Iterator[Path]:
-    """The folder `parent/name` for the run of this `config` text, which lies there as `config.yaml`.
+    """The folder `parent/name` for the run with this `config` text, which it stores as `config.yaml`.
 
-    A run of the same text gets the same folder again; another one gets `name_2`, `name_3`, ...
-    When a mistake of the user's or a wrong value ends the block, a folder that was not there before is
-    removed; whatever else ends the block, it stays for the next run.
+    The same text gets the same folder again; another text gets `name_2`, `name_3`, ...
+    If the block raises UserError or FloatingPointError, a new folder is removed. If anything else ends the
+    block, it stays for the next run.
     """
-    with _made_folder(parent):
+    with _created_folder(parent):
         folder, new = _claim_folder(parent, name, config)
         try:
             yield folder
@@ -157,8 +157,8 @@ def _replace(partial: Path, path: Path) -> None:
 
 
 @contextmanager
-def _made_folder(folder: Path) -> Iterator[None]:
-    """`folder` exists in the block; when that raises, folders that are new and empty are removed."""
+def _created_folder(folder: Path) -> Iterator[None]:
+    """Create `folder` for the block; if the block raises, remove folders that are new and empty."""
     missing = [f for f in (folder, *folder.parents) if not f.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -171,14 +171,14 @@ def _made_folder(folder: Path) -> Iterator[None]:
 
 
 def _claim_folder(parent: Path, name: str, config: str) -> tuple[Path, bool]:
-    """A folder for `config`, and whether it is new; runs side by side get different ones."""
+    """The folder of `config`, and whether it is new; it is claimed atomically, as runs may be concurrent."""
     claim = parent / f".claim-{name}-{os.getpid()}"
     claim.mkdir()
     (claim / "config.yaml").write_bytes(config.encode())
     try:
         for number in itertools.count(1):
             folder = parent / (name if number == 1 else f"{name}_{number}")
-            with suppress(OSError):  # renaming is atomic, and fails where a folder has files
+            with suppress(OSError):  # renaming is atomic, and fails if the target has files
                 claim.rename(folder)
                 return folder, True
             existing = folder / "config.yaml"
