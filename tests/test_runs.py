@@ -6,11 +6,11 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -78,8 +78,22 @@ def content(folder: Path) -> dict[str, bytes]:
     }
 
 
-def run_in(folder, script, flags, printed):
-    """Run a command in a forked process, and put the path that it printed into the queue `printed`."""
+def run_in(folder, script, flags, printed, kill_after=None):
+    """Run a command in a forked process, and put the path that it printed into the queue `printed`.
+
+    kill_after: UNet passes until the process is killed, and seconds after the last of them. What counts
+    is the passes, since how long they take depends on what else the machine does.
+    """
+    if kill_after:
+        passes, seconds = kill_after
+        predict_noise, counter = StableDiffusion.predict_noise, itertools.count(1)
+
+        def counted(self, *args):
+            if next(counter) == passes:
+                threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            return predict_noise(self, *args)
+
+        StableDiffusion.predict_noise = counted
     with open(os.devnull, "w") as nothing, contextlib.redirect_stderr(nothing):
         printed.put(folder / last_line(run(script, *flags, cwd=folder)))
 
@@ -91,37 +105,25 @@ def server():
     context.set_forkserver_preload(
         ["test_runs", "tokenflow.inversion.run", "tokenflow.editing.run"]
     )
-    first = context.Process(target=int)  # waits for the imports, which no run should be timed with
-    first.start()
-    first.join()
     return context
-
-
-class Whole(NamedTuple):
-    """The files that an uninterrupted run of one process writes, and its duration."""
-
-    files: dict[str, bytes]
-    seconds: float
 
 
 @pytest.fixture(scope="module")
 def whole(server, source, checkpoint):
-    """Uninterrupted runs, by command."""
-    printed, runs_of = server.SimpleQueue(), {}
+    """The files that uninterrupted runs of one process write, by command."""
+    printed, files = server.SimpleQueue(), {}
     for name in ("preprocess", *TECHNIQUES):
         if name == "preprocess":
             script, flags = "preprocess.py", invert_flags(checkpoint, "whole")
         else:
             script = f"run_tokenflow_{name}.py"
             flags = edit_flags(checkpoint, "whole", "edits", name)
-        begin = time.monotonic()
         process = server.Process(target=run_in, args=(source, script, flags, printed))
         process.start()
         process.join()
         assert process.exitcode == 0
-        seconds = time.monotonic() - begin
-        runs_of[name] = Whole(content(printed.get().parent), seconds)
-    return runs_of
+        files[name] = content(printed.get().parent)
+    return files
 
 
 @pytest.mark.parametrize("name", ["preprocess", *TECHNIQUES])
@@ -132,7 +134,7 @@ def test_two_processes_equal_one(source, checkpoint, whole, name):
         script = f"run_tokenflow_{name}.py"
         flags = edit_flags(checkpoint, "whole", "shared_edits", name)
     video = run_alone(script, flags, source, n_processes=2)
-    assert content(video.parent) == whole[name].files
+    assert content(video.parent) == whole[name]
 
 
 def test_a_process_that_dies_ends_the_run(source, checkpoint):
@@ -153,27 +155,27 @@ def test_a_process_that_dies_ends_the_run(source, checkpoint):
     assert "error (process 1): of this process" in ended.stderr and ended.stdout == ""
 
 
-@pytest.mark.parametrize("script", ["preprocess.py", "run_tokenflow_pnp.py"])
-def test_killed_runs_are_resumed(server, source, checkpoint, whole, script):
-    """A run that is killed many times and started again writes the files of an uninterrupted run."""
+@pytest.mark.parametrize(
+    "script, passes", [("preprocess.py", (4, 16)), ("run_tokenflow_pnp.py", (2, 10))]
+)
+def test_killed_runs_are_resumed(server, source, checkpoint, whole, script, passes):
+    """Killed at many moments and run again, a command writes the files of an uninterrupted run."""
     if script == "preprocess.py":
         flags, name = invert_flags(checkpoint, "killed"), "preprocess"
     else:
         flags, name = edit_flags(checkpoint, "whole", "killed_edits"), "pnp"
     rng, kills, printed = random.Random(0), 0, server.SimpleQueue()
     while True:
-        process = server.Process(target=run_in, args=(source, script, flags, printed))
+        kill_after = (rng.randint(*passes), rng.uniform(0, 0.02)) if kills < KILLS else None
+        process = server.Process(target=run_in, args=(source, script, flags, printed, kill_after))
         process.start()
-        # Three such times add up to less than a whole run, and all of them to more.
-        moment = whole[name].seconds * rng.uniform(0.02, 0.3)
-        process.join(moment if kills < KILLS else None)
+        process.join()
         if process.exitcode == 0:
             break
-        process.kill()
-        process.join()
+        assert process.exitcode == -signal.SIGKILL
         kills += 1
     assert kills >= 4
-    assert content(printed.get().parent) == whole[name].files
+    assert content(printed.get().parent) == whole[name]
 
 
 def test_a_run_that_was_stopped_halfway_is_resumed(source, checkpoint, monkeypatch):
@@ -232,7 +234,7 @@ def test_what_a_stopped_inversion_left_is_checked(source, checkpoint, whole, mon
         if WAYS[way]:
             (partial / name).write_bytes(WAYS[way](data))
         last_line(run("preprocess.py", *flags, cwd=source))
-        assert content(final) == whole["preprocess"].files, (name, way)
+        assert content(final) == whole["preprocess"], (name, way)
 
 
 def test_a_second_run_into_the_same_folder_is_refused(source, checkpoint, whole):
@@ -246,7 +248,7 @@ def test_a_second_run_into_the_same_folder_is_refused(source, checkpoint, whole)
             result = run(script, *flags, "--overwrite", cwd=source)
             refusal(result, folder.name, f"process {os.getpid()} on")
         assert not list(folder.parent.glob(".lock*")) and not list(folder.parent.glob(".partial*"))
-    assert content(edit) == whole["pnp"].files
+    assert content(edit) == whole["pnp"]
 
 
 def test_a_lock_dies_with_its_process(tmp_path):
