@@ -89,9 +89,8 @@ class StableDiffusion:
         text: (n, l, d). control: condition of the ControlNet, whose residuals are added in the UNet.
         """
         model_input = to_device(latents, self.device, self.dtype)
-        timestep = torch.full(
-            (), t, device=self.device
-        )  # made there, while a number would be copied
+        # Created on the device, while a number would be copied there.
+        timestep = torch.full((), t, device=self.device)
         residuals = (
             {} if control is None else self._control_residuals(model_input, timestep, text, control)
         )

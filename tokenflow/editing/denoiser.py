@@ -6,7 +6,7 @@ ControlNet's condition. Nothing here depends on which technique it is.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import groupby
 from operator import itemgetter
@@ -208,11 +208,10 @@ class TokenFlowDenoiser(Denoiser):
 
     @cached_property
     def _keyframes(self) -> dict[int, torch.Tensor]:
-        if self.config.propagation == "flanking":
-            return keyframe_schedule(self.config, self.sd.scheduler, self.source.n_frames).draw()
-        # The authors' code draws no keyframes for skipped steps.
-        n_frames, timesteps = self.source.n_frames, self.technique.schedule.timesteps
-        return KeyframeSchedule(n_frames, self.config.interval, timesteps, self.config.seed).draw()
+        schedule = keyframe_schedule(self.config, self.sd.scheduler, self.source.n_frames)
+        if self.config.propagation == "previous":  # the authors' code draws none for skipped steps
+            schedule = replace(schedule, timesteps=self.technique.schedule.timesteps)
+        return schedule.draw()
 
 
 def filling_pixels(device: torch.device) -> int:
