@@ -234,7 +234,7 @@ def _find(
 ) -> Any:
     """Call `get` on a checkpoint's part: first on what is on disk, then, if that fails, on the hub."""
     for local_only in (True, False):
-        if not local_only and not _on_hub(model_id):
+        if not local_only and not on_hub(model_id):
             break
         for variant in variants:
             where = {"subfolder": subfolder or "", "local_files_only": local_only}
@@ -305,7 +305,7 @@ def _broken(path: Path) -> str:
 
 
 @functools.cache
-def _on_hub(model_id: str) -> bool:
+def on_hub(model_id: str) -> bool:
     """Whether the hub can be reached and has the model; asked once, without the loaders' retries."""
     if os.path.isdir(model_id):
         return False
