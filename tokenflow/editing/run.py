@@ -21,6 +21,7 @@ from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.denoiser import Denoiser, Edit, Source, TokenFlowDenoiser, keyframe_schedule
 from tokenflow.editing.techniques import LatentsOf, Technique
 from tokenflow.errors import DamagedError, UserError
+from tokenflow.evaluation.report import discard_report
 from tokenflow.inversion.files import CLEAN, Inversion, noisy
 from tokenflow.inversion.find import find_inversion, preprocess_command
 from tokenflow.runtime.digests import check, seal
@@ -115,6 +116,7 @@ class EditRun:
         self._decode(edited)
         if self.processes.is_main:
             self._show()
+            discard_report(self.folder)  # evaluate.py wrote it for an earlier run's frames
             seal(self.folder)
             remove(self.checkpoints)
 

@@ -32,7 +32,7 @@ from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.errors import DamagedError, UserError
 from tokenflow.inversion.files import CLEAN, INVERTED, Inversion, Manifest, noisy
 from tokenflow.inversion.predictor import VideoNoisePredictor
-from tokenflow.inversion.report import reconstruction_report
+from tokenflow.inversion.report import report_reconstruction
 from tokenflow.inversion.source_features import (
     MAX_TOKENS,
     RecordingPredictor,
@@ -176,7 +176,8 @@ class InversionRun:
             write_video_from_folders(inversion.folder / VIDEO, folders, n_frames, fps)
         kept = self._keyframe_schedule if self._keeps_source_features else None
         inversion.write_manifest(replace(self.manifest, keyframes=kept))
-        log.info(reconstruction_report(self.sd, inversion, self.config, self.noise_predictor))
+        about = inversion, self.manifest, self.config
+        log.info(report_reconstruction(self.sd, *about, self.noise_predictor))
         seal(inversion.folder)
         Progress(inversion.folder).remove()
 

@@ -1,0 +1,141 @@
+"""`report.html`: videos in step, figures with their floors, curves and a verdict, in one file."""
+
+import base64
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import cv2
+import numpy as np
+
+from tokenflow.contact_sheet import contact_sheet, moments
+from tokenflow.evaluation.figures import (
+    EDIT,
+    FIGURES,
+    PER_FRAME,
+    RECONSTRUCTION,
+    SOURCE,
+    VAE,
+    Curves,
+    Values,
+)
+from tokenflow.evaluation.verdict import Finding
+from tokenflow.runtime.run_folder import remove, staged
+
+PAGE, PARTS = "report.html", "report"  # the page, and the folder of what it shows beside it
+TEMPLATE = Path(__file__).with_name("template")
+NAMES = {
+    SOURCE: "source",
+    VAE: "VAE round trip",
+    RECONSTRUCTION: "reconstruction",
+    PER_FRAME: "frame by frame",
+    EDIT: "edit",
+}
+DIGITS = 4  # of every number
+THUMBNAIL = 160  # pixels, the longer side of a frame in a contact sheet
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the page shows of one edit, or of one reconstruction."""
+
+    name: str
+    prompt: str | None
+    videos: dict[str, Path]  # by what they are, as NAMES lists them; H.264
+    fps: Fraction
+    n_frames: int
+    figures: Values
+    curves: Curves
+    findings: list[Finding]
+    skipped: list[str]  # figures that were not measured, and why
+    options: dict[str, Any]
+    sheet: np.ndarray  # contact sheet, uint8 RGB, whose columns are the video's `moments`
+
+    def measured(self) -> dict[str, Any]:
+        """Everything that was measured, as JSON holds it."""
+        plain = {
+            "name": self.name,
+            "prompt": self.prompt,
+            "fps": float(self.fps),
+            "n_frames": self.n_frames,
+            "figures": self.figures,
+            "curves": self.curves,
+            "findings": [asdict(finding) for finding in self.findings],
+            "skipped": self.skipped,
+            "options": self.options,
+        }
+        return _rounded(plain)
+
+
+def write_report(path: Path, title: str, entries: list[Entry]) -> None:
+    """Write the page of one or several edits, which refers to their videos by relative paths."""
+    shown = {key: asdict(figure) for key, figure in FIGURES.items()}
+    data = {"title": title, "names": NAMES, "figures": shown, "entries": []}
+    for entry in entries:
+        videos = {
+            name: quote(os.path.relpath(entry.videos[name], path.parent))
+            for name in NAMES
+            if name in entry.videos
+        }
+        pictures = {
+            "videos": videos,
+            "sheet": _as_url(entry.sheet),
+            "moments": moments(entry.n_frames),
+        }
+        data["entries"].append(entry.measured() | pictures)
+    # JSON within a script must not close it.
+    text = json.dumps(data, ensure_ascii=False, sort_keys=False).replace("<", "\\u003c")
+    page = (TEMPLATE / "page.html").read_text(encoding="utf-8")
+    for mark, part in (("/* style */", "page.css"), ("/* script */", "page.js")):
+        page = page.replace(mark, (TEMPLATE / part).read_text(encoding="utf-8"))
+    with staged(path) as partial:
+        partial.write_text(page.replace("/* data */", text), encoding="utf-8")
+
+
+def write_measured(folder: Path, entry: Entry) -> None:
+    """Write what was measured as JSON, for scripts, to `report/figures.json` in the `folder`."""
+    with staged(folder / PARTS / "figures.json") as partial:
+        partial.write_text(
+            json.dumps(entry.measured(), indent=1, ensure_ascii=False) + "\n", "utf-8"
+        )
+
+
+def discard_report(folder: Path) -> None:
+    """Remove a report from a folder whose videos are made anew."""
+    for name in (PAGE, PARTS):
+        remove(folder / name)
+
+
+def contact_sheet_of(videos: Mapping[str, Iterable[np.ndarray]], n_frames: int) -> np.ndarray:
+    """The contact sheet of videos by what they are: frames at the `moments`, made small."""
+    shown = moments(n_frames)
+    rows = {
+        NAMES[name]: np.stack([_small(f) for i, f in enumerate(frames) if i in shown])
+        for name, frames in videos.items()
+    }
+    return contact_sheet(rows)
+
+
+def _small(frame: np.ndarray) -> np.ndarray:
+    scale = THUMBNAIL / max(frame.shape[:2])
+    size = [max(1, round(n * scale)) for n in (frame.shape[1], frame.shape[0])]
+    return cv2.resize(frame, size, interpolation=cv2.INTER_AREA) if scale < 1 else frame
+
+
+def _as_url(picture: np.ndarray) -> str:
+    """A picture, uint8 RGB, as the address that holds it."""
+    _, encoded = cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    return "data:image/jpeg;base64," + base64.b64encode(encoded).decode()
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_rounded(v) for v in value]
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
