@@ -9,19 +9,22 @@ import typing
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 
+from tokenflow.cli import TEXTS
 from tokenflow.config import ControlNetConfig, EditConfig, PnPConfig, PreprocessConfig, SDEditConfig
+from tokenflow.evaluation.config import EvaluateConfig
 
 PAGE = Path(__file__).parent.parent / "docs" / "options.md"
 INTRODUCTION = """\
 # Options
 
 *Written by `python -m benchmarks.options` from the dataclasses of
-[tokenflow/config.py](../tokenflow/config.py); change the text there.*
+[tokenflow/config.py](../tokenflow/config.py) and
+[tokenflow/evaluation/config.py](../tokenflow/evaluation/config.py); change the text there.*
 
-Every option is a flag, such as `--steps 25`. The editing commands also read options from a YAML file, whose
-default is named below and which `--config_path` replaces; a flag wins over the file. A flag that is true or
-false may stand alone: `--cpu_offload` means `--cpu_offload true`. `None` is `null` in YAML. Unknown keys and
-values out of range are refused before anything is loaded.
+Every option is a flag, such as `--steps 25`. All commands but `preprocess.py` also read options from a YAML
+file, whose default is named below and which `--config_path` replaces; a flag wins over the file. A flag that
+is true or false may stand alone: `--cpu_offload` means `--cpu_offload true`. `None` is `null` in YAML.
+Unknown keys and values out of range are refused before anything is loaded.
 
 The *source* is the video that is edited. An *inversion* is what `preprocess.py` computes from it: latents
 from which Stable Diffusion samples the source again. *Steps* are denoising steps: inversion steps lead from
@@ -35,6 +38,11 @@ TABLES = {
     "run_tokenflow_pnp.py": (PnPConfig, "config_pnp.yaml"),
     "run_tokenflow_sdedit.py": (SDEditConfig, "config_sdedit.yaml"),
     "run_tokenflow_controlnet.py": (ControlNetConfig, "config_controlnet.yaml"),
+    "evaluate.py": (
+        EvaluateConfig,
+        "All options of the report. Default file: "
+        "[configs/config_evaluate.yaml](../configs/config_evaluate.yaml).",
+    ),
 }
 
 
@@ -63,12 +71,16 @@ def default(f: Field) -> str:
     """A field's default as a user writes it."""
     if f.default is MISSING:
         return "required"
+    if f.default == ():
+        return "none"
     text = f.metadata["none"] if f.default is None else str(f.default)
     return f"`{text.lower() if f.type is bool else text}`" if text else "empty"
 
 
 def allowed(f: Field) -> str:
     """The values that a field may take."""
+    if f.type == TEXTS:
+        return "strings"
     kind = typing.get_args(f.type)[0] if isinstance(f.type, types.UnionType) else f.type
     if names := ("true", "false") if kind is bool else f.metadata["choices"]:
         return ", ".join(f"`{name}`" for name in (*names, *f.metadata["aliases"]))

@@ -12,10 +12,11 @@ FLOORS = (
     ["util", "tokenflow.cli", "tokenflow.metrics", "tokenflow.contact_sheet"],
     ["tokenflow.config"],
     ["tokenflow.diffusion", "tokenflow.keyframe_cache", "tokenflow.nearest"],
-    ["tokenflow_utils"],
+    ["tokenflow_utils", "tokenflow.evaluation"],
     ["tokenflow.inversion"],
     ["tokenflow.editing"],
-    ["preprocess", "run_tokenflow"],
+    ["tokenflow.evaluation.subjects", "tokenflow.evaluation.run"],
+    ["preprocess", "run_tokenflow", "evaluate"],
 )
 
 

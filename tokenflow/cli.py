@@ -166,7 +166,7 @@ def _parse_flags(
             default=argparse.SUPPRESS,
             metavar="X",
             help=help.replace("%", "%%"),
-            **({"nargs": "?", "const": "true"} if f.type is bool else {}),
+            **_NARGS.get(f.type, {}),
         )
     flags, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -198,11 +198,19 @@ def _nearest(key: str, known: Iterable[str]) -> str:
 
 def _convert(f: Field, value: Any) -> Any:
     """Convert a value from YAML, or the text of a flag, to the type of field `f`."""
-    kind, optional = f.type, isinstance(f.type, types.UnionType)
-    if optional:
+    kind = f.type
+    if isinstance(kind, types.UnionType):
         if value is None or value in ("", "None", "null", f.metadata["none"]):
             return None
-        kind = typing.get_args(f.type)[0]
+        kind = typing.get_args(kind)[0]
+    if kind == TEXTS:
+        return tuple(
+            _convert_one(f, str, v) for v in (value if isinstance(value, list) else [value])
+        )
+    return _convert_one(f, kind, value)
+
+
+def _convert_one(f: Field, kind: type, value: Any) -> Any:
     wrong = UserError(f"{f.name}: {value!r} is not {_KINDS[kind]}")
     if kind is bool:
         if str(value).lower() not in ("true", "false"):
@@ -228,6 +236,8 @@ def _convert(f: Field, value: Any) -> Any:
     return converted
 
 
+TEXTS = tuple[str, ...]
+_NARGS = {bool: {"nargs": "?", "const": "true"}, TEXTS: {"nargs": "+"}}
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 
 

@@ -26,7 +26,14 @@ VERSIONS = {
 }
 MAX_FRAMES, MAX_SIZE = 10**6, 2**14  # frames (eleven hours of video); pixels
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+RESIZE = ("crop", "stretch", "pad")
 SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def check_device(device: str) -> None:
+    """Raise UserError for a `device` that no machine has."""
+    if not re.fullmatch("auto|(cpu|mps|cuda)(:[0-9]{1,3})?", device):
+        raise UserError(f"device: {device!r} is none of auto, cpu, mps, cuda, cuda:N")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +80,7 @@ class ModelConfig:
     overwrite: bool = option("recompute the result, even if it exists", False)
 
     def __post_init__(self) -> None:
-        if not re.fullmatch("auto|(cpu|mps|cuda)(:[0-9]{1,3})?", self.device):
-            raise UserError(f"device: {self.device!r} is none of auto, cpu, mps, cuda, cuda:N")
+        check_device(self.device)
 
     @property
     def model_id(self) -> str:
@@ -132,7 +138,7 @@ class PreprocessConfig(ModelConfig, CannyConfig):
         "how frames of another size become H x W pixels; crop: cut out the centre, stretch: change the "
         "aspect ratio, pad: add black borders",
         "crop",
-        choices=("crop", "stretch", "pad"),
+        choices=RESIZE,
     )
     start_frame: int = option("first frame used, counted from 0", 0, low=0, high=MAX_FRAMES)
     n_frames: int = option("number of frames used; 0: all", 40, low=0, high=MAX_FRAMES)
