@@ -286,6 +286,21 @@ class EditConfig(ModelConfig):
         "flanking",
         choices=("flanking", "previous"),
     )
+    consensus: int | None = option(
+        "how often, in the last 40 % of the steps, each frame's predicted clean picture is averaged with its "
+        "neighbours' along the motion of the source, which makes the edit steadier; 0: never; None: 3 times, "
+        "but never with propagation previous, which is as published",
+        None,
+        low=0,
+        high=10,
+    )
+    fuse: int = option(
+        "frames on each side with which every finished frame is averaged along the motion of the source; "
+        "more is steadier and softer; 0: no averaging",
+        0,
+        low=0,
+        high=50,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -301,6 +316,12 @@ class EditConfig(ModelConfig):
     def interval(self) -> int:
         """Frames per keyframe."""
         return self.keyframe_interval or self.frames_at_once
+
+    @property
+    def consensus_count(self) -> int:
+        """How often the frames' predictions are averaged."""
+        default = 3 if self.propagation == "flanking" else 0
+        return default if self.consensus is None else self.consensus
 
     @property
     def inversions(self) -> tuple[str, ...]:

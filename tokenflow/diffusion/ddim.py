@@ -57,8 +57,13 @@ def ddim_step(
 
     The same formula samples (`alpha_to` > `alpha_from`) and inverts (`alpha_to` < `alpha_from`).
     """
-    clean = (latents - math.sqrt(1 - alpha_from) * noise) / math.sqrt(alpha_from)
+    clean = predicted_clean(latents, noise, alpha_from)
     return math.sqrt(alpha_to) * clean + math.sqrt(1 - alpha_to) * noise
+
+
+def predicted_clean(latents: torch.Tensor, noise: torch.Tensor, alpha: float) -> torch.Tensor:
+    """The clean latents that latents of a noise level consist of, besides their noise (equation 9)."""
+    return (latents - math.sqrt(1 - alpha) * noise) / math.sqrt(alpha)
 
 
 def invert(

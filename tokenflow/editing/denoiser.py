@@ -19,6 +19,7 @@ from tokenflow.config import EditConfig
 from tokenflow.diffusion.control import Control
 from tokenflow.diffusion.ddim import Schedule
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
+from tokenflow.editing.consensus import Consensus
 from tokenflow.editing.techniques import Technique
 from tokenflow.editing.windows import Window, joint_passes, seen_by_all, windows
 from tokenflow.runtime.batching import Batches, balanced
@@ -67,6 +68,7 @@ class Edit:
     source: Source
     prompts: tuple[str, str, str]
     config: EditConfig
+    consensus: Consensus | None = None
 
 
 class Denoiser:

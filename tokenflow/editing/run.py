@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,9 +17,11 @@ from tokenflow.config import ControlNetConfig, EditConfig
 from tokenflow.contact_sheet import contact_sheet, moments
 from tokenflow.diffusion.checkpoints import check_checkpoint, choose_device, load, load_scheduler
 from tokenflow.diffusion.control import CannyEdges
-from tokenflow.diffusion.ddim import Schedule, check_finite, ddim_step
+from tokenflow.diffusion.ddim import Schedule, check_finite, ddim_step, predicted_clean
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
+from tokenflow.editing.consensus import CONSENSUS_DISTANCES, Consensus, consensus_steps
 from tokenflow.editing.denoiser import Denoiser, Edit, Source, TokenFlowDenoiser, keyframe_schedule
+from tokenflow.editing.motion import Motion
 from tokenflow.editing.techniques import LatentsOf, Technique
 from tokenflow.errors import DamagedError, UserError
 from tokenflow.evaluation.report import discard_report
@@ -102,7 +105,8 @@ class EditRun:
         prompts = (self.inversion.prompt, self.config.negative_prompt, self.config.prompt)
         shape = (self.n_frames, *self.inversion.latents(CLEAN).shape[1:])
         checkpoint = EditCheckpoint(self.checkpoints, shape, self.processes)
-        edit = Edit(self.sd, technique, self.source, prompts, self.config)
+        consensus = self._consensus(len(technique.schedule.timesteps))
+        edit = Edit(self.sd, technique, self.source, prompts, self.config, consensus)
         steps = denoise(edit, checkpoint)
         if done := next(steps):
             log.info("resumed after step %d", done)
@@ -194,15 +198,49 @@ class EditRun:
     def _source_features(self, t: int, frames: torch.Tensor, injected: bool) -> SourceFeatures:
         return self.inversion.source_features.read(t, frames, injected, self.sd.device)
 
+    def _consensus(self, n_steps: int) -> Consensus | None:
+        if not self.config.consensus_count:
+            return None
+        steps = consensus_steps(n_steps, self.config.consensus_count)
+        motion, pictures = self._motion(CONSENSUS_DISTANCES), self._pictures()
+        return Consensus(self.sd, motion, pictures, steps, self.processes)
+
+    def _motion(self, distances: Sequence[int]) -> Motion:
+        """The source's motion to the frames at these distances, found anew."""
+        motion = Motion.within(distances, self.checkpoints, self.n_frames)
+        frames = self.inversion.source_frames
+        motion.compute(lambda index: read_image(frame_path(frames, index)), self.processes)
+        return motion
+
+    def _pictures(self) -> FrameArray:
+        """An array for the decoded frames (N, H, W, 3), uint8."""
+        pictures = FrameArray(self.checkpoints / "pictures.npy")
+        if self.processes.is_main:
+            size = read_image(frame_path(self.inversion.source_frames, 0)).shape
+            FrameArray.create(pictures.path, (self.n_frames, *size), torch.uint8)
+        self.processes.wait()
+        return pictures
+
     def _decode(self, edited: FrameArray) -> None:
         processes, frames = self.processes, self.folder / "frames"
+        neighbours = range(1, self.config.fuse + 1)
+        motion = self._motion(neighbours) if neighbours else None
+        pictures = self._pictures() if neighbours else None
         with staged(frames) if processes.is_main else nullcontext(partial_path(frames)) as partial:
             if processes.is_main:
                 partial.mkdir()
             processes.wait()
             batches = processes.share(torch.arange(self.n_frames).split(DECODE_BATCH))
             for batch in tqdm(batches, "Decoding", unit="batch", disable=not processes.is_main):
-                save_frames(partial, batch[0].item(), self.sd.decode_latents(edited[batch]))
+                decoded = self.sd.decode_latents(edited[batch])
+                if motion:
+                    pictures[batch] = torch.from_numpy(decoded)
+                else:
+                    save_frames(partial, batch[0].item(), decoded)
+            processes.wait()
+            for index in torch.cat(batches).tolist() if motion else ():
+                fused = motion.fused(pictures, index, self.sd.device)
+                save_frames(partial, index, [fused.numpy()])
             processes.wait()
 
     def _show(self) -> None:
@@ -230,6 +268,7 @@ def denoise(
     denoiser: how frames become consistent; benchmarks pass their baselines.
     """
     schedule, share = edit.technique.schedule, checkpoint.processes.share
+    consensus = edit.consensus
     with denoiser.installed(edit) as predictor:
         done = checkpoint.steps_done
         if done is None:
@@ -241,9 +280,16 @@ def denoise(
         for step in range(done, len(schedule.timesteps)):
             t, alphas = schedule.timesteps[step], schedule.alphas[step : step + 2]
             latents = checkpoint.latents(step)
+            agrees = consensus is not None and step in consensus.steps
             with checkpoint.writing(step + 1) as cleaner:
                 for frames, noise in predictor.noise(latents, t, share(predictor.chunks(t))):
                     moved = ddim_step(latents[frames], noise, *alphas)
                     check_finite(moved, f"the edited latents at timestep {t}")
                     cleaner[frames] = moved
+                    if agrees:
+                        clean = predicted_clean(latents[frames], noise, alphas[0])
+                        consensus.note(frames, clean)
+                if agrees:
+                    for frames, correction in consensus.corrections(edit.config.frames_at_once):
+                        cleaner[frames] = cleaner[frames] + math.sqrt(alphas[1]) * correction
             yield step + 1

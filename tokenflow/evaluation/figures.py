@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tokenflow.evaluation.flow import Flow, valid_flow
 from tokenflow.metrics import frame_psnr, frame_ssim, gradient_energy, warp_error
+from tokenflow.optical_flow import Flow, valid_flow
 
 # What a video is in an evaluation. The floors, all but the last two, are what no edit can be better than.
 SOURCE, VAE, RECONSTRUCTION, PER_FRAME, EDIT = (

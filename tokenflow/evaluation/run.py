@@ -19,7 +19,6 @@ from tokenflow.evaluation.figures import (
     measure,
     summarize,
 )
-from tokenflow.evaluation.flow import Flow, dis_flow, raft_flow
 from tokenflow.evaluation.networks import available
 from tokenflow.evaluation.report import (
     PAGE,
@@ -31,6 +30,7 @@ from tokenflow.evaluation.report import (
 )
 from tokenflow.evaluation.subjects import Subject, find_subjects
 from tokenflow.evaluation.verdict import verdict
+from tokenflow.optical_flow import Flow, dis_flow, raft_flow
 from tokenflow.runtime.run_folder import locked
 from util import write_video
 

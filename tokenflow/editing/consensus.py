@@ -1,0 +1,57 @@
+"""Consensus of clean predictions: what makes an edit steady over many frames.
+
+TokenFlow's propagation aligns the features of neighbouring frames, token by token; over more frames, details
+drift. Here, after a few of the later steps, the predictions of the clean video are decoded, each frame is
+averaged with its neighbours along the motion of the source, and the latents are moved by what that changes.
+The steps that follow sharpen the average again, which a fusion of the finished frames could not.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from tokenflow.diffusion.stable_diffusion import StableDiffusion
+from tokenflow.editing.motion import Motion
+from tokenflow.runtime.distributed import Processes
+from tokenflow.runtime.frame_array import FrameArray
+
+# The first and the last consensus, as shares of the steps: before, predictions are too vague to be aligned,
+# and after, too few steps are left to sharpen them.
+FIRST, LAST = 0.6, 0.9
+# How far, in frames, a frame's neighbours are. Nearer ones are alike already.
+CONSENSUS_DISTANCES = (3, 6, 9, 12)
+
+
+@dataclass(frozen=True)
+class Consensus:
+    """Draws frames towards each other after some `steps` (counted from 0) of an edit."""
+
+    sd: StableDiffusion
+    motion: Motion
+    pictures: FrameArray  # N H W 3, uint8: the predictions, decoded
+    steps: frozenset[int]
+    processes: Processes
+
+    def note(self, frames: torch.Tensor, clean: torch.Tensor) -> None:
+        """Take the predicted clean latents (n, 4, h, w) of the frames (n,)."""
+        self.pictures[frames] = torch.from_numpy(self.sd.decode_latents(clean))
+
+    def corrections(self, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield frames (n,), at most `size` at once, and what moves their clean latents: (n, 4, h, w).
+
+        The VAE's own error cancels out, since both the prediction and the average pass it.
+        """
+        self.processes.wait()
+        for frames in self.processes.share(torch.arange(len(self.pictures)).split(size)):
+            device = self.sd.device
+            fused = [self.motion.fused(self.pictures, n, device) for n in frames.tolist()]
+            both = torch.cat([torch.stack(fused), self.pictures[frames]])
+            agreed, predicted = self.sd.encode_frames(both.numpy()).chunk(2)
+            yield frames, agreed - predicted
+
+
+def consensus_steps(n_steps: int, count: int) -> frozenset[int]:
+    """The steps, of `n_steps`, that end with a consensus: `count` of them, spread evenly."""
+    shares = torch.linspace(FIRST, LAST, count, dtype=torch.float64).tolist()
+    return frozenset(int(round(share * n_steps, 6)) for share in shares)

@@ -1,0 +1,52 @@
+"""Frames of a video averaged with their neighbours, moved along the motion of another video."""
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from tokenflow.optical_flow import consistent
+
+# Grey levels by which two frames of the source may differ where the flow is right: compression, noise, light.
+SOURCE_NOISE = 12.0
+SMOOTHING = 1.0  # pixels; the standard deviation of the neighbourhood in which frames are compared
+
+
+def reliability(
+    frame: np.ndarray, other: np.ndarray, forward: np.ndarray, backward: np.ndarray
+) -> np.ndarray:
+    """How far the pixels of a frame can be found in another one along a flow: float32 (H, W), 0 to 1.
+
+    frame, other: uint8 RGB (H, W, 3). forward, backward: the flows (H, W, 2) between them, in pixels. It is
+    0 where the flows disagree, and falls as exp(-d^2 / 2 SOURCE_NOISE^2) where the frames differ by d.
+    """
+    y, x = np.mgrid[: forward.shape[0], : forward.shape[1]].astype(np.float32)
+    places = x + forward[..., 0], y + forward[..., 1]
+    moved = cv2.remap(other, *places, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    squared = np.square(moved.astype(np.float32) - frame).mean(-1)
+    squared = cv2.GaussianBlur(squared, (0, 0), SMOOTHING)
+    return consistent(forward, backward) * np.exp(-squared / (2 * SOURCE_NOISE**2))
+
+
+def fused(
+    frame: torch.Tensor, others: torch.Tensor, flows: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """The mean of a frame (c, H, W), of weight 1, and k others (k, c, H, W) moved to it: (c, H, W).
+
+    flows: (k, H, W, 2), in pixels, from the frame to each of the others. weights: (k, H, W).
+    """
+    weights = weights[:, None]
+    return (frame + (weights * warped(others, flows)).sum(0)) / (1 + weights.sum(0))
+
+
+def warped(images: torch.Tensor, flows: torch.Tensor) -> torch.Tensor:
+    """Images (k, c, H, W) read where the flows (k, H, W, 2) lead, in pixels; beyond the border, its pixels."""
+    height, width = images.shape[-2:]
+    y, x = torch.meshgrid(
+        torch.arange(height, device=flows.device),
+        torch.arange(width, device=flows.device),
+        indexing="ij",
+    )
+    largest = torch.tensor([width - 1, height - 1], device=flows.device)
+    grid = 2 * (torch.stack([x, y], -1) + flows) / largest - 1
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=True)
