@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from benchmarks.census import Census, Counts
 from benchmarks.gpu import fused_kernel, matmul_peak
-from benchmarks.report import write_report
+from benchmarks.report import markdown, write_report
 from benchmarks.sd15 import TEXT
 from shapes.checkpoint import BOS, build_scheduler, build_text_encoder, build_tokenizer
 from tokenflow.config import PnPConfig, PreprocessConfig
@@ -35,11 +35,7 @@ from tokenflow.editing.denoiser import Edit, Source, TokenFlowDenoiser, keyframe
 from tokenflow.editing.run import denoise
 from tokenflow.editing.techniques import plug_and_play
 from tokenflow.inversion.predictor import VideoNoisePredictor
-from tokenflow.inversion.source_features import (
-    RecordingPredictor,
-    SourceFeatureFiles,
-    install_recorder,
-)
+from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles
 from tokenflow.runtime.batching import Batches, balanced
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.edit_checkpoint import EditCheckpoint
@@ -232,9 +228,9 @@ def run(sd: TalliedDiffusion, workload: Workload, folder: Path) -> None:
     files.create(sd.unet, shape, [t])
     source = Source(n_frames, lambda t, frames: saved[frames])
     keyframes = keyframe_schedule(config, sd.scheduler, n_frames)
-    with install_recorder(sd.unet) as recorder:
-        sd.state["recorder"] = recorder
-        recording = RecordingPredictor(predictor, recorder, keyframes, source.latents, files)
+    recording = RecordingPredictor(predictor, keyframes, source.latents, files)
+    with recording.installed():
+        sd.state["recorder"] = recording.recorder
         for frames in segments:
             with tally.passes("reconstruction", ""):
                 recording(saved[frames], t, frames)
@@ -278,13 +274,9 @@ def rows_of(workload: Workload, build: Callable | None = None) -> list[dict]:
 def table_of(rows: list[dict]) -> str:
     """The rows as Markdown."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for row in rows:
-        cells = (
-            f"{v:.3g}" if isinstance(v := row.get(name, ""), float) else str(v) for name in columns
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    values = ([row.get(name, "") for name in columns] for row in rows)
+    cells = ([f"{v:.3g}" if isinstance(v, float) else str(v) for v in row] for row in values)
+    return markdown(columns, cells)
 
 
 def parse_arguments() -> argparse.Namespace:

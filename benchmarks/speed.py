@@ -47,11 +47,7 @@ from tokenflow.editing.denoiser import (
 from tokenflow.editing.run import denoise
 from tokenflow.editing.techniques import plug_and_play
 from tokenflow.inversion.predictor import VideoNoisePredictor
-from tokenflow.inversion.source_features import (
-    RecordingPredictor,
-    SourceFeatureFiles,
-    install_recorder,
-)
+from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles
 from tokenflow.metrics import frame_psnr
 from tokenflow.runtime.batching import Batches
 from tokenflow.runtime.distributed import Processes
@@ -190,8 +186,8 @@ def sd15_rounds(args: argparse.Namespace) -> dict:
         keyframes = keyframe_schedule(config, sd.scheduler, n_frames)
         three = Source(n_frames, lambda t, frames: inverted[frames])
         predictor = VideoNoisePredictor(sd, "", Batches(interval, adapts=False))
-        with install_recorder(sd.unet) as recorder:
-            recording = RecordingPredictor(predictor, recorder, keyframes, three.latents, files)
+        recording = RecordingPredictor(predictor, keyframes, three.latents, files)
+        with recording.installed():
             for t in schedule.timesteps:
                 recording(inverted, t, torch.arange(n_frames))
         two = Source(n_frames, three.latents, partial(files.read, device=device))

@@ -42,15 +42,17 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def sample(pipeline: StableDiffusionPipeline, captions: list[str], args) -> np.ndarray:
+def sample(
+    pipeline: StableDiffusionPipeline, captions: list[str], steps: int, guidance: float, seed: int
+) -> np.ndarray:
     """Samples of `captions`, uint8 (N, 128, 128, 3)."""
-    generator = torch.Generator().manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(seed)
     frames = []
     for start in tqdm(range(0, len(captions), BATCH), desc="sample"):
         images = pipeline(
             captions[start : start + BATCH],
-            num_inference_steps=args.steps,
-            guidance_scale=args.guidance,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
             generator=generator,
             output_type="np",
         ).images
@@ -69,7 +71,8 @@ def main() -> None:
     held_out, _, labels = render_samples(HELD_OUT_SEEDS)
     rng = np.random.default_rng(args.seed)
     wanted = [sample_attributes(rng) for _ in range(args.captions)]
-    samples = sample(pipeline, [attributes.caption() for attributes in wanted], args)
+    captions = [attributes.caption() for attributes in wanted]
+    samples = sample(pipeline, captions, args.steps, args.guidance, args.seed)
     truth = names_of(np.array([attribute_indices(attributes) for attributes in wanted]))
     results = {
         "samples": accuracies(judge.read(samples), truth),

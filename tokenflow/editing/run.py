@@ -5,7 +5,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -28,7 +28,6 @@ from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.edit_checkpoint import EditCheckpoint
 from tokenflow.runtime.frame_array import FrameArray
 from tokenflow.runtime.run_folder import locked, partial_path, remove, run_folder, staged
-from tokenflow_utils import SourceFeatures
 from util import load_frames, save_frames, write_image, write_video, write_video_from_folders
 
 log = logging.getLogger("tokenflow")
@@ -138,7 +137,7 @@ class EditRun:
     @property
     def source(self) -> Source:
         """What the inversion knows about the source, with its features if they fit this edit."""
-        alone = Source(self.n_frames, self._source_latents)
+        alone = Source(self.n_frames, self.inversion.noisy_latents)
         if missed := self._why_no_features():
             log.info("the source is denoised along with the edit: %s", missed)
             return alone
@@ -152,7 +151,8 @@ class EditRun:
                 preprocess_command(self.config, self.inversion.manifest.config),
             )
             return alone
-        return replace(alone, features=self._source_features)
+        read = partial(self.inversion.source_features.read, device=self.sd.device)
+        return replace(alone, features=read)
 
     def find_edges(self) -> None:
         """Find the Canny edges of all frames, which condition the ControlNet, and show them as a video."""
@@ -185,12 +185,6 @@ class EditRun:
             if getattr(kept, name) != getattr(wanted, name):
                 return f"the inversion kept its features for other keyframes ({name})"
         return ""
-
-    def _source_latents(self, t: int, frames: torch.Tensor) -> torch.Tensor:
-        return self.inversion.latents(noisy(t))[frames]
-
-    def _source_features(self, t: int, frames: torch.Tensor, injected: bool) -> SourceFeatures:
-        return self.inversion.source_features.read(t, frames, injected, self.sd.device)
 
     def _decode(self, edited: FrameArray) -> None:
         processes, frames = self.processes, self.folder / "frames"
