@@ -132,7 +132,7 @@ class TalliedDiffusion(StableDiffusion):
         """As everywhere. A propagation that was seen is not repeated: on fakes it is the same."""
         recorder, flow = self.state.get("recorder"), self.state.get("flow")
         if recorder:
-            self.tally.kind = "other frames" if recorder.positions is None else "keyframes"
+            self.tally.kind = "other frames" if recorder.blended else "keyframes"
         shape = tuple(latents.shape)
         if flow and flow.joint is None and self.tally.is_repeated(flow.streams, shape):
             return torch.zeros_like(latents)
@@ -224,13 +224,12 @@ def run(sd: TalliedDiffusion, workload: Workload, folder: Path) -> None:
             predictor(saved[frames], t, frames)
 
     files = SourceFeatureFiles(folder / "source")
-    files.folder.mkdir()
     files.create(sd.unet, shape, [t])
     source = Source(n_frames, lambda t, frames: saved[frames])
     keyframes = keyframe_schedule(config, sd.scheduler, n_frames)
     recording = RecordingPredictor(predictor, keyframes, source.latents, files)
     with recording.installed():
-        sd.state["recorder"] = recording.recorder
+        sd.state["recorder"] = recording
         for frames in segments:
             with tally.passes("reconstruction", ""):
                 recording(saved[frames], t, frames)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Self
 
@@ -39,38 +39,10 @@ LEVELS = 4  # resolutions of the UNet, each half the one before
 LEVEL = re.compile(r"(down|up)_blocks\.(\d)|mid_block")
 
 
-class SourceRecorder:
-    """What the layers of a UNet record in the next pass, if anything."""
-
-    def __init__(self) -> None:
-        self.cache = KeyframeCache()  # of the keyframes that a segment's frames blend
-        # The next pass is of keyframes (positions), of other frames (blended), or not recorded (neither).
-        self.positions: list[int] | None = None
-        self.blended: BlendedRows | None = None
-        self.nearest: dict[str, torch.Tensor] = {}
-        self.features: torch.Tensor | None = None
-
-    @contextmanager
-    def noting(
-        self, positions: list[int] | None = None, blended: BlendedRows | None = None
-    ) -> Iterator[None]:
-        """Record keyframes at `positions`, or other frames and what they blend, in the block's passes."""
-        self.positions, self.blended = positions, blended
-        try:
-            yield
-        finally:
-            self.positions, self.blended = None, None
-
-    def feature_hook(self, module, args, output: torch.Tensor) -> None:
-        """Record the residual block's output."""
-        if self.blended is not None:
-            self.features = output.half()
-
-
 class RecordingAttention(LayerProcessor):
     """Plain self-attention that records keyframes' tokens, and other frames' correspondences to them."""
 
-    def __init__(self, recorder: SourceRecorder, name: str) -> None:
+    def __init__(self, recorder: "RecordingPredictor", name: str) -> None:
         super().__init__(name)
         self.recorder = recorder
 
@@ -79,10 +51,10 @@ class RecordingAttention(LayerProcessor):
     ) -> torch.Tensor:
         """The layer's output for its input; both (n, s, d)."""
         recorder, cache = self.recorder, self.recorder.cache
-        if recorder.positions is not None:
+        if recorder.blended is None:
             tokens = F.normalize(hidden_states.float(), dim=-1)
             cache.write(self.name, recorder.positions, tokens)
-        elif recorder.blended is not None:
+        else:
             found = correspondences(hidden_states, cache.tensor(self.name), recorder.blended)
             recorder.nearest[self.name] = found
         return frame_self_attention(attn, hidden_states)
@@ -102,18 +74,23 @@ class RecordingPredictor:
         saved: Callable[[int, torch.Tensor], torch.Tensor],
         files: "SourceFeatureFiles",
     ) -> None:
-        self.predictor, self.recorder = predictor, SourceRecorder()
-        self.keyframes, self.saved, self.files = schedule.draw(), saved, files
+        self.predictor, self.keyframes = predictor, schedule.draw()
+        self.saved, self.files = saved, files
+        self.cache = KeyframeCache()  # of the keyframes that a segment's frames blend
+        # The next pass is of keyframes at these positions or, if they blend keyframes, of other frames.
+        self.positions: list[int] = []
+        self.blended: BlendedRows | None = None
+        self.nearest: dict[str, torch.Tensor] = {}
+        self.features: torch.Tensor | None = None
 
     @contextmanager
     def installed(self) -> Iterator[Self]:
-        """Record in every self-attention of the UNet while the block lasts.
+        """Record in every self-attention of the UNet, in all of its passes while the block lasts.
 
         Raises the errors of `self_attentions_replaced`.
         """
-        unet, recorder = self.predictor.sd.unet, self.recorder
         with self_attentions_replaced(
-            unet, lambda name: RecordingAttention(recorder, name), recorder.feature_hook
+            self.predictor.sd.unet, partial(RecordingAttention, self), self._feature_hook
         ):
             yield self
 
@@ -128,26 +105,29 @@ class RecordingPredictor:
         rest = ~torch.isin(frames, keyframes)
 
         def of_keyframe(samples: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-            with self.recorder.noting(positions=positions.tolist()):
-                return self.predictor.predict_batch(samples, t, keyframes[positions])
+            self.positions, self.blended = positions.tolist(), None
+            return self.predictor.predict_batch(t, samples, keyframes[positions])
 
         def of_other(samples: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
             blend, device = flanking_blend(others, keyframes), self.predictor.sd.device
-            blended = self.recorder.cache.blended(blend.positions, blend.weights, device)
-            with self.recorder.noting(blended=blended):
-                noise = self.predictor.predict_batch(samples, t, others)
-            features = SourceFeatures(self.recorder.nearest, self.recorder.features)
-            self.files.write(t, others, features)
+            self.blended = self.cache.blended(blend.positions, blend.weights, device)
+            noise = self.predictor.predict_batch(t, samples, others)
+            self.files.write(t, others, SourceFeatures(self.nearest, self.features))
             return noise
 
         noise, batches = torch.empty_like(latents), self.predictor.batches
         positions = torch.arange(len(keyframes))
-        self.recorder.cache.keep([])
-        self.recorder.cache.positions += positions.tolist()
+        self.cache.keep([])
+        self.cache.positions += positions.tolist()
         noise[place[inside]] = batches.map(of_keyframe, of_keyframes, positions)[inside]
         if rest.any():
             noise[rest] = batches.map(of_other, latents[rest], frames[rest])
         return noise
+
+    def _feature_hook(self, module, args, output: torch.Tensor) -> None:
+        """Record the residual block's output."""
+        if self.blended is not None:
+            self.features = output.half()
 
 
 @dataclass(frozen=True)
