@@ -28,6 +28,8 @@ VERSIONS = {
 MAX_FRAMES, MAX_SIZE = 10**6, 2**14  # frames (eleven hours of video); pixels
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+# Options that change how an inversion or an edit is computed, but not its result.
+HOW = ("batch_size", "device", "cpu_offload", "resume", "overwrite")
 
 # Options of the same bounds.
 frames_option = partial(option, low=1, high=MAX_FRAMES)

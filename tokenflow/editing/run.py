@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from tokenflow.cli import dump
-from tokenflow.config import ControlNetConfig, EditConfig
+from tokenflow.config import HOW, ControlNetConfig, EditConfig
 from tokenflow.contact_sheet import contact_sheet, moments
 from tokenflow.diffusion.checkpoints import check_checkpoint, choose_device, load, load_scheduler
 from tokenflow.diffusion.control import CannyEdges
@@ -48,8 +48,8 @@ def open_edit(config: EditConfig, technique: str) -> Iterator["EditRun"]:
     processes = Processes(device)
 
     name = f"{technique}_{Path(config.data_path).stem}"
-    chosen = replace(config, resume=True, overwrite=False)  # these two do not change the edit
-    identity = f"{dump(chosen)}# of the inversion {json.dumps(inversion.manifest.identity)}\n"
+    identity = json.dumps(inversion.manifest.identity)
+    identity = f"{dump(without_how(config))}# of the inversion {identity}\n"
     with ExitStack() as held:
         with processes.main_first():
             folder = held.enter_context(run_folder(Path(config.output_path), name, identity))
@@ -69,6 +69,18 @@ def open_edit(config: EditConfig, technique: str) -> Iterator["EditRun"]:
             run.checkpoints.mkdir(exist_ok=True)
         processes.wait()
         yield run
+
+
+def without_how(config: EditConfig) -> EditConfig:
+    """The configuration that all runs of the same edit share, however they compute it (HOW).
+
+    Without a keyframe_interval, batch_size decides about it, and so about the edit.
+    """
+    shared = {f.name: f.default for f in fields(config) if f.name in (*HOW, "keyframe_interval")}
+    default = replace(config, **shared)
+    if default.interval == config.interval:
+        return default
+    return replace(default, keyframe_interval=config.interval)
 
 
 @dataclass(frozen=True)

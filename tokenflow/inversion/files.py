@@ -20,14 +20,11 @@ from pathlib import Path
 
 import torch
 
-from tokenflow.config import PreprocessConfig, inversion_name
+from tokenflow.config import HOW, PreprocessConfig, inversion_name
 from tokenflow.inversion.source_features import SourceFeatureFiles
 from tokenflow.runtime.digests import check
 from tokenflow.runtime.frame_array import FrameArray
 from tokenflow_utils import KeyframeSchedule
-
-# Options that change how an inversion is computed, but not its result.
-HOW = ("batch_size", "device", "cpu_offload", "resume", "overwrite")
 
 CLEAN = "clean_latents"
 INVERTED = "inverted_latents"
