@@ -278,20 +278,15 @@ def table_of(rows: list[dict]) -> str:
     return markdown(columns, cells)
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Arguments of the command line."""
+def main() -> None:
+    """Count everything and write the report."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("runs/device"), help="for the report")
     parser.add_argument("--quick", action="store_true", help="SD 1.5 and 40 frames alone")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    return parser.parse_args()
-
-
-def main() -> None:
-    """Count everything and write the report."""
-    args = parse_arguments()
+    args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     workloads = [Workload(*size, n_frames) for size in SIZES for n_frames in LENGTHS]

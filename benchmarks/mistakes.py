@@ -134,9 +134,8 @@ def values(command: str) -> dict[str, list[dict[str, str | None]]]:
         found["controlnet"] = [{"controlnet": path} for path in paths]
     if command != PREPROCESS:
         paths = (*NO_FOLDERS, "none", "", "tiny", "[*")
-        found["folder"] += [{"latents_path": path} for path in paths] + [
-            {"data_path": f"{NAME}.mp4"}
-        ]
+        found["folder"] += [{"latents_path": path} for path in paths]
+        found["folder"].append({"data_path": f"{NAME}.mp4"})
     return found
 
 

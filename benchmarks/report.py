@@ -70,9 +70,7 @@ def plot(path: Path, rows: list[dict], reconstruction: Reconstruction) -> None:
     for inversion, values in reconstruction.items():
         steps.plot(list(values), list(values.values()), marker="o", label=inversion)
     steps.legend()
-    steps.set_xscale("log")
-    steps.set_xlabel("inversion steps")
-    steps.set_ylabel("reconstruction PSNR (dB)")
+    steps.set(xscale="log", xlabel="inversion steps", ylabel="reconstruction PSNR (dB)")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -132,8 +130,7 @@ def length_plot(path: Path, rows: list[dict]) -> None:
             axis.plot(*zip(*points, strict=True), marker="o", label=stage)
         axis.set_xscale("log", base=2)
         axis.set_ylim(bottom=0)
-        axis.set_xlabel("frames")
-        axis.set_ylabel(label)
+        axis.set(xlabel="frames", ylabel=label)
         axis.legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)

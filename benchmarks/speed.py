@@ -238,14 +238,6 @@ def to_rows(checkpoint: str, costs: dict[str, dict[str, list[Cost]]]) -> list[di
     return rows
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Arguments of the command line."""
-    parser = benchmark_parser(__doc__, "runs/speed")
-    parser.add_argument("--quick", action="store_true", help="one short clip, and small frames")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    return parser.parse_args()
-
-
 def report_so_far(args: argparse.Namespace, rows: list[dict], qualities: dict) -> str:
     """Write what is measured so far, and return the table."""
     means = {method: mean(values) for method, values in qualities.items()}
@@ -256,7 +248,10 @@ def report_so_far(args: argparse.Namespace, rows: list[dict], qualities: dict) -
 
 def main() -> None:
     """Time everything and write the report."""
-    args = parse_arguments()
+    parser = benchmark_parser(__doc__, "runs/speed")
+    parser.add_argument("--quick", action="store_true", help="one short clip, and small frames")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     costs, qualities = shapes_rounds(args)
     rows = to_rows("shapes", costs)

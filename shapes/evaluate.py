@@ -27,21 +27,6 @@ BATCH = 25
 SHOWN, COLUMNS = 40, 8  # samples on the sheet, and in one of its rows
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Arguments of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--checkpoint", type=Path, default=Path("data/shapes-sd"))
-    parser.add_argument("--captions", type=int, default=200, help="number of captions")
-    parser.add_argument("--steps", type=int, default=50, help="DDIM steps")
-    parser.add_argument("--guidance", type=float, default=7.5)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write the numbers to this file")
-    parser.add_argument("--sheet", type=Path, help="write a picture of some samples to this file")
-    return parser.parse_args()
-
-
 def sample(
     pipeline: StableDiffusionPipeline, captions: list[str], steps: int, guidance: float, seed: int
 ) -> np.ndarray:
@@ -62,7 +47,17 @@ def sample(
 
 def main() -> None:
     """Sample, judge, and report."""
-    args = parse_arguments()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--checkpoint", type=Path, default=Path("data/shapes-sd"))
+    parser.add_argument("--captions", type=int, default=200, help="number of captions")
+    parser.add_argument("--steps", type=int, default=50, help="DDIM steps")
+    parser.add_argument("--guidance", type=float, default=7.5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    parser.add_argument("--sheet", type=Path, help="write a picture of some samples to this file")
+    args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = StableDiffusionPipeline.from_pretrained(args.checkpoint, dtype=torch.float32)
     pipeline.to(device).set_progress_bar_config(disable=True)

@@ -127,7 +127,7 @@ def test_what_the_speed_benchmark_compares_with(sd, video):
     edit = edit_of(sd, source_of(source), latents, **options)
     published = Published(edit)
     with self_attentions_replaced(
-        sd.unet, lambda name: PublishedAttention(published, name), published.feature_hook
+        sd.unet, partial(PublishedAttention, published), published.feature_hook
     ):
         noise = published.predict_noise(latents, FIRST)
     assert_same_noise(noise, edit, source, latents)
