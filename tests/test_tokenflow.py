@@ -13,11 +13,7 @@ from tokenflow.editing.denoiser import Edit, Source, TokenFlowDenoiser
 from tokenflow.editing.techniques import Technique
 from tokenflow.editing.windows import anchors, joint_passes, seen_by_all, windows
 from tokenflow.inversion.predictor import VideoNoisePredictor
-from tokenflow.inversion.source_features import (
-    RecordingPredictor,
-    SourceFeatureFiles,
-    bytes_needed,
-)
+from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles, bytes_needed
 from tokenflow.keyframe_cache import BlendedRows, KeyframeCache
 from tokenflow.nearest import nearest_in_blocks, nearest_tokens
 from tokenflow.runtime.batching import Batches
@@ -143,9 +139,8 @@ def test_two_streams_equal_the_reference(sd, tmp_path, monkeypatch, batch_size, 
     files, keyframes = SourceFeatureFiles(tmp_path), KeyframeSchedule(13, 2, (FIRST,), SEED)
     files.create(sd.unet, source.shape, [FIRST])
     predictor = VideoNoisePredictor(sd, PROMPTS[0], Batches(batch_size, adapts=False))
-    with RecordingPredictor(
-        predictor, keyframes, lambda t, f: source[f], files
-    ).installed() as noting:
+    noting = RecordingPredictor(predictor, keyframes, lambda t, frames: source[frames], files)
+    with noting.installed():
         segments = torch.arange(13).split(5)
         noted = torch.cat([noting(source[frames], FIRST, frames) for frames in segments])
     plain = sd.predict_noise(source, FIRST, sd.encode_text(PROMPTS[0]).expand(13, -1, -1))

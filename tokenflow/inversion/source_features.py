@@ -77,7 +77,7 @@ class RecordingPredictor:
         self.predictor, self.keyframes = predictor, schedule.draw()
         self.saved, self.files = saved, files
         self.cache = KeyframeCache()  # of the keyframes that a segment's frames blend
-        # The next pass is of keyframes at these positions or, if they blend keyframes, of other frames.
+        # The next pass is of keyframes at `positions` or, if `blended` is set, of frames that blend them.
         self.positions: list[int] = []
         self.blended: BlendedRows | None = None
         self.nearest: dict[str, torch.Tensor] = {}
