@@ -26,6 +26,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -356,9 +357,7 @@ def install_tokenflow(
     its streams concatenated: (streams x n, 4, h, w). Raises the errors of `self_attentions_replaced`.
     """
     flow = TokenFlow(propagated, finds_correspondences)
-    with self_attentions_replaced(
-        unet, lambda name: TokenFlowAttention(flow, name), flow._feature_hook
-    ):
+    with self_attentions_replaced(unet, partial(TokenFlowAttention, flow), flow._feature_hook):
         yield flow
 
 

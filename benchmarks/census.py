@@ -5,8 +5,7 @@ the CPU stay real, so that what decides about passes runs as it is; what comes f
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, ValuesView
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -18,6 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -36,13 +36,9 @@ CPU = torch.device("cpu")
 FLASH_DEPTH = 256  # channels of a head, the most that flash attention takes
 
 
-def tensors_in(values: Iterable) -> Iterator[torch.Tensor]:
+def tensors_in(values: Any) -> list[torch.Tensor]:
     """The tensors among an operation's arguments or results, and in lists of them."""
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, list | tuple | ValuesView):
-            yield from tensors_in(value)
+    return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
 
 
 def device_of(tensor: torch.Tensor) -> torch.device:
@@ -108,7 +104,7 @@ class Census(TorchDispatchMode):
 
     def __enter__(self) -> "Census":
         with ExitStack() as stack:
-            stack.enter_context(_disk_reads(self._read))
+            stack.enter_context(self._disk_reads())
             kernel = None if self.is_fake else nearest.nearest_triton
             if self.is_fake or kernel:
                 noticed = FusedNearest(self, kernel)
@@ -128,7 +124,7 @@ class Census(TorchDispatchMode):
         kwargs, packet = kwargs or {}, func._overloadpacket
         if packet is torch.ops.prim.device:  # asked of every fake, very often
             return device_of(args[0])
-        tensors = list(tensors_in((args, kwargs.values())))
+        tensors = tensors_in((args, kwargs))
         devices = [device_of(tensor) for tensor in tensors]
         target = torch.device(kwargs.get("device") or (devices or [CPU])[0])
         if target != self.device and self.device not in devices:
@@ -157,7 +153,7 @@ class Census(TorchDispatchMode):
         if is_copy and to == CPU and self.is_fake:
             with unset_fake_temporarily():
                 return torch.zeros(out.shape, dtype=out.dtype)
-        made = [tensor for tensor in tensors_in((out,)) if device_of(tensor) == self.device]
+        made = [tensor for tensor in tensors_in(out) if device_of(tensor) == self.device]
         self.counts.launches += bool(made) and not (func.is_view or packet in FREE or is_copy)
         if packet in flop_registry:
             self.counts.flops += flop_registry[packet](*args, **kwargs, out_val=out)
@@ -189,8 +185,16 @@ class Census(TorchDispatchMode):
     def _free(self, size: int) -> None:
         self._live_bytes -= size
 
-    def _read(self, rows: torch.Tensor) -> None:
-        self.counts.disk_bytes += rows.nbytes
+    def _disk_reads(self) -> AbstractContextManager:
+        """Counts all rows that frame arrays read in the block."""
+        read = FrameArray.__getitem__
+
+        def reading(array: FrameArray, frames: torch.Tensor) -> torch.Tensor:
+            rows = read(array, frames)
+            self.counts.disk_bytes += rows.nbytes
+            return rows
+
+        return patch.object(FrameArray, "__getitem__", reading)
 
 
 class FusedNearest:
@@ -231,8 +235,7 @@ class _PythonSide(TorchFunctionMode):
             if func is torch.Tensor.__getitem__:
                 return _indexed(*args)
             if func is torch.Tensor.__setitem__:
-                tensor, key, value = args
-                return _set(tensor, key, value)
+                return _set(*args)
             if func is torch.Tensor.contiguous:
                 is_there = args[0].is_contiguous(**kwargs)
                 kwargs = {"memory_format": torch.contiguous_format} | kwargs
@@ -285,17 +288,3 @@ def _set(tensor: torch.Tensor, key: Any, value: Any) -> None:
         aten.index_put_(view, indices, value.to(tensor.device))
     else:
         aten.copy_(view, value)
-
-
-@contextmanager
-def _disk_reads(note: Callable[[torch.Tensor], None]) -> Iterator[None]:
-    """Note all rows that frame arrays read in the block."""
-    read = FrameArray.__getitem__
-
-    def reading(array: FrameArray, frames: torch.Tensor) -> torch.Tensor:
-        rows = read(array, frames)
-        note(rows)
-        return rows
-
-    with patch.object(FrameArray, "__getitem__", reading):
-        yield

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from benchmarks.census import Census, Counts
 from benchmarks.gpu import fused_kernel, matmul_peak
-from benchmarks.report import write_report
+from benchmarks.report import markdown, write_report
 from benchmarks.sd15 import TEXT
 from shapes.checkpoint import BOS, build_scheduler, build_text_encoder, build_tokenizer
 from tokenflow.config import PnPConfig, PreprocessConfig
@@ -35,11 +35,7 @@ from tokenflow.editing.denoiser import Edit, Source, TokenFlowDenoiser, keyframe
 from tokenflow.editing.run import denoise
 from tokenflow.editing.techniques import plug_and_play
 from tokenflow.inversion.predictor import VideoNoisePredictor
-from tokenflow.inversion.source_features import (
-    RecordingPredictor,
-    SourceFeatureFiles,
-    install_recorder,
-)
+from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles
 from tokenflow.runtime.batching import Batches, balanced
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.edit_checkpoint import EditCheckpoint
@@ -136,7 +132,7 @@ class TalliedDiffusion(StableDiffusion):
         """As everywhere. A propagation that was seen is not repeated: on fakes it is the same."""
         recorder, flow = self.state.get("recorder"), self.state.get("flow")
         if recorder:
-            self.tally.kind = "other frames" if recorder.positions is None else "keyframes"
+            self.tally.kind = "other frames" if recorder.blended else "keyframes"
         shape = tuple(latents.shape)
         if flow and flow.joint is None and self.tally.is_repeated(flow.streams, shape):
             return torch.zeros_like(latents)
@@ -228,13 +224,12 @@ def run(sd: TalliedDiffusion, workload: Workload, folder: Path) -> None:
             predictor(saved[frames], t, frames)
 
     files = SourceFeatureFiles(folder / "source")
-    files.folder.mkdir()
     files.create(sd.unet, shape, [t])
     source = Source(n_frames, lambda t, frames: saved[frames])
     keyframes = keyframe_schedule(config, sd.scheduler, n_frames)
-    with install_recorder(sd.unet) as recorder:
-        sd.state["recorder"] = recorder
-        recording = RecordingPredictor(predictor, recorder, keyframes, source.latents, files)
+    recording = RecordingPredictor(predictor, keyframes, source.latents, files)
+    with recording.installed():
+        sd.state["recorder"] = recording
         for frames in segments:
             with tally.passes("reconstruction", ""):
                 recording(saved[frames], t, frames)
@@ -278,29 +273,20 @@ def rows_of(workload: Workload, build: Callable | None = None) -> list[dict]:
 def table_of(rows: list[dict]) -> str:
     """The rows as Markdown."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for row in rows:
-        cells = (
-            f"{v:.3g}" if isinstance(v := row.get(name, ""), float) else str(v) for name in columns
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    values = ([row.get(name, "") for name in columns] for row in rows)
+    cells = ([f"{v:.3g}" if isinstance(v, float) else str(v) for v in row] for row in values)
+    return markdown(columns, cells)
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Arguments of the command line."""
+def main() -> None:
+    """Count everything and write the report."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("runs/device"), help="for the report")
     parser.add_argument("--quick", action="store_true", help="SD 1.5 and 40 frames alone")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    return parser.parse_args()
-
-
-def main() -> None:
-    """Count everything and write the report."""
-    args = parse_arguments()
+    args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     workloads = [Workload(*size, n_frames) for size in SIZES for n_frames in LENGTHS]

@@ -19,11 +19,7 @@ from tokenflow.editing.denoiser import Denoiser, Edit, Source, TokenFlowDenoiser
 from tokenflow.editing.run import denoise
 from tokenflow.editing.techniques import Technique, controlnet, plug_and_play, sdedit
 from tokenflow.inversion.predictor import VideoNoisePredictor
-from tokenflow.inversion.source_features import (
-    RecordingPredictor,
-    SourceFeatureFiles,
-    install_recorder,
-)
+from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles
 from tokenflow.metrics import frame_psnr
 from tokenflow.runtime.batching import Batches
 from tokenflow.runtime.distributed import Processes
@@ -59,11 +55,8 @@ class Job:
         frames = torch.arange(self.clip.n_frames)
         keyframes = keyframe_schedule(self.config, self.sd.scheduler, self.clip.n_frames)
         self.files.create(self.sd.unet, self.clean.shape, self.schedule.timesteps)
-        with install_recorder(self.sd.unet) as recorder:
-            predictor = predictor_of(self.sd, self.clip)
-            recording = RecordingPredictor(
-                predictor, recorder, keyframes, self._source_latents, self.files
-            )
+        predictor, saved = predictor_of(self.sd, self.clip), self._source_latents
+        with RecordingPredictor(predictor, keyframes, saved, self.files).installed() as recording:
             return last(sample(self.first_latents(frames), frames, self.schedule, recording))
 
     @property

@@ -164,17 +164,6 @@ def colour_drift(clip: Clip, frames: np.ndarray) -> float:
     return float(np.sqrt(np.square(colours(first) - colours(last)).mean()))
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Arguments of the command line."""
-    parser = benchmark_parser(__doc__, "runs/length")
-    parser.add_argument(
-        "--quick", action="store_true", help="fewer steps, and a shorter clip edited"
-    )
-    parser.add_argument("--steps", type=int, default=10, help="of the inversions and the edits")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    return parser.parse_args()
-
-
 def report_so_far(args: argparse.Namespace, rows: list[dict], qualities: list[dict]) -> str:
     """Write what is measured so far, and return the tables."""
     tables = length_table(rows) + ("\n" + window_table(qualities) if qualities else "")
@@ -185,7 +174,13 @@ def report_so_far(args: argparse.Namespace, rows: list[dict], qualities: list[di
 
 def main() -> None:
     """Measure, and write the report."""
-    args = parse_arguments()
+    parser = benchmark_parser(__doc__, "runs/length")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer steps, and a shorter clip edited"
+    )
+    parser.add_argument("--steps", type=int, default=10, help="of the inversions and the edits")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     rows = cost_rows(2, warm_up=144) if args.quick else cost_rows(4, warm_up=384)
     report_so_far(args, rows, [])

@@ -30,6 +30,7 @@ import torch
 
 import tokenflow.editing.run  # noqa: F401 (both are slow to import; commands are forks of this process)
 import tokenflow.inversion.run  # noqa: F401
+from benchmarks.report import markdown
 from shapes.checkpoint import SHAPES, build_random
 from tokenflow.config import ControlNetConfig, PnPConfig, PreprocessConfig, SDEditConfig
 from util import write_video
@@ -133,9 +134,8 @@ def values(command: str) -> dict[str, list[dict[str, str | None]]]:
         found["controlnet"] = [{"controlnet": path} for path in paths]
     if command != PREPROCESS:
         paths = (*NO_FOLDERS, "none", "", "tiny", "[*")
-        found["folder"] += [{"latents_path": path} for path in paths] + [
-            {"data_path": f"{NAME}.mp4"}
-        ]
+        found["folder"] += [{"latents_path": path} for path in paths]
+        found["folder"].append({"data_path": f"{NAME}.mp4"})
     return found
 
 
@@ -352,12 +352,10 @@ def main() -> None:
                 os.remove(path) if os.path.isfile(path) else os.rmdir(path)
 
     seconds, failed = time.monotonic() - began, Counter(failure["kind"] for failure in failures)
-    print("| mistakes | cases | refused |\n|---|---|---|")
-    for kind in sorted(cases):
-        print(f"| {kind} | {cases[kind]} | {cases[kind] - failed[kind]} |")
-    print(
-        f"| seed {arguments.seed}, {seconds:.0f} s | {cases.total()} | {cases.total() - len(failures)} |"
-    )
+    cells = [[kind, cases[kind], cases[kind] - failed[kind]] for kind in sorted(cases)]
+    total = f"seed {arguments.seed}, {seconds:.0f} s", cases.total(), cases.total() - len(failures)
+    rows = ([str(cell) for cell in row] for row in [*cells, total])
+    print(markdown(["mistakes", "cases", "refused"], rows), end="")
     sys.stdout.reconfigure(errors="surrogateescape")  # so that a line can be repeated, byte by byte
     for failure in failures:
         print(f"\ncd {Path.cwd()} && {failure['command']}", *failure["faults"], sep="\n    ")

@@ -9,6 +9,7 @@ import typing
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 
+from benchmarks.report import markdown
 from tokenflow.cli import TEXTS
 from tokenflow.config import ControlNetConfig, EditConfig, PnPConfig, PreprocessConfig, SDEditConfig
 from tokenflow.evaluation.config import EvaluateConfig
@@ -60,11 +61,9 @@ def table(title: str, cls: type, note: str) -> str:
         note = f"Options in addition to [those of all edits](#all-edits). Default file: {file}."
     # The required ones first, then those that only this class has.
     options = sorted(options, key=lambda f: (f.default is not MISSING, f.name not in vars(cls)))
-    rows = "".join(
-        f"| `{f.name}` | {default(f)} | {allowed(f)} | {f.metadata['help']} |\n" for f in options
-    )
-    columns = "| key | default | allowed values | meaning |\n|---|---|---|---|\n"
-    return f"\n## {title}\n\n{note} Dataclass: `{cls.__name__}`.\n\n{columns}{rows}"
+    rows = ([f"`{f.name}`", default(f), allowed(f), f.metadata["help"]] for f in options)
+    of_options = markdown(["key", "default", "allowed values", "meaning"], rows)
+    return f"\n## {title}\n\n{note} Dataclass: `{cls.__name__}`.\n\n{of_options}"
 
 
 def default(f: Field) -> str:

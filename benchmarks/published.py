@@ -5,6 +5,7 @@ streams throughout and every keyframe evaluated twice. It computes what `propaga
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -119,7 +120,7 @@ def published_edit(edit: Edit) -> Iterator[torch.Tensor]:
     """As `editing.run.denoise`, in memory: yields the latents (N, 4, h, w) after each step."""
     published, frames = Published(edit), torch.arange(edit.source.n_frames)
     with self_attentions_replaced(
-        edit.sd.unet, lambda name: PublishedAttention(published, name), published.feature_hook
+        edit.sd.unet, partial(PublishedAttention, published), published.feature_hook
     ):
         initial, schedule = edit.technique.initial(frames), edit.technique.schedule
         yield from sample(initial, frames, schedule, published.predict_noise)

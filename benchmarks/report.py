@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,26 +27,27 @@ def write_report(args: argparse.Namespace, name: str, table: str, report: dict) 
         path.write_text(json.dumps(report, indent=2) + "\n")
 
 
+def markdown(titles: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table as Markdown."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (titles, *rows)]
+    return "\n".join([lines[0], "|---" * len(titles) + "|", *lines[1:]]) + "\n"
+
+
 def method_table(rows: list[dict], title: str = "method") -> str:
     """The quality of each row's method, as Markdown."""
     columns = {key: column for key, column in COLUMNS.items() if key in rows[0]}
-    titles = [title, *(name for name, _ in columns.values())]
-    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-    for row in rows:
-        cells = [form.format(row[key]) for key, (_, form) in columns.items()]
-        lines.append(f"| {row['method']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    cells = (
+        [row["method"], *(form.format(row[key]) for key, (_, form) in columns.items())]
+        for row in rows
+    )
+    return markdown([title, *(name for name, _ in columns.values())], cells)
 
 
 def reconstruction_table(reconstruction: Reconstruction) -> str:
     """The reconstruction's PSNR by inversion and number of steps, as Markdown."""
-    steps = next(iter(reconstruction.values()))
-    lines = ["| reconstruction PSNR (dB) | " + " | ".join(f"{n} steps" for n in steps) + " |"]
-    lines.append("|---" * (len(steps) + 1) + "|")
-    for inversion, values in reconstruction.items():
-        cells = [f"{psnr:.1f}" for psnr in values.values()]
-        lines.append(f"| {inversion} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    steps = [f"{n} steps" for n in next(iter(reconstruction.values()))]
+    rows = ([name, *(f"{psnr:.1f}" for psnr in v.values())] for name, v in reconstruction.items())
+    return markdown(["reconstruction PSNR (dB)", *steps], rows)
 
 
 def plot(path: Path, rows: list[dict], reconstruction: Reconstruction) -> None:
@@ -68,21 +70,17 @@ def plot(path: Path, rows: list[dict], reconstruction: Reconstruction) -> None:
     for inversion, values in reconstruction.items():
         steps.plot(list(values), list(values.values()), marker="o", label=inversion)
     steps.legend()
-    steps.set_xscale("log")
-    steps.set_xlabel("inversion steps")
-    steps.set_ylabel("reconstruction PSNR (dB)")
+    steps.set(xscale="log", xlabel="inversion steps", ylabel="reconstruction PSNR (dB)")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def speed_table(rows: list[dict], quality: dict[str, dict[str, float]]) -> str:
     """Costs by checkpoint, stage and method, with ratios, and the quality beside them, as Markdown."""
-    lines = [
-        "| checkpoint, stage | method | seconds | evaluations | peak MB "
-        "| times less than published | seconds / floor |",
-        "|---" * 7 + "|",
-    ]
+    titles = ["checkpoint, stage", "method", "seconds", "evaluations", "peak MB"]
+    titles += ["times less than published", "seconds / floor"]
     by_key = {(row["checkpoint"], row["stage"], row["method"]): row for row in rows}
+    costs = []
     for (checkpoint, stage, method), row in by_key.items():
         base = by_key.get((checkpoint, stage, "published"))
         bare = by_key.get((checkpoint, stage, "floor"))
@@ -93,41 +91,31 @@ def speed_table(rows: list[dict], quality: dict[str, dict[str, float]]) -> str:
             else ""
         )
         over = f"{row['seconds'] / bare['seconds']:.2f}" if bare and method == "ours" else ""
-        lines.append(
-            f"| {checkpoint}, {stage} | {method} | {row['seconds']:.1f} | {row['evaluations']:.0f} "
-            f"| {row['peak_mb']:.0f} | {ratio} | {over} |"
-        )
+        figures = (f"{row['seconds']:.1f}", f"{row['evaluations']:.0f}", f"{row['peak_mb']:.0f}")
+        costs.append([f"{checkpoint}, {stage}", method, *figures, ratio, over])
     names = list(next(iter(quality.values())))
-    lines += ["", "| shapes | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for method, values in quality.items():
-        cells = [f"{values[name]:.2f}" for name in names]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    measured = ([method, *(f"{v[name]:.2f}" for name in names)] for method, v in quality.items())
+    return markdown(titles, costs) + "\n" + markdown(["shapes", *names], measured)
 
 
 def length_table(rows: list[dict]) -> str:
     """Costs by stage and length, as Markdown."""
     lengths = sorted({row["frames"] for row in rows})
-    lines = ["| seconds a frame, peak MB | " + " | ".join(f"{n} frames" for n in lengths) + " |"]
-    lines.append("|---" * (len(lengths) + 1) + "|")
-    for stage in dict.fromkeys(row["stage"] for row in rows):
-        cells = [
-            f"{row['seconds_per_frame']:.3f}, {row['peak_mb']:.0f}"
-            for row in rows
-            if row["stage"] == stage
-        ]
-        lines.append(f"| {stage} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    by_stage = {row["stage"]: [row["stage"]] for row in rows}
+    for row in rows:
+        by_stage[row["stage"]].append(f"{row['seconds_per_frame']:.3f}, {row['peak_mb']:.0f}")
+    titles = ["seconds a frame, peak MB", *(f"{n} frames" for n in lengths)]
+    return markdown(titles, by_stage.values())
 
 
 def window_table(rows: list[dict]) -> str:
     """The quality of a long edit by size of the window, as Markdown."""
     names = [name for name in rows[0] if name != "window"]
-    lines = ["| keyframe_window | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for row in rows:
-        cells = ["" if row[name] is None else f"{row[name]:.2f}" for name in names]
-        lines.append(f"| {row['window']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    cells = (
+        [row["window"], *("" if row[name] is None else f"{row[name]:.2f}" for name in names)]
+        for row in rows
+    )
+    return markdown(["keyframe_window", *names], cells)
 
 
 def length_plot(path: Path, rows: list[dict]) -> None:
@@ -142,8 +130,7 @@ def length_plot(path: Path, rows: list[dict]) -> None:
             axis.plot(*zip(*points, strict=True), marker="o", label=stage)
         axis.set_xscale("log", base=2)
         axis.set_ylim(bottom=0)
-        axis.set_xlabel("frames")
-        axis.set_ylabel(label)
+        axis.set(xlabel="frames", ylabel=label)
         axis.legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -6,7 +6,6 @@ Edits clips of the world of shapes with TokenFlow while one key of the configura
 and prints a Markdown table, the defaults' row first.
 """
 
-import argparse
 import tempfile
 from pathlib import Path
 
@@ -29,18 +28,13 @@ VARIED = {
 }
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Arguments of the command line."""
+def main() -> None:
+    """Edit every clip with every setting, measure, and write the table."""
     parser = benchmark_parser(__doc__, "runs/settings.md")
     parser.add_argument("--clips", type=int, default=8)
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20, help="of the inversion and of the edits")
-    return parser.parse_args()
-
-
-def main() -> None:
-    """Edit every clip with every setting, measure, and write the table."""
-    args = parse_arguments()
+    args = parser.parse_args()
     sd = load(str(args.model), None, *choose_device(args.device, args.dtype))
     judge = Judge.load(args.model / "judge.safetensors")
     config = PnPConfig(data_path="", prompt="unused", n_timesteps=args.steps)

@@ -47,11 +47,7 @@ from tokenflow.editing.denoiser import (
 from tokenflow.editing.run import denoise
 from tokenflow.editing.techniques import plug_and_play
 from tokenflow.inversion.predictor import VideoNoisePredictor
-from tokenflow.inversion.source_features import (
-    RecordingPredictor,
-    SourceFeatureFiles,
-    install_recorder,
-)
+from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles
 from tokenflow.metrics import frame_psnr
 from tokenflow.runtime.batching import Batches
 from tokenflow.runtime.distributed import Processes
@@ -190,8 +186,8 @@ def sd15_rounds(args: argparse.Namespace) -> dict:
         keyframes = keyframe_schedule(config, sd.scheduler, n_frames)
         three = Source(n_frames, lambda t, frames: inverted[frames])
         predictor = VideoNoisePredictor(sd, "", Batches(interval, adapts=False))
-        with install_recorder(sd.unet) as recorder:
-            recording = RecordingPredictor(predictor, recorder, keyframes, three.latents, files)
+        recording = RecordingPredictor(predictor, keyframes, three.latents, files)
+        with recording.installed():
             for t in schedule.timesteps:
                 recording(inverted, t, torch.arange(n_frames))
         two = Source(n_frames, three.latents, partial(files.read, device=device))
@@ -242,14 +238,6 @@ def to_rows(checkpoint: str, costs: dict[str, dict[str, list[Cost]]]) -> list[di
     return rows
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Arguments of the command line."""
-    parser = benchmark_parser(__doc__, "runs/speed")
-    parser.add_argument("--quick", action="store_true", help="one short clip, and small frames")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    return parser.parse_args()
-
-
 def report_so_far(args: argparse.Namespace, rows: list[dict], qualities: dict) -> str:
     """Write what is measured so far, and return the table."""
     means = {method: mean(values) for method, values in qualities.items()}
@@ -260,7 +248,10 @@ def report_so_far(args: argparse.Namespace, rows: list[dict], qualities: dict) -
 
 def main() -> None:
     """Time everything and write the report."""
-    args = parse_arguments()
+    parser = benchmark_parser(__doc__, "runs/speed")
+    parser.add_argument("--quick", action="store_true", help="one short clip, and small frames")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     costs, qualities = shapes_rounds(args)
     rows = to_rows("shapes", costs)

@@ -119,9 +119,9 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def save(folder: Path, vae, text_encoder, tokenizer, unet, controlnet) -> None:
-    """Write a diffusers folder for `from_pretrained`, with the ControlNet in `controlnet/`."""
-    pipeline = StableDiffusionPipeline(
+def build_pipeline(vae, text_encoder, tokenizer, unet) -> StableDiffusionPipeline:
+    """The networks as diffusers runs them, without a safety checker."""
+    return StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
@@ -131,7 +131,11 @@ def save(folder: Path, vae, text_encoder, tokenizer, unet, controlnet) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.save_pretrained(folder)
+
+
+def save(folder: Path, vae, text_encoder, tokenizer, unet, controlnet) -> None:
+    """Write a diffusers folder for `from_pretrained`, with the ControlNet in `controlnet/`."""
+    build_pipeline(vae, text_encoder, tokenizer, unet).save_pretrained(folder)
     controlnet.save_pretrained(Path(folder) / "controlnet")
 
 

@@ -5,7 +5,7 @@ import torch
 from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from shapes.unet import add_noise
+from shapes.unet import add_noise, denoising_loss
 from tokenflow.diffusion.control import canny
 
 BATCH = 16
@@ -60,5 +60,4 @@ def controlnet_loss(
         )[0]
     # The weights of a v-prediction loss: edges tell most where noise hides the scene.
     weights = (1 / scheduler.alphas_cumprod.to(device)[times]).clamp(max=WEIGHT_CAP)
-    errors = (predicted.float() - noise).square().mean((1, 2, 3))
-    return (weights * errors).mean()
+    return denoising_loss(predicted, noise, weights)

@@ -27,8 +27,26 @@ BATCH = 25
 SHOWN, COLUMNS = 40, 8  # samples on the sheet, and in one of its rows
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Arguments of the command line."""
+def sample(
+    pipeline: StableDiffusionPipeline, captions: list[str], steps: int, guidance: float, seed: int
+) -> np.ndarray:
+    """Samples of `captions`, uint8 (N, 128, 128, 3)."""
+    generator = torch.Generator().manual_seed(seed)
+    frames = []
+    for start in tqdm(range(0, len(captions), BATCH), desc="sample"):
+        images = pipeline(
+            captions[start : start + BATCH],
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=generator,
+            output_type="np",
+        ).images
+        frames.append(np.round(images * 255).astype(np.uint8))
+    return np.concatenate(frames)
+
+
+def main() -> None:
+    """Sample, judge, and report."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -39,28 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     parser.add_argument("--sheet", type=Path, help="write a picture of some samples to this file")
-    return parser.parse_args()
-
-
-def sample(pipeline: StableDiffusionPipeline, captions: list[str], args) -> np.ndarray:
-    """Samples of `captions`, uint8 (N, 128, 128, 3)."""
-    generator = torch.Generator().manual_seed(args.seed)
-    frames = []
-    for start in tqdm(range(0, len(captions), BATCH), desc="sample"):
-        images = pipeline(
-            captions[start : start + BATCH],
-            num_inference_steps=args.steps,
-            guidance_scale=args.guidance,
-            generator=generator,
-            output_type="np",
-        ).images
-        frames.append(np.round(images * 255).astype(np.uint8))
-    return np.concatenate(frames)
-
-
-def main() -> None:
-    """Sample, judge, and report."""
-    args = parse_arguments()
+    args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = StableDiffusionPipeline.from_pretrained(args.checkpoint, dtype=torch.float32)
     pipeline.to(device).set_progress_bar_config(disable=True)
@@ -69,7 +66,8 @@ def main() -> None:
     held_out, _, labels = render_samples(HELD_OUT_SEEDS)
     rng = np.random.default_rng(args.seed)
     wanted = [sample_attributes(rng) for _ in range(args.captions)]
-    samples = sample(pipeline, [attributes.caption() for attributes in wanted], args)
+    captions = [attributes.caption() for attributes in wanted]
+    samples = sample(pipeline, captions, args.steps, args.guidance, args.seed)
     truth = names_of(np.array([attribute_indices(attributes) for attributes in wanted]))
     results = {
         "samples": accuracies(judge.read(samples), truth),

@@ -18,13 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionPipeline
+from diffusers import AutoencoderKL, ControlNetModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
 from shapes.checkpoint import (
     SHAPES,
     build_controlnet,
+    build_pipeline,
     build_scheduler,
     build_text_encoder,
     build_tokenizer,
@@ -34,6 +35,7 @@ from shapes.checkpoint import (
 )
 from shapes.controlnet import controlnet_loss, open_embedding
 from shapes.data import load_samples, render_samples
+from shapes.evaluate import sample
 from shapes.fit import Budget, fit
 from shapes.judge import Judge, accuracies, judge_loss, names_of
 from shapes.text import start_text_encoder, text_loss, tokenize, vocabulary
@@ -101,19 +103,6 @@ def write_checkpoint(folder: Path, modules: dict[str, nn.Module], tokenizer, jud
     partial_folder.rename(folder)
 
 
-def write_samples(path: Path, pipeline: StableDiffusionPipeline) -> None:
-    """Write a PNG of one sample for each of a few fixed captions (`SHOWN`)."""
-    pipeline.set_progress_bar_config(disable=True)
-    images = pipeline(
-        SHOWN,
-        num_inference_steps=20,
-        generator=torch.Generator().manual_seed(0),
-        output_type="np",
-    ).images
-    images = np.round(images * 255).astype(np.uint8)
-    write_image(path, contact_sheet({"first four": images[:4], "last four": images[4:]}))
-
-
 def main() -> None:
     """Train all stages and write the checkpoint."""
     args = parse_arguments()
@@ -151,17 +140,13 @@ def main() -> None:
         train("text", {"text": text_encoder, "heads": heads}, loss, args.text, learning_rate=1e-3)
 
     def preview(average: nn.ModuleDict) -> None:
-        """Keep a checkpoint and samples of the averaged weights so far."""
+        """Keep a checkpoint of the averaged weights so far, and a PNG of a sample for each of SHOWN."""
         modules = {"vae": vae, **average}
-        pipeline = StableDiffusionPipeline(
-            **modules,
-            tokenizer=tokenizer,
-            scheduler=build_scheduler(),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-        write_samples(args.work_dir / "samples.png", pipeline)
+        pipeline = build_pipeline(**modules, tokenizer=tokenizer)
+        pipeline.set_progress_bar_config(disable=True)
+        images = sample(pipeline, SHOWN, steps=20, guidance=7.5, seed=0)
+        sheet = contact_sheet({"first four": images[:4], "last four": images[4:]})
+        write_image(args.work_dir / "samples.png", sheet)
         modules["controlnet"] = build_controlnet(average["unet"], SHAPES)
         write_checkpoint(args.work_dir / "preview", modules, tokenizer, judge)
 

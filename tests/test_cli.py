@@ -91,16 +91,8 @@ def work(tmp_path_factory, checkpoint, clip):
     folder = tmp_path_factory.mktemp("work")
     shutil.copy(clip, folder / "clip.mp4")
     flags = ["--data_path", "clip.mp4", "--model", checkpoint, "--H", 64, "--W", 64]
-    flags += [
-        "--steps",
-        5,
-        "--save_steps",
-        5,
-        "--n_frames",
-        7,
-        "--inversion_prompt",
-        "a red square",
-    ]
+    flags += ["--steps", 5, "--save_steps", 5, "--n_frames", 7]
+    flags += ["--inversion_prompt", "a red square"]
     results = [
         run_process("preprocess.py", *flags, cwd=folder),
         run("preprocess.py", *flags, "--controlnet", checkpoint / "controlnet", cwd=folder),
@@ -111,10 +103,8 @@ def work(tmp_path_factory, checkpoint, clip):
 def edit_flags(checkpoint, technique):
     flags = ["--data_path", "clip.mp4", "--model", checkpoint, "--prompt", "a blue square"]
     flags += ["--n_inversion_steps", 5, "--n_timesteps", 5, "--n_frames", 7, "--batch_size", 3]
-    flags += ["--output_path", "out"]
-    return flags + (
-        ["--controlnet", checkpoint / "controlnet"] if technique == "controlnet" else []
-    )
+    control = ["--controlnet", checkpoint / "controlnet"] if technique == "controlnet" else []
+    return [*flags, "--output_path", "out", *control]
 
 
 def test_preprocess(work, checkpoint):
@@ -152,10 +142,8 @@ def test_edit(work, checkpoint, technique):
     assert set(written) == {f.name for f in fields(TECHNIQUES[technique])}
 
     # The same edit again: the same folder, the same bytes. Another prompt: another folder.
-    again = folder / last_line(run(script, *flags, cwd=folder))
-    assert again == video
-    again = folder / last_line(run_process(script, *flags, "--overwrite", cwd=folder))
-    assert again == video
+    assert folder / last_line(run(script, *flags, cwd=folder)) == video
+    assert folder / last_line(run_process(script, *flags, "--overwrite", cwd=folder)) == video
     assert np.array_equal(util.load_frames(video.parent / "frames", range(7)), frames)
     other = folder / last_line(run(script, *flags, "--prompt", "a dog", cwd=folder))
     assert other.parent.name == f"{technique}_clip_2"
@@ -168,7 +156,7 @@ def test_edits_of_kept_source_features(work, checkpoint):
     flags = [*edit_flags(checkpoint, "pnp"), "--output_path", "kept"]
     for changes, reason in [
         (["--keyframe_interval", 8], None),
-        (["--keyframe_interval", 8, "--cpu_offload"], None),
+        (["--keyframe_interval", 8, "--cpu_offload", "--output_path", "offloaded"], None),
         (["--keyframe_interval", 8, "--reuse_source", "false"], "reuse_source"),
         (["--keyframe_interval", 8, "--seed", 2], "(seed)"),
         ([], "(interval)"),
@@ -179,10 +167,28 @@ def test_edits_of_kept_source_features(work, checkpoint):
         said = [line for line in result.stderr.splitlines() if "denoised along" in line]
         assert [reason in line for line in said] == ([True] if reason else []), result.stderr
     two, offloaded = (
-        util.load_frames(folder / "kept" / name / "frames", range(7))
-        for name in ("pnp_clip", "pnp_clip_2")
+        util.load_frames(folder / out / "pnp_clip" / "frames", range(7))
+        for out in ("kept", "offloaded")
     )
     assert np.array_equal(two, offloaded)
+
+
+def test_an_edit_is_the_same_however_it_is_computed(work, checkpoint):
+    """Other options of memory and device find the edit again, unless they change the keyframes."""
+    folder, _, _ = work
+    flags = [*edit_flags(checkpoint, "pnp"), "--output_path", "how"]  # with --batch_size 3
+    for changes, name in [
+        ([], "pnp_clip"),
+        (["--keyframe_interval", 3, "--batch_size", 1], "pnp_clip"),
+        (["--keyframe_interval", 3, "--batch_size", "auto"], "pnp_clip"),
+        (["--device", "cpu", "--cpu_offload"], "pnp_clip"),
+        (["--batch_size", "auto"], "pnp_clip_2"),
+        (["--keyframe_interval", 8], "pnp_clip_2"),
+        (["--batch_size", 8], "pnp_clip_2"),
+        (["--batch_size", 1], "pnp_clip_3"),
+    ]:
+        result = run("run_tokenflow_pnp.py", *flags, *changes, cwd=folder)
+        assert last_line(result).parent.name == name, changes
 
 
 class ShapesEdits:

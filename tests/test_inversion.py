@@ -16,11 +16,17 @@ from tokenflow.editing.techniques import sdedit
 from tokenflow.errors import UserError
 from tokenflow.inversion.run import schedules
 
-FRAMES = torch.arange(1000)
+FRAMES, SPREAD, ALPHAS = torch.arange(1000), 2.0, build_scheduler().alphas_cumprod
 
 
 def latents_of(sd, n=2):
     return torch.randn(n, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def noise_of_gaussians(x, t, frames):
+    """The noise in data of standard deviation SPREAD."""
+    alpha = ALPHAS[t]
+    return (1 - alpha).sqrt() * x / (alpha * SPREAD**2 + 1 - alpha)
 
 
 def test_steps_undo_each_other():
@@ -51,21 +57,16 @@ def test_sampling_equals_diffusers(sd):
 
 
 def test_sampling_undoes_inversion():
-    """For Gaussian data of standard deviation s, noise and trajectory are known in closed form."""
-    alphas = build_scheduler().alphas_cumprod
-    s, latents = 2.0, 2 * torch.randn(1000, generator=torch.Generator().manual_seed(0))
-
-    def predict(x, t, frames):
-        return (1 - alphas[t]).sqrt() * x / (alphas[t] * s**2 + 1 - alphas[t])
-
+    """For Gaussian data of deviation SPREAD, noise and trajectory are known in closed form."""
+    latents = SPREAD * torch.randn(1000, generator=torch.Generator().manual_seed(0))
     errors, ends = [], []
     for n_steps in (20, 200):
         schedule = Schedule.of(build_scheduler(), n_steps)
-        *_, (t, noisiest) = invert(latents, FRAMES, schedule, predict)
-        *_, back = sample(noisiest, FRAMES, schedule, predict)
+        *_, (t, noisiest) = invert(latents, FRAMES, schedule, noise_of_gaussians)
+        *_, back = sample(noisiest, FRAMES, schedule, noise_of_gaussians)
         errors.append((back - latents).abs().max().item())
         a, b = schedule.alphas[0], schedule.alphas[-1]
-        exact = latents * ((a * s**2 + 1 - a) / (b * s**2 + 1 - b)) ** 0.5
+        exact = latents * ((a * SPREAD**2 + 1 - a) / (b * SPREAD**2 + 1 - b)) ** 0.5
         ends.append((noisiest - exact).abs().max().item())
     # DDIM is of first order: with a tenth of the step size, about a tenth of the error.
     assert errors[1] < errors[0] / 6 and ends[1] < ends[0] / 6 and errors[1] < 0.05
@@ -73,23 +74,19 @@ def test_sampling_undoes_inversion():
 
 def test_fixed_point_inversion_is_undone_by_sampling():
     """Naive inversion has first-order error; fixed-point inversion meets its tolerance in few evaluations."""
-    alphas = build_scheduler().alphas_cumprod
-    s, latents = 2.0, 2 * torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    latents = SPREAD * torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     latents[5] = 0  # never moves, so each step evaluates it once
     evaluations = torch.zeros(6)
 
-    def predict(x, t, frames):
-        return (1 - alphas[t]).sqrt() * x / (alphas[t] * s**2 + 1 - alphas[t])
-
     def counted(x, t, frames):
         evaluations[frames] += 1
-        return predict(x, t, frames)
+        return noise_of_gaussians(x, t, frames)
 
     schedule = Schedule.of(build_scheduler(), 20)
     errors = []
     for fixed_point in (False, True):
         *_, (_, noisiest) = invert(latents, FRAMES[:6], schedule, counted, fixed_point)
-        *_, back = sample(noisiest, FRAMES, schedule, predict)
+        *_, back = sample(noisiest, FRAMES, schedule, noise_of_gaussians)
         errors.append((back - latents).square().mean().sqrt().item())
     assert errors[1] < errors[0] / 15 and errors[1] < 0.005
     assert evaluations[5] == 20 + 20 and 20 + 20 < evaluations[0] < 20 + 25
@@ -149,14 +146,12 @@ def test_latents_do_not_depend_on_the_batch_size(checkpoint, clip, tmp_path, inv
 
 def test_non_finite_values_stop_the_run(sd):
     schedule = Schedule.of(sd.scheduler, 5)
+
+    def overflowing(x, t, frames):
+        return x * (float("inf") if t > 200 else 1)
+
     with pytest.raises(FloatingPointError, match=r"timestep 201 .*--dtype"):
-        for _ in invert(
-            latents_of(sd),
-            FRAMES[:2],
-            schedule,
-            lambda x, t, _: x * (float("inf") if t > 200 else 1),
-        ):
-            pass
+        list(invert(latents_of(sd), FRAMES[:2], schedule, overflowing))
     check_finite(torch.ones(1), "ones")
 
 

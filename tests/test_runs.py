@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_cli import ROOT, last_line, refusal, run
+from test_cli import ROOT, TECHNIQUES, last_line, refusal, run
 from test_damage import WAYS
 
 import util
@@ -25,7 +25,6 @@ from tokenflow.runtime import run_folder
 from tokenflow.runtime.batching import Batches
 
 N_FRAMES, STEPS, KILLS = 13, 4, 12
-TECHNIQUES = ("pnp", "sdedit", "controlnet")
 
 
 @pytest.fixture(scope="module")
@@ -56,17 +55,21 @@ def edit_flags(checkpoint, latents, out, technique="pnp"):
     return flags
 
 
+def script_and_flags(name, checkpoint, save_dir, out="edits"):
+    """A command that writes an inversion into `save_dir`, or an edit of the one there into `out`."""
+    if name == "preprocess":
+        return "preprocess.py", invert_flags(checkpoint, save_dir)
+    return f"run_tokenflow_{name}.py", edit_flags(checkpoint, save_dir, out, name)
+
+
 def command_of(script, flags, n_processes=1):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n_processes)]
     launched = launch if n_processes > 1 else []
     return [sys.executable, *launched, str(ROOT / script), *map(str, flags)]
 
 
-def run_alone(script, flags, folder, n_processes=1):
-    """Run a command as one or several processes; returns the path that it printed."""
-    command = command_of(script, flags, n_processes)
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    return folder / last_line(result)
+def inversion_in(save_dir):
+    return save_dir / "sd_tiny" / "clip" / f"steps_{STEPS}" / f"nframes_{N_FRAMES}"
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -102,10 +105,17 @@ def run_in(folder, script, flags, printed, kill_after=None):
 def server():
     """Forks processes that need not import torch again."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["test_runs", "tokenflow.inversion.run", "tokenflow.editing.run"]
-    )
+    preloaded = ["test_runs", "tokenflow.inversion.run", "tokenflow.editing.run"]
+    context.set_forkserver_preload(preloaded)
     return context
+
+
+def exit_code(server, *args):
+    """How a forked process that calls `run_in` ends."""
+    process = server.Process(target=run_in, args=args)
+    process.start()
+    process.join()
+    return process.exitcode
 
 
 @pytest.fixture(scope="module")
@@ -113,28 +123,18 @@ def whole(server, source, checkpoint):
     """The files that uninterrupted runs of one process write, by command."""
     printed, files = server.SimpleQueue(), {}
     for name in ("preprocess", *TECHNIQUES):
-        if name == "preprocess":
-            script, flags = "preprocess.py", invert_flags(checkpoint, "whole")
-        else:
-            script = f"run_tokenflow_{name}.py"
-            flags = edit_flags(checkpoint, "whole", "edits", name)
-        process = server.Process(target=run_in, args=(source, script, flags, printed))
-        process.start()
-        process.join()
-        assert process.exitcode == 0
+        command = script_and_flags(name, checkpoint, "whole")
+        assert exit_code(server, source, *command, printed) == 0
         files[name] = content(printed.get().parent)
     return files
 
 
 @pytest.mark.parametrize("name", ["preprocess", *TECHNIQUES])
 def test_two_processes_equal_one(source, checkpoint, whole, name):
-    if name == "preprocess":
-        script, flags = "preprocess.py", invert_flags(checkpoint, "shared")
-    else:
-        script = f"run_tokenflow_{name}.py"
-        flags = edit_flags(checkpoint, "whole", "shared_edits", name)
-    video = run_alone(script, flags, source, n_processes=2)
-    assert content(video.parent) == whole[name]
+    save_dir = "shared" if name == "preprocess" else "whole"
+    command = command_of(*script_and_flags(name, checkpoint, save_dir, "shared_edits"), 2)
+    result = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    assert content((source / last_line(result)).parent) == whole[name]
 
 
 def test_a_process_that_dies_ends_the_run(source, checkpoint):
@@ -156,23 +156,17 @@ def test_a_process_that_dies_ends_the_run(source, checkpoint):
 
 
 @pytest.mark.parametrize(
-    "script, passes", [("preprocess.py", (4, 16)), ("run_tokenflow_pnp.py", (2, 10))]
+    "name, save_dir, passes", [("preprocess", "killed", (4, 16)), ("pnp", "whole", (2, 10))]
 )
-def test_killed_runs_are_resumed(server, source, checkpoint, whole, script, passes):
+def test_killed_runs_are_resumed(server, source, checkpoint, whole, name, save_dir, passes):
     """Killed at many moments and run again, a command writes the files of an uninterrupted run."""
-    if script == "preprocess.py":
-        flags, name = invert_flags(checkpoint, "killed"), "preprocess"
-    else:
-        flags, name = edit_flags(checkpoint, "whole", "killed_edits"), "pnp"
+    command = script_and_flags(name, checkpoint, save_dir, "killed_edits")
     rng, kills, printed = random.Random(0), 0, server.SimpleQueue()
     while True:
         kill_after = (rng.randint(*passes), rng.uniform(0, 0.02)) if kills < KILLS else None
-        process = server.Process(target=run_in, args=(source, script, flags, printed, kill_after))
-        process.start()
-        process.join()
-        if process.exitcode == 0:
+        if not (code := exit_code(server, source, *command, printed, kill_after)):
             break
-        assert process.exitcode == -signal.SIGKILL
+        assert code == -signal.SIGKILL
         kills += 1
     assert kills >= 4
     assert content(printed.get().parent) == whole[name]
@@ -208,10 +202,8 @@ def test_a_run_that_was_stopped_halfway_is_resumed(source, checkpoint, monkeypat
 def test_what_a_stopped_inversion_left_is_checked(source, checkpoint, whole, monkeypatch, tmp_path):
     """Damaged files are recomputed, and the result is that of an uninterrupted run."""
     flags, predict_noise = invert_flags(checkpoint, "harmed"), StableDiffusion.predict_noise
-    steps = source / "harmed" / "sd_tiny" / "clip" / f"steps_{STEPS}"
-    final, partial = (
-        steps / name for name in (f"nframes_{N_FRAMES}", f".partial-nframes_{N_FRAMES}")
-    )
+    final = inversion_in(source / "harmed")
+    partial = run_folder.partial_path(final)
 
     def stops(self, latents, *args):
         if len(list((partial / ".progress").glob("Reconstructing*"))) == 2:
@@ -238,8 +230,7 @@ def test_what_a_stopped_inversion_left_is_checked(source, checkpoint, whole, mon
 
 
 def test_a_second_run_into_the_same_folder_is_refused(source, checkpoint, whole):
-    inversion = source / "whole" / "sd_tiny" / "clip" / f"steps_{STEPS}" / f"nframes_{N_FRAMES}"
-    edit = source / "edits" / "pnp_clip"
+    inversion, edit = inversion_in(source / "whole"), source / "edits" / "pnp_clip"
     for script, flags, folder in (
         ("preprocess.py", invert_flags(checkpoint, "whole"), inversion),
         ("run_tokenflow_pnp.py", edit_flags(checkpoint, "whole", "edits"), edit),

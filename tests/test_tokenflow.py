@@ -1,5 +1,7 @@
 """The algorithm against its slow reference, and properties that must hold."""
 
+from functools import partial
+
 import pytest
 import torch
 from reference import Reference
@@ -11,12 +13,7 @@ from tokenflow.editing.denoiser import Edit, Source, TokenFlowDenoiser
 from tokenflow.editing.techniques import Technique
 from tokenflow.editing.windows import anchors, joint_passes, seen_by_all, windows
 from tokenflow.inversion.predictor import VideoNoisePredictor
-from tokenflow.inversion.source_features import (
-    RecordingPredictor,
-    SourceFeatureFiles,
-    bytes_needed,
-    install_recorder,
-)
+from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles, bytes_needed
 from tokenflow.keyframe_cache import BlendedRows, KeyframeCache
 from tokenflow.nearest import nearest_in_blocks, nearest_tokens
 from tokenflow.runtime.batching import Batches
@@ -39,6 +36,7 @@ INJECTED_LAYERS = {
     for block, index in [(1, 1), (1, 2), (2, 0), (2, 1), (2, 2), (3, 0), (3, 1), (3, 2)]
 }
 N_FRAMES, BATCH_SIZE, SEED = 7, 3, 5  # the last chunk is short
+FIRST = 901  # timestep of ten steps
 PROMPTS = "a circle", "ugly", "a red circle"
 
 
@@ -54,13 +52,23 @@ def video():
     return video_of(N_FRAMES)
 
 
-def config_of(**changes):
-    return PnPConfig(data_path="", prompt="x", **{"seed": SEED, "n_timesteps": 10} | changes)
-
-
 def source_of(latents, features=None):
     """What an inversion knows about a source whose latents are the same at every timestep."""
     return Source(len(latents), lambda t, frames: latents[frames], features)
+
+
+def edit_of(sd, source, latents, injects=(True, True), **changes):
+    """An edit that starts from the latents and injects into its first step or not."""
+    config = PnPConfig(data_path="", prompt="x", seed=SEED, n_timesteps=10, **changes)
+    schedule = Schedule.of(sd.scheduler, 10)
+    technique = Technique(latents.__getitem__, schedule, *map(int, injects))
+    return Edit(sd, technique, source, PROMPTS, config)
+
+
+def predicted(edit, latents):
+    """TokenFlow's guided noise of all frames at the first step."""
+    with TokenFlowDenoiser.installed(edit) as denoiser:
+        return denoiser.predict_noise(latents, FIRST)
 
 
 @pytest.mark.parametrize("propagation", ["flanking", "previous"])
@@ -68,17 +76,9 @@ def source_of(latents, features=None):
 @torch.no_grad()
 def test_equals_reference(sd, video, propagation, injects):
     source, latents = video
-    schedule = Schedule.of(sd.scheduler, 10)
-    t = schedule.timesteps[0]
-    config = config_of(batch_size=BATCH_SIZE, propagation=propagation)
-    technique = Technique(latents.__getitem__, schedule, *map(int, injects))
-    edit = Edit(sd, technique, source_of(source), PROMPTS, config)
-    with TokenFlowDenoiser.installed(edit) as denoiser:
-        ours = denoiser.predict_noise(latents, t)
-
-    keyframes = KeyframeSchedule(N_FRAMES, BATCH_SIZE, schedule.timesteps, SEED).draw()[t].tolist()
-    reference = Reference(sd.unet, BATCH_SIZE, propagation, INJECTED_LAYERS)
-    assert_same_noise(ours, reference, sd, source, latents, t, keyframes, injects)
+    options = {"batch_size": BATCH_SIZE, "propagation": propagation}
+    edit = edit_of(sd, source_of(source), latents, injects, **options)
+    assert_same_noise(predicted(edit, latents), edit, source, latents)
 
 
 @pytest.mark.parametrize("propagation", ["flanking", "previous"])
@@ -89,21 +89,15 @@ def test_windows_equal_the_reference(sd, monkeypatch, propagation, window, toget
     monkeypatch.setattr("tokenflow.editing.denoiser.FILLED_CPU", 1 << 12 if together else 1)
     source, latents = video_of(21)
     sizes = {"batch_size": 3, "keyframe_interval": 2, "keyframe_window": window}
-    config = config_of(propagation=propagation, **sizes)
-    schedule = Schedule.of(sd.scheduler, 10)
-    t, technique = schedule.timesteps[0], Technique(latents.__getitem__, schedule, 1, 1)
-    edit = Edit(sd, technique, source_of(source), PROMPTS, config)
+    edit = edit_of(sd, source_of(source), latents, propagation=propagation, **sizes)
     with TokenFlowDenoiser.installed(edit) as denoiser:
-        ours = denoiser.predict_noise(latents, t)
+        ours = denoiser.predict_noise(latents, FIRST)
         # The noise is the same however processes divide the chunks.
-        chunks = denoiser.chunks(t)
+        chunks = denoiser.chunks(FIRST)
         for part in (chunks[: len(chunks) // 2], chunks[len(chunks) // 2 :]):
-            for frames, noise in denoiser.noise(latents, t, part):
+            for frames, noise in denoiser.noise(latents, FIRST, part):
                 assert torch.equal(noise, ours[frames])
-
-    keyframes = KeyframeSchedule(21, 2, schedule.timesteps, SEED).draw()[t].tolist()
-    reference = Reference(sd.unet, 2, propagation, INJECTED_LAYERS, window=window)
-    assert_same_noise(ours, reference, sd, source, latents, t, keyframes, (True, True))
+    assert_same_noise(ours, edit, source, latents)
 
 
 @pytest.mark.parametrize("n_keyframes, size", [(1, 8), (8, 8), (9, 8), (15, 8), (50, 12), (7, 6)])
@@ -125,18 +119,14 @@ def test_windows_share_one_keyframe_each(n_keyframes, size):
 def test_what_the_speed_benchmark_compares_with(sd, video):
     """The benchmark's published algorithm predicts what the reference does, only faster."""
     source, latents = video
-    schedule = Schedule.of(sd.scheduler, 10)
-    t = schedule.timesteps[0]
-    config = config_of(batch_size=BATCH_SIZE)
-    technique = Technique(latents.__getitem__, schedule, 1, 1)
-    published = Published(Edit(sd, technique, source_of(source), PROMPTS, config))
+    options = {"batch_size": BATCH_SIZE, "propagation": "previous"}
+    edit = edit_of(sd, source_of(source), latents, **options)
+    published = Published(edit)
     with self_attentions_replaced(
-        sd.unet, lambda name: PublishedAttention(published, name), published.feature_hook
+        sd.unet, partial(PublishedAttention, published), published.feature_hook
     ):
-        noise = published.predict_noise(latents, t)
-    keyframes = KeyframeSchedule(N_FRAMES, BATCH_SIZE, schedule.timesteps, SEED).draw()[t].tolist()
-    reference = Reference(sd.unet, BATCH_SIZE, "previous", INJECTED_LAYERS)
-    assert_same_noise(noise, reference, sd, source, latents, t, keyframes, (True, True))
+        noise = published.predict_noise(latents, FIRST)
+    assert_same_noise(noise, edit, source, latents)
 
 
 @pytest.mark.parametrize("batch_size", [2, 7])
@@ -146,39 +136,34 @@ def test_two_streams_equal_the_reference(sd, tmp_path, monkeypatch, batch_size, 
     """With source features recorded in the inversion's passes, an edit needs no source stream."""
     monkeypatch.setattr("tokenflow.editing.denoiser.FILLED_CPU", 1 << 12 if together else 1)
     source, latents = video_of(13)
-    schedule, files = Schedule.of(sd.scheduler, 10), SourceFeatureFiles(tmp_path / "source")
-    t = schedule.timesteps[0]
-    keyframes = KeyframeSchedule(13, 2, schedule.timesteps, SEED)
-    files.create(sd.unet, source.shape, [t])
+    files, keyframes = SourceFeatureFiles(tmp_path), KeyframeSchedule(13, 2, (FIRST,), SEED)
+    files.create(sd.unet, source.shape, [FIRST])
     predictor = VideoNoisePredictor(sd, PROMPTS[0], Batches(batch_size, adapts=False))
-    with install_recorder(sd.unet) as recorder:
-        noting = RecordingPredictor(predictor, recorder, keyframes, lambda t, f: source[f], files)
+    noting = RecordingPredictor(predictor, keyframes, lambda t, frames: source[frames], files)
+    with noting.installed():
         segments = torch.arange(13).split(5)
-        noted = torch.cat([noting(source[frames], t, frames) for frames in segments])
-    plain = sd.predict_noise(source, t, sd.encode_text(PROMPTS[0]).expand(13, -1, -1))
+        noted = torch.cat([noting(source[frames], FIRST, frames) for frames in segments])
+    plain = sd.predict_noise(source, FIRST, sd.encode_text(PROMPTS[0]).expand(13, -1, -1))
     torch.testing.assert_close(noted, plain, atol=1e-3, rtol=1e-3)
 
-    config = config_of(batch_size=2, keyframe_interval=2, keyframe_window=window)
-    known = source_of(
-        source, lambda t, frames, injected: files.read(t, frames, injected, sd.device)
-    )
-    technique = Technique(latents.__getitem__, schedule, 1, 1)
-    edit = Edit(sd, technique, known, PROMPTS, config)
-    with TokenFlowDenoiser.installed(edit) as denoiser:
-        ours = denoiser.predict_noise(latents, t)
-    reference = Reference(sd.unet, 2, "flanking", INJECTED_LAYERS, window=window)
-    plan = keyframes.draw()[t].tolist()
+    known = source_of(source, partial(files.read, device=sd.device))
+    edit = edit_of(sd, known, latents, batch_size=2, keyframe_interval=2, keyframe_window=window)
     # Injected features are kept in half precision.
-    assert_same_noise(ours, reference, sd, source, latents, t, plan, (True, True), tolerance=1e-2)
-    kept = [path for path in files.folder.glob("*.npy") if str(t) in path.name]
-    written = sum(path.stat().st_size - 128 for path in kept)
+    assert_same_noise(predicted(edit, latents), edit, source, latents, tolerance=1e-2)
+    written = sum(path.stat().st_size - 128 for path in tmp_path.glob(f"*_{FIRST}.npy"))
     assert written == bytes_needed(sd.unet, source.shape, 1)
 
 
-def assert_same_noise(ours, reference, sd, source, latents, t, keyframes, injects, tolerance=1e-3):
+def assert_same_noise(ours, edit, source, latents, tolerance=1e-3):
     """Assert the reference's guided noise, except for tokens whose nearest neighbours tie."""
+    sd, config, technique = edit.sd, edit.config, edit.technique
+    options = config.propagation, INJECTED_LAYERS, config.keyframe_window
+    reference = Reference(sd.unet, config.interval, *options)
+    keyframes = KeyframeSchedule(len(source), config.interval, (FIRST,), SEED).draw()[FIRST]
+    injects = technique.attention_steps > 0, technique.feature_steps > 0
     text = torch.cat([sd.encode_text(prompt) for prompt in PROMPTS])
-    _, uncond, cond = reference.predict(source, latents, t, text, keyframes, *injects)
+    passed = source, latents, FIRST, text, keyframes.tolist(), *injects
+    _, uncond, cond = reference.predict(*passed)
     theirs = uncond + PnPConfig.guidance_scale * (cond - uncond)
     close = torch.isclose(ours, theirs, atol=tolerance / 10, rtol=tolerance)
     assert close.float().mean() > 0.999
@@ -224,11 +209,8 @@ def test_single_frame_is_the_untouched_unet(sd, video):
 def test_every_frame_may_be_a_keyframe(sd, video):
     """With intervals of one frame, no frame is left to propagate to."""
     source, latents = video[0][:2], video[1][:2]
-    config = config_of(batch_size=1)
-    technique = Technique(latents.__getitem__, Schedule.of(sd.scheduler, 10))
-    edit = Edit(sd, technique, source_of(source), PROMPTS, config)
-    with TokenFlowDenoiser.installed(edit) as denoiser:
-        assert torch.isfinite(denoiser.predict_noise(latents, 901)).all()
+    edit = edit_of(sd, source_of(source), latents, (False, False), batch_size=1)
+    assert torch.isfinite(predicted(edit, latents)).all()
 
 
 def test_unet_is_restored(sd, video):

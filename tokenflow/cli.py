@@ -14,7 +14,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import MISSING, Field, asdict, field, fields
 from pathlib import Path
@@ -51,12 +51,7 @@ def option(
     spells None.
     """
     metadata = {"help": help, "low": low, "high": high, "choices": choices, "aliases": aliases}
-    metadata["none"] = none
-    return (
-        field(metadata=metadata)
-        if default is MISSING
-        else field(default=default, metadata=metadata)
-    )
+    return field(default=default, metadata=metadata | {"none": none})
 
 
 def parse(
@@ -171,9 +166,8 @@ def _parse_flags(
     flags, unknown = parser.parse_known_args(argv)
     if unknown:
         key = unknown[0].removeprefix("--").partition("=")[0]
-        raise UserError(
-            f"unknown flag {unknown[0]!r}{_nearest(key, [f.name for f in fields(cls)])}"
-        )
+        known = [f.name for f in fields(cls)]
+        raise UserError(f"unknown flag {unknown[0]!r}{_nearest(key, known)}")
     return vars(flags)
 
 
@@ -183,16 +177,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"config_path: cannot read {path}: {error.strerror}") from error
     except Exception as error:  # PyYAML lets any error of its constructors through
-        raise UserError(
-            f"config_path: {path} is not YAML: {' '.join(str(error).split())}"
-        ) from error
+        problem = " ".join(str(error).split())
+        raise UserError(f"config_path: {path} is not YAML: {problem}") from error
     if not isinstance(values, dict):
         raise UserError(f"config_path: {path} must hold `key: value` lines")
     return {str(key): value for key, value in values.items()}
 
 
-def _nearest(key: str, known: Iterable[str]) -> str:
-    match = difflib.get_close_matches(key, list(known), n=1)
+def _nearest(key: str, known: Collection[str]) -> str:
+    match = difflib.get_close_matches(key, known, n=1)
     return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(known)}"
 
 
@@ -228,7 +221,10 @@ def _convert_one(f: Field, kind: type, value: Any) -> Any:
     if kind is str:
         if not is_text(converted):
             raise UserError(f"{f.name}: {value!r} holds a NUL, or bytes that are no UTF-8")
-        return _checked_choice(f, converted)
+        converted, choices = f.metadata["aliases"].get(converted, converted), f.metadata["choices"]
+        if choices and converted not in choices:
+            raise UserError(f"{f.name}: {converted!r} is none of {', '.join(choices)}")
+        return converted
     low, high = f.metadata["low"], f.metadata["high"]
     if not (math.isfinite(converted) and low <= converted <= high):
         bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
@@ -239,11 +235,3 @@ def _convert_one(f: Field, kind: type, value: Any) -> Any:
 TEXTS = tuple[str, ...]
 _NARGS = {bool: {"nargs": "?", "const": "true"}, TEXTS: {"nargs": "+"}}
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
-
-
-def _checked_choice(f: Field, value: str) -> str:
-    value = f.metadata["aliases"].get(value, value)
-    choices = f.metadata["choices"]
-    if choices and value not in choices:
-        raise UserError(f"{f.name}: {value!r} is none of {', '.join(choices)}")
-    return value

@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tokenflow.cli import option
@@ -28,6 +29,14 @@ MAX_FRAMES, MAX_SIZE = 10**6, 2**14  # frames (eleven hours of video); pixels
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 RESIZE = ("crop", "stretch", "pad")
 SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+# Options that change how an inversion or an edit is computed, but not its result.
+HOW = ("batch_size", "device", "cpu_offload", "resume", "overwrite")
+
+# Options of the same bounds.
+frames_option = partial(option, low=1, high=MAX_FRAMES)
+steps_option = partial(option, low=1, high=999)
+share_option = partial(option, low=0, high=1)
+level_option = partial(option, low=0, high=10_000)  # grey levels of a gradient
 
 
 def check_device(device: str) -> None:
@@ -102,18 +111,13 @@ class CannyConfig:
         "canny",
         choices=("canny",),
     )
-    canny_low: int = option(
-        "lower threshold of the Canny edges: a weaker gradient, in grey levels, is no edge",
-        100,
-        low=0,
-        high=10_000,
+    canny_low: int = level_option(
+        "lower threshold of the Canny edges: a weaker gradient, in grey levels, is no edge", 100
     )
-    canny_high: int = option(
+    canny_high: int = level_option(
         "upper threshold of the Canny edges: a stronger gradient, in grey levels, is an edge; one "
         "between both thresholds is an edge if it continues one",
         200,
-        low=0,
-        high=10_000,
     )
     control_scale: float = option(
         "strength of the ControlNet: factor on what it adds to the UNet; 0: it has no effect",
@@ -140,13 +144,10 @@ class PreprocessConfig(ModelConfig, CannyConfig):
         "crop",
         choices=RESIZE,
     )
-    start_frame: int = option("first frame used, counted from 0", 0, low=0, high=MAX_FRAMES)
-    n_frames: int = option("number of frames used; 0: all", 40, low=0, high=MAX_FRAMES)
-    stride: int = option(
-        "distance between frames that are used; 2: every second frame, at half the frame rate",
-        1,
-        low=1,
-        high=MAX_FRAMES,
+    start_frame: int = frames_option("first frame used, counted from 0", 0, low=0)
+    n_frames: int = frames_option("number of frames used; 0: all", 40, low=0)
+    stride: int = frames_option(
+        "distance between frames that are used; 2: every second frame, at half the frame rate", 1
     )
     inversion: str = option(
         "how the video is inverted; fixed_point: each step's equation is solved by iteration, ddim: the "
@@ -154,42 +155,33 @@ class PreprocessConfig(ModelConfig, CannyConfig):
         "fixed_point",
         choices=("fixed_point", "ddim"),
     )
-    steps: int = option(
-        "number of inversion steps; they must include the editing steps (save_steps)",
-        50,
-        low=1,
-        high=999,
+    steps: int = steps_option(
+        "number of inversion steps; they must include the editing steps (save_steps)", 50
     )
-    save_steps: int = option(
+    save_steps: int = steps_option(
         "number of editing steps that the inversion is for (n_timesteps of the edits); the latents of "
         "each are saved",
         50,
-        low=1,
-        high=999,
     )
     keep_source: bool = option(
         "keep the source features on disk, which makes edits faster; the space is reported before it is "
         "taken",
         True,
     )
-    keyframe_interval: int = option(
+    keyframe_interval: int = frames_option(
         "number of frames per keyframe; kept source features serve only edits with the same "
         "keyframe_interval",
         8,
-        low=1,
-        high=MAX_FRAMES,
     )
     no_reconstruction: bool = option(
         "save the time of reconstructing the video; without inverted.mp4 the inversion cannot be "
         "judged",
         False,
     )
-    batch_size: int | None = option(
+    batch_size: int | None = frames_option(
         "frames in one UNet pass, which changes memory and speed only; auto: 16, halved while the device "
         "is out of memory",
         None,
-        low=1,
-        high=MAX_FRAMES,
         none="auto",
     )
     save_dir: str = option("folder in which each inversion gets a folder of its own", "latents")
@@ -229,47 +221,34 @@ class EditConfig(ModelConfig):
     )
     prompt: str = option("what the whole edited video shows, in words, not just what changes")
     negative_prompt: str = option("what the edit is guided away from, in words", "")
-    n_inversion_steps: int = option(
-        "number of inversion steps of the inversion to use (steps of preprocess.py)",
-        50,
-        low=1,
-        high=999,
+    n_inversion_steps: int = steps_option(
+        "number of inversion steps of the inversion to use (steps of preprocess.py)", 50
     )
-    n_timesteps: int = option(
+    n_timesteps: int = steps_option(
         "number of editing steps, whose latents the inversion must have saved (save_steps of "
         "preprocess.py)",
         50,
-        low=1,
-        high=999,
     )
-    n_frames: int = option(
-        "number of frames to edit, from the first; 0: all that were inverted",
-        40,
-        low=0,
-        high=MAX_FRAMES,
+    n_frames: int = frames_option(
+        "number of frames to edit, from the first; 0: all that were inverted", 40, low=0
     )
-    batch_size: int | None = option(
+    batch_size: int | None = frames_option(
         "frames in one UNet pass, which changes memory and speed; auto: 8, halved while the device is "
         "out of memory",
         None,
-        low=1,
-        high=MAX_FRAMES,
         none="auto",
     )
-    keyframe_interval: int | None = option(
+    keyframe_interval: int | None = frames_option(
         "number of frames per keyframe, which is chosen at random at each step; None: batch_size, "
         "or 8 if that is auto",
         None,
-        low=1,
-        high=MAX_FRAMES,
     )
     # At least four anchors and two neighbouring keyframes.
-    keyframe_window: int = option(
+    keyframe_window: int = frames_option(
         "largest number of keyframes edited jointly; a larger one takes more memory, and lets the "
         "frames of a long video attend to more of it",
         14,
         low=6,
-        high=MAX_FRAMES,
     )
     reuse_source: bool = option(
         "use the source features that preprocess.py kept, which changes only the speed", True
@@ -333,19 +312,15 @@ class EditConfig(ModelConfig):
 class PnPConfig(EditConfig):
     """Options of `run_tokenflow_pnp.py`."""
 
-    pnp_attn_t: float = option(
+    pnp_attn_t: float = share_option(
         "share of the editing steps, from the first, that take over the source's self-attention; more "
         "keeps more of its structure",
         0.5,
-        low=0,
-        high=1,
     )
-    pnp_f_t: float = option(
+    pnp_f_t: float = share_option(
         "share of the editing steps, from the first, that take over the source's features; more keeps "
         "more of its structure",
         0.8,
-        low=0,
-        high=1,
     )
 
 
@@ -353,12 +328,10 @@ class PnPConfig(EditConfig):
 class SDEditConfig(EditConfig):
     """Options of `run_tokenflow_sdedit.py`."""
 
-    start: float = option(
+    start: float = share_option(
         "share of the editing steps that are run, which are the last ones and at least one; more goes "
         "further from the source",
         0.9,
-        low=0,
-        high=1,
     )
     use_ddim_noise: bool = option(
         "start from the noise that the inversion found; false: from one random noise for all frames",

@@ -40,7 +40,7 @@ def fused(
 
 
 def warped(images: torch.Tensor, flows: torch.Tensor) -> torch.Tensor:
-    """Images (k, c, H, W) read where the flows (k, H, W, 2) lead, in pixels; beyond the border, its pixels."""
+    """Images (k, c, H, W) read where the flows (k, H, W, 2) lead, in pixels; its border goes on outside."""
     height, width = images.shape[-2:]
     y, x = torch.meshgrid(
         torch.arange(height, device=flows.device),

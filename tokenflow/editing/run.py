@@ -5,15 +5,15 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from tokenflow.cli import dump
-from tokenflow.config import ControlNetConfig, EditConfig
+from tokenflow.config import HOW, ControlNetConfig, EditConfig
 from tokenflow.contact_sheet import contact_sheet, moments
 from tokenflow.diffusion.checkpoints import check_checkpoint, choose_device, load, load_scheduler
 from tokenflow.diffusion.control import CannyEdges
@@ -32,8 +32,15 @@ from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.edit_checkpoint import EditCheckpoint
 from tokenflow.runtime.frame_array import FrameArray
 from tokenflow.runtime.run_folder import locked, partial_path, remove, run_folder, staged
-from tokenflow_utils import SourceFeatures
-from util import load_frames, save_frames, write_image, write_video, write_video_from_folders
+from util import (
+    frame_path,
+    load_frames,
+    read_image,
+    save_frames,
+    write_image,
+    write_video,
+    write_video_from_folders,
+)
 
 log = logging.getLogger("tokenflow")
 
@@ -53,8 +60,8 @@ def open_edit(config: EditConfig, technique: str) -> Iterator["EditRun"]:
     processes = Processes(device)
 
     name = f"{technique}_{Path(config.data_path).stem}"
-    chosen = replace(config, resume=True, overwrite=False)  # these two do not change the edit
-    identity = f"{dump(chosen)}# of the inversion {json.dumps(inversion.manifest.identity)}\n"
+    identity = json.dumps(inversion.manifest.identity)
+    identity = f"{dump(without_how(config))}# of the inversion {identity}\n"
     with ExitStack() as held:
         with processes.main_first():
             folder = held.enter_context(run_folder(Path(config.output_path), name, identity))
@@ -74,6 +81,18 @@ def open_edit(config: EditConfig, technique: str) -> Iterator["EditRun"]:
             run.checkpoints.mkdir(exist_ok=True)
         processes.wait()
         yield run
+
+
+def without_how(config: EditConfig) -> EditConfig:
+    """The configuration that all runs of the same edit share, however they compute it (HOW).
+
+    Without a keyframe_interval, batch_size decides about it, and so about the edit.
+    """
+    shared = {f.name: f.default for f in fields(config) if f.name in (*HOW, "keyframe_interval")}
+    default = replace(config, **shared)
+    if default.interval == config.interval:
+        return default
+    return replace(default, keyframe_interval=config.interval)
 
 
 @dataclass(frozen=True)
@@ -144,7 +163,7 @@ class EditRun:
     @property
     def source(self) -> Source:
         """What the inversion knows about the source, with its features if they fit this edit."""
-        alone = Source(self.n_frames, self._source_latents)
+        alone = Source(self.n_frames, self.inversion.noisy_latents)
         if missed := self._why_no_features():
             log.info("the source is denoised along with the edit: %s", missed)
             return alone
@@ -158,7 +177,8 @@ class EditRun:
                 preprocess_command(self.config, self.inversion.manifest.config),
             )
             return alone
-        return replace(alone, features=self._source_features)
+        read = partial(self.inversion.source_features.read, device=self.sd.device)
+        return replace(alone, features=read)
 
     def find_edges(self) -> None:
         """Find the Canny edges of all frames, which condition the ControlNet, and show them as a video."""
@@ -191,12 +211,6 @@ class EditRun:
             if getattr(kept, name) != getattr(wanted, name):
                 return f"the inversion kept its features for other keyframes ({name})"
         return ""
-
-    def _source_latents(self, t: int, frames: torch.Tensor) -> torch.Tensor:
-        return self.inversion.latents(noisy(t))[frames]
-
-    def _source_features(self, t: int, frames: torch.Tensor, injected: bool) -> SourceFeatures:
-        return self.inversion.source_features.read(t, frames, injected, self.sd.device)
 
     def _consensus(self, n_steps: int) -> Consensus | None:
         if not self.config.consensus_count:

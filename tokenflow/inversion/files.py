@@ -15,18 +15,16 @@
 import json
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from tokenflow.config import PreprocessConfig, inversion_name
+from tokenflow.config import HOW, PreprocessConfig, inversion_name
 from tokenflow.inversion.source_features import SourceFeatureFiles
 from tokenflow.runtime.digests import check
 from tokenflow.runtime.frame_array import FrameArray
 from tokenflow_utils import KeyframeSchedule
-
-# Options that change how an inversion is computed, but not its result.
-HOW = ("batch_size", "device", "cpu_offload", "resume", "overwrite")
 
 CLEAN = "clean_latents"
 INVERTED = "inverted_latents"
@@ -87,7 +85,7 @@ class Inversion:
         """Folder of the reconstructed frames."""
         return self.folder / "frames"
 
-    @property
+    @cached_property
     def source_features(self) -> SourceFeatureFiles:
         """What edits need from the source stream; there are no files if it was not kept."""
         return SourceFeatureFiles(self.folder / "source_features")
@@ -97,14 +95,14 @@ class Inversion:
         """Whether the folder holds a finished inversion."""
         return (self.folder / "manifest.json").is_file()
 
-    @property
+    @cached_property
     def manifest(self) -> Manifest:
         """What the inversion was computed from. Raises DamagedError."""
         check(self.folder, "manifest.json".__eq__)
         stored = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
-        if stored.get("keyframes"):
-            timesteps = tuple(stored["keyframes"].pop("timesteps"))
-            stored["keyframes"] = KeyframeSchedule(**stored["keyframes"], timesteps=timesteps)
+        if kept := stored.get("keyframes"):
+            kept["timesteps"] = tuple(kept["timesteps"])
+            stored["keyframes"] = KeyframeSchedule(**kept)
         return Manifest(**stored)
 
     @property
@@ -139,16 +137,13 @@ class Inversion:
         """Check the source features. Raises DamagedError."""
         check(self.folder, lambda name: name.startswith(self.source_features.folder.name))
 
-    def create_latents(self, name: str, shape: tuple[int, ...]) -> None:
-        """Create the file of latents (N, 4, h, w) of that name, unless it exists."""
-        FrameArray(self._latents_file(name)).ensure(shape, torch.float32)
-
     def latents(self, name: str) -> FrameArray:
         """Saved latents (N, 4, h, w); `noisy(t)`, `CLEAN` or `INVERTED` names them."""
-        return FrameArray(self._latents_file(name))
+        return FrameArray(self.folder / "latents" / f"{name}.npy")
 
-    def _latents_file(self, name: str) -> Path:
-        return self.folder / "latents" / f"{name}.npy"
+    def noisy_latents(self, t: int, frames: torch.Tensor) -> torch.Tensor:
+        """Saved latents (n, 4, h, w) of the frames (n,) at timestep `t`."""
+        return self.latents(noisy(t))[frames]
 
 
 def noisy(t: int) -> str:

@@ -1,6 +1,7 @@
 """Noise prediction for any frames of one video under one prompt, for inversion and reconstruction."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -27,13 +28,9 @@ class VideoNoisePredictor:
 
     def __call__(self, latents: torch.Tensor, t: int, frames: torch.Tensor) -> torch.Tensor:
         """The noise (n, 4, h, w) in latents (n, 4, h, w) of the frames (n,)."""
+        return self.batches.map(partial(self.predict_batch, t), latents, frames)
 
-        def predicted(latents: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
-            return self.predict_batch(latents, t, frames)
-
-        return self.batches.map(predicted, latents, frames)
-
-    def predict_batch(self, latents: torch.Tensor, t: int, frames: torch.Tensor) -> torch.Tensor:
+    def predict_batch(self, t: int, latents: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
         """The noise of one batch, in one UNet pass."""
         control = self.control(frames) if self.control else None
         return self.sd.predict_noise(latents, t, self.text.expand(len(frames), -1, -1), control)

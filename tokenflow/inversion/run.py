@@ -9,7 +9,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -33,12 +33,7 @@ from tokenflow.errors import DamagedError, UserError
 from tokenflow.inversion.files import CLEAN, INVERTED, Inversion, Manifest, noisy
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.report import report_reconstruction
-from tokenflow.inversion.source_features import (
-    MAX_TOKENS,
-    RecordingPredictor,
-    bytes_needed,
-    install_recorder,
-)
+from tokenflow.inversion.source_features import MAX_TOKENS, RecordingPredictor, bytes_needed
 from tokenflow.runtime.batching import Batches, balanced
 from tokenflow.runtime.digests import check, seal
 from tokenflow.runtime.distributed import Processes
@@ -150,14 +145,15 @@ class InversionRun:
         if self.config.no_reconstruction and not self._keeps_source_features:
             return
         stage = "Reconstructing", len(self.editing.timesteps), self._reconstructed
+        saved = self.inversion.noisy_latents
         with self._recording_predictor() as predict_noise:
             for frames, bar in self._missing_segments(*stage):
                 if self.config.no_reconstruction:
                     for t in self.editing.timesteps:
-                        predict_noise(self._saved_latents(t, frames), t, frames)
+                        predict_noise(saved(t, frames), t, frames)
                         bar.update()
                     continue
-                latents = self._saved_latents(self.editing.timesteps[0], frames)
+                latents = saved(self.editing.timesteps[0], frames)
                 for sampled in sample(latents, frames, self.editing, predict_noise):
                     latents = sampled
                     bar.update()
@@ -207,20 +203,13 @@ class InversionRun:
     def _edges(self) -> CannyEdges:
         return CannyEdges(Progress(self.inversion.folder).folder / "edges.npy")
 
-    @contextmanager
-    def _recording_predictor(self) -> Iterator[NoisePredictor]:
-        """Yield a predictor, which also records the source features if they are kept."""
+    def _recording_predictor(self) -> AbstractContextManager[NoisePredictor]:
+        """A predictor for the block, which also records the source features if they are kept."""
         if not self._keeps_source_features:
-            yield self._predictor
-            return
-        files, saved = self.inversion.source_features, self._saved_latents
-        with install_recorder(self.sd.unet) as recorder:
-            yield RecordingPredictor(
-                self._predictor, recorder, self._keyframe_schedule, saved, files
-            )
-
-    def _saved_latents(self, t: int, frames: torch.Tensor) -> torch.Tensor:
-        return self.inversion.latents(noisy(t))[frames]
+            return nullcontext(self._predictor)
+        files, saved = self.inversion.source_features, self.inversion.noisy_latents
+        recording = RecordingPredictor(self._predictor, self._keyframe_schedule, saved, files)
+        return recording.installed()
 
     def _missing_segments(
         self, stage: str, n_steps: int, written: Callable[[torch.Tensor], Iterator[bytes]]
@@ -259,7 +248,7 @@ class InversionRun:
         config, inversion = self.config, self.inversion
         shape = self.sd.latent_shape(self.manifest.n_frames, config.H, config.W)
         for name in (CLEAN, *self._names.values()):
-            inversion.create_latents(name, shape)
+            inversion.latents(name).ensure(shape, torch.float32)
         for folder in (inversion.vae, inversion.reconstruction):
             folder.mkdir(exist_ok=True)
         if can_keep_source_features(self.sd, inversion.folder, config, shape, self.editing):

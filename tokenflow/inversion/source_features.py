@@ -10,7 +10,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -37,38 +39,10 @@ LEVELS = 4  # resolutions of the UNet, each half the one before
 LEVEL = re.compile(r"(down|up)_blocks\.(\d)|mid_block")
 
 
-class SourceRecorder:
-    """What the layers of a UNet record in the next pass, if anything."""
-
-    def __init__(self) -> None:
-        self.cache = KeyframeCache()  # of the keyframes that a segment's frames blend
-        # The next pass is of keyframes (positions), of other frames (blended), or not recorded (neither).
-        self.positions: list[int] | None = None
-        self.blended: BlendedRows | None = None
-        self.nearest: dict[str, torch.Tensor] = {}
-        self.features: torch.Tensor | None = None
-
-    @contextmanager
-    def noting(
-        self, positions: list[int] | None = None, blended: BlendedRows | None = None
-    ) -> Iterator[None]:
-        """Record keyframes at `positions`, or other frames and what they blend, in the block's passes."""
-        self.positions, self.blended = positions, blended
-        try:
-            yield
-        finally:
-            self.positions, self.blended = None, None
-
-    def feature_hook(self, module, args, output: torch.Tensor) -> None:
-        """Record the residual block's output."""
-        if self.blended is not None:
-            self.features = output.half()
-
-
 class RecordingAttention(LayerProcessor):
     """Plain self-attention that records keyframes' tokens, and other frames' correspondences to them."""
 
-    def __init__(self, recorder: SourceRecorder, name: str) -> None:
+    def __init__(self, recorder: "RecordingPredictor", name: str) -> None:
         super().__init__(name)
         self.recorder = recorder
 
@@ -77,27 +51,13 @@ class RecordingAttention(LayerProcessor):
     ) -> torch.Tensor:
         """The layer's output for its input; both (n, s, d)."""
         recorder, cache = self.recorder, self.recorder.cache
-        if recorder.positions is not None:
+        if recorder.blended is None:
             tokens = F.normalize(hidden_states.float(), dim=-1)
             cache.write(self.name, recorder.positions, tokens)
-        elif recorder.blended is not None:
-            key_tokens = cache.tensor(self.name)
-            found = correspondences(hidden_states, key_tokens, recorder.blended)
+        else:
+            found = correspondences(hidden_states, cache.tensor(self.name), recorder.blended)
             recorder.nearest[self.name] = found
         return frame_self_attention(attn, hidden_states)
-
-
-@contextmanager
-def install_recorder(unet: UNet2DConditionModel) -> Iterator[SourceRecorder]:
-    """Install a recorder in every self-attention of `unet`, and take it out again at the end.
-
-    Raises the errors of `self_attentions_replaced`.
-    """
-    recorder = SourceRecorder()
-    with self_attentions_replaced(
-        unet, lambda name: RecordingAttention(recorder, name), recorder.feature_hook
-    ):
-        yield recorder
 
 
 class RecordingPredictor:
@@ -110,13 +70,29 @@ class RecordingPredictor:
     def __init__(
         self,
         predictor: VideoNoisePredictor,
-        recorder: SourceRecorder,
         schedule: KeyframeSchedule,
         saved: Callable[[int, torch.Tensor], torch.Tensor],
         files: "SourceFeatureFiles",
     ) -> None:
-        self.predictor, self.recorder = predictor, recorder
-        self.keyframes, self.saved, self.files = schedule.draw(), saved, files
+        self.predictor, self.keyframes = predictor, schedule.draw()
+        self.saved, self.files = saved, files
+        self.cache = KeyframeCache()  # of the keyframes that a segment's frames blend
+        # The next pass is of keyframes at `positions` or, if `blended` is set, of frames that blend them.
+        self.positions: list[int] = []
+        self.blended: BlendedRows | None = None
+        self.nearest: dict[str, torch.Tensor] = {}
+        self.features: torch.Tensor | None = None
+
+    @contextmanager
+    def installed(self) -> Iterator[Self]:
+        """Record in every self-attention of the UNet, in all of its passes while the block lasts.
+
+        Raises the errors of `self_attentions_replaced`.
+        """
+        with self_attentions_replaced(
+            self.predictor.sd.unet, partial(RecordingAttention, self), self._feature_hook
+        ):
+            yield self
 
     def __call__(self, latents: torch.Tensor, t: int, frames: torch.Tensor) -> torch.Tensor:
         """The noise (n, 4, h, w) in latents (n, 4, h, w) of frames (n,) that are neighbours in the video."""
@@ -129,26 +105,29 @@ class RecordingPredictor:
         rest = ~torch.isin(frames, keyframes)
 
         def of_keyframe(samples: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-            with self.recorder.noting(positions=positions.tolist()):
-                return self.predictor.predict_batch(samples, t, keyframes[positions])
+            self.positions, self.blended = positions.tolist(), None
+            return self.predictor.predict_batch(t, samples, keyframes[positions])
 
         def of_other(samples: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
             blend, device = flanking_blend(others, keyframes), self.predictor.sd.device
-            blended = self.recorder.cache.blended(blend.positions, blend.weights, device)
-            with self.recorder.noting(blended=blended):
-                noise = self.predictor.predict_batch(samples, t, others)
-            features = SourceFeatures(self.recorder.nearest, self.recorder.features)
-            self.files.write(t, others, features)
+            self.blended = self.cache.blended(blend.positions, blend.weights, device)
+            noise = self.predictor.predict_batch(t, samples, others)
+            self.files.write(t, others, SourceFeatures(self.nearest, self.features))
             return noise
 
         noise, batches = torch.empty_like(latents), self.predictor.batches
         positions = torch.arange(len(keyframes))
-        self.recorder.cache.keep([])
-        self.recorder.cache.positions += positions.tolist()
+        self.cache.keep([])
+        self.cache.positions += positions.tolist()
         noise[place[inside]] = batches.map(of_keyframe, of_keyframes, positions)[inside]
         if rest.any():
             noise[rest] = batches.map(of_other, latents[rest], frames[rest])
         return noise
+
+    def _feature_hook(self, module, args, output: torch.Tensor) -> None:
+        """Record the residual block's output."""
+        if self.blended is not None:
+            self.features = output.half()
 
 
 @dataclass(frozen=True)
@@ -164,46 +143,43 @@ class SourceFeatureFiles:
         timesteps: Iterable[int],
     ) -> None:
         """Create the files for latents (N, 4, h, w) at the timesteps, unless they exist."""
-        tokens = tokens_by_layer(unet, latent_shape)
-        n_frames = latent_shape[0]
+        tokens, n_frames = tokens_by_layer(unet, latent_shape), latent_shape[0]
+        of_features = features_shape(unet, latent_shape)
         for t in timesteps:
-            shape = (n_frames, 2, sum(tokens.values()))
-            FrameArray(self._file("nearest", t)).ensure(shape, torch.int16)
-            shape = (n_frames, *features_shape(unet, latent_shape))
-            FrameArray(self._file("features", t)).ensure(shape, torch.float16)
+            self._nearest(t).ensure((n_frames, 2, sum(tokens.values())), torch.int16)
+            self._features(t).ensure((n_frames, *of_features), torch.float16)
         (self.folder / "layers.json").write_text(json.dumps(tokens, indent=2) + "\n")
 
     def write(self, t: int, frames: torch.Tensor, source: SourceFeatures) -> None:
         """Write the features of the frames (n,)."""
-        nearest = torch.cat([source.nearest[name] for name in self._layers()], dim=-1)  # n 2 tokens
-        FrameArray(self._file("nearest", t))[frames] = (
-            nearest.short()
-        )  # before it leaves the device
-        FrameArray(self._file("features", t))[frames] = source.features
+        nearest = torch.cat([source.nearest[name] for name in self._layers], dim=-1)  # n 2 tokens
+        self._nearest(t)[frames] = nearest.short()  # before it leaves the device
+        self._features(t)[frames] = source.features
 
     def read(
         self, t: int, frames: torch.Tensor, injected: bool, device: torch.device
     ) -> SourceFeatures:
         """Read the features of the frames (n,); most bytes are for Plug-and-Play, read only if `injected`."""
-        layers = self._layers()
-        nearest = to_device(FrameArray(self._file("nearest", t))[frames], device)
-        per_layer = nearest.long().split(list(layers.values()), dim=-1)
-        by_layer, features = dict(zip(layers, per_layer, strict=True)), None
-        if injected:
-            features = to_device(FrameArray(self._file("features", t))[frames], device)
-        return SourceFeatures(by_layer, features)
+        nearest = to_device(self._nearest(t)[frames], device).long()
+        per_layer = nearest.split(list(self._layers.values()), dim=-1)
+        features = to_device(self._features(t)[frames], device) if injected else None
+        return SourceFeatures(dict(zip(self._layers, per_layer, strict=True)), features)
 
     def written(self, timesteps: Iterable[int], frames: torch.Tensor) -> Iterator[bytes]:
         """The bytes of the frames (n,) in each file."""
         for t in timesteps:
-            for kind in ("nearest", "features"):
-                yield FrameArray(self._file(kind, t)).bytes_of(frames)
+            yield self._nearest(t).bytes_of(frames)
+            yield self._features(t).bytes_of(frames)
 
+    @cached_property
     def _layers(self) -> dict[str, int]:
         return json.loads((self.folder / "layers.json").read_text())
 
-    def _file(self, kind: str, t: int) -> Path:
-        return self.folder / f"{kind}_{t}.npy"
+    def _nearest(self, t: int) -> FrameArray:
+        return FrameArray(self.folder / f"nearest_{t}.npy")
+
+    def _features(self, t: int) -> FrameArray:
+        return FrameArray(self.folder / f"features_{t}.npy")
 
 
 def tokens_by_layer(unet: UNet2DConditionModel, latent_shape: tuple[int, ...]) -> dict[str, int]:
@@ -212,10 +188,8 @@ def tokens_by_layer(unet: UNet2DConditionModel, latent_shape: tuple[int, ...]) -
     tokens = {}
     for name in unet.attn_processors:
         if name.endswith(".attn1.processor"):
-            side, block = LEVEL.match(name).groups()
-            down = {"down": int(block or 0), "up": LEVELS - 1 - int(block or 0)}.get(
-                side, LEVELS - 1
-            )
+            side, block = LEVEL.match(name).groups(LEVELS - 1)  # of the middle block
+            down = LEVELS - 1 - int(block) if side == "up" else int(block)
             tokens[name] = height * width // 4**down
     return tokens
 
