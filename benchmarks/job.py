@@ -15,7 +15,9 @@ from tokenflow.config import PnPConfig, SDEditConfig
 from tokenflow.diffusion.control import canny
 from tokenflow.diffusion.ddim import Schedule, invert, last, sample
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
+from tokenflow.editing.consensus import DISTANCES, Consensus, consensus_steps
 from tokenflow.editing.denoiser import Denoiser, Edit, Source, TokenFlowDenoiser, keyframe_schedule
+from tokenflow.editing.fusion import Fusion
 from tokenflow.editing.run import denoise
 from tokenflow.editing.techniques import Technique, controlnet, plug_and_play, sdedit
 from tokenflow.inversion.predictor import VideoNoisePredictor
@@ -96,10 +98,20 @@ class Job:
         prompts = (self.clip.source_prompt, self.config.negative_prompt, self.config.prompt)
         edit = Edit(self.sd, technique, self._source(), prompts, self.config)
         with tempfile.TemporaryDirectory() as folder:
-            checkpoint = EditCheckpoint(Path(folder), self.clean.shape, Processes(self.sd.device))
+            processes = Processes(self.sd.device)
+            if denoiser is TokenFlowDenoiser and self.config.consensus_count:
+                consensus = self._consensus(technique, Path(folder), processes)
+                edit = dataclasses.replace(edit, consensus=consensus)
+            checkpoint = EditCheckpoint(Path(folder), self.clean.shape, processes)
             steps = last(denoise(edit, checkpoint, denoiser))
             edited = checkpoint.latents(steps)[torch.arange(self.clip.n_frames)]
         return self.sd.decode_latents(edited)
+
+    def _consensus(self, technique: Technique, folder: Path, processes: Processes) -> Consensus:
+        source, n_frames = self.clip.frames.__getitem__, self.clip.n_frames
+        fusion = Fusion.along(source, n_frames, DISTANCES, folder, processes)
+        n_steps = len(technique.schedule.timesteps)
+        return Consensus(self.sd, fusion, consensus_steps(n_steps, self.config.consensus_count))
 
     def _source(self) -> Source:
         features = partial(self.files.read, device=self.sd.device)

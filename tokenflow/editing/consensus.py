@@ -9,18 +9,17 @@ The steps that follow sharpen the average again, which a fusion of the finished 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
-from tokenflow.editing.motion import Motion
-from tokenflow.runtime.distributed import Processes
-from tokenflow.runtime.frame_array import FrameArray
+from tokenflow.editing.fusion import Fusion
 
 # The first and the last consensus, as shares of the steps: before, predictions are too vague to be aligned,
 # and after, too few steps are left to sharpen them.
 FIRST, LAST = 0.6, 0.9
-# How far, in frames, a frame's neighbours are. Nearer ones are alike already.
-CONSENSUS_DISTANCES = (3, 6, 9, 12)
+# In frames; nearer neighbours are alike already.
+DISTANCES = (3, 6, 9, 12)
 
 
 @dataclass(frozen=True)
@@ -28,27 +27,24 @@ class Consensus:
     """Draws frames towards each other after some `steps` (counted from 0) of an edit."""
 
     sd: StableDiffusion
-    motion: Motion
-    pictures: FrameArray  # N H W 3, uint8: the predictions, decoded
+    fusion: Fusion
     steps: frozenset[int]
-    processes: Processes
 
     def note(self, frames: torch.Tensor, clean: torch.Tensor) -> None:
         """Take the predicted clean latents (n, 4, h, w) of the frames (n,)."""
-        self.pictures[frames] = torch.from_numpy(self.sd.decode_latents(clean))
+        self.fusion.put(frames, self.sd.decode_latents(clean))
 
     def corrections(self, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield frames (n,), at most `size` at once, and what moves their clean latents: (n, 4, h, w).
 
         The VAE's own error cancels out, since both the prediction and the average pass it.
         """
-        self.processes.wait()
-        for frames in self.processes.share(torch.arange(len(self.pictures)).split(size)):
-            device = self.sd.device
-            fused = [self.motion.fused(self.pictures, n, device) for n in frames.tolist()]
-            both = torch.cat([torch.stack(fused), self.pictures[frames]])
-            agreed, predicted = self.sd.encode_frames(both.numpy()).chunk(2)
-            yield frames, agreed - predicted
+        fusion = self.fusion
+        fusion.processes.wait()  # until all have noted their predictions
+        for frames in fusion.processes.share(torch.arange(fusion.n_frames).split(size)):
+            fused, predicted = fusion.fused(frames, self.sd.device), fusion.pictures[frames].numpy()
+            agreed, before = self.sd.encode_frames(np.concatenate([fused, predicted])).chunk(2)
+            yield frames, agreed - before
 
 
 def consensus_steps(n_steps: int, count: int) -> frozenset[int]:

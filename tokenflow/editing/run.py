@@ -3,12 +3,13 @@
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -19,9 +20,9 @@ from tokenflow.diffusion.checkpoints import check_checkpoint, choose_device, loa
 from tokenflow.diffusion.control import CannyEdges
 from tokenflow.diffusion.ddim import Schedule, check_finite, ddim_step, predicted_clean
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
-from tokenflow.editing.consensus import CONSENSUS_DISTANCES, Consensus, consensus_steps
+from tokenflow.editing.consensus import DISTANCES, Consensus, consensus_steps
 from tokenflow.editing.denoiser import Denoiser, Edit, Source, TokenFlowDenoiser, keyframe_schedule
-from tokenflow.editing.motion import Motion
+from tokenflow.editing.fusion import Fusion
 from tokenflow.editing.techniques import LatentsOf, Technique
 from tokenflow.errors import DamagedError, UserError
 from tokenflow.evaluation.report import discard_report
@@ -216,30 +217,20 @@ class EditRun:
         if not self.config.consensus_count:
             return None
         steps = consensus_steps(n_steps, self.config.consensus_count)
-        motion, pictures = self._motion(CONSENSUS_DISTANCES), self._pictures()
-        return Consensus(self.sd, motion, pictures, steps, self.processes)
+        return Consensus(self.sd, self._fusion(DISTANCES), steps)
 
-    def _motion(self, distances: Sequence[int]) -> Motion:
-        """The source's motion to the frames at these distances, found anew."""
-        motion = Motion.within(distances, self.checkpoints, self.n_frames)
-        frames = self.inversion.source_frames
-        motion.compute(lambda index: read_image(frame_path(frames, index)), self.processes)
-        return motion
+    def _fusion(self, distances: Iterable[int]) -> Fusion:
+        folder, processes = self.inversion.source_frames, self.processes
 
-    def _pictures(self) -> FrameArray:
-        """An array for the decoded frames (N, H, W, 3), uint8."""
-        pictures = FrameArray(self.checkpoints / "pictures.npy")
-        if self.processes.is_main:
-            size = read_image(frame_path(self.inversion.source_frames, 0)).shape
-            FrameArray.create(pictures.path, (self.n_frames, *size), torch.uint8)
-        self.processes.wait()
-        return pictures
+        def source(index: int) -> np.ndarray:
+            return read_image(frame_path(folder, index))
+
+        return Fusion.along(source, self.n_frames, distances, self.checkpoints, processes)
 
     def _decode(self, edited: FrameArray) -> None:
         processes, frames = self.processes, self.folder / "frames"
-        neighbours = range(1, self.config.fuse + 1)
-        motion = self._motion(neighbours) if neighbours else None
-        pictures = self._pictures() if neighbours else None
+        fuse = self.config.fuse
+        fusion = self._fusion(range(1, fuse + 1)) if fuse else None
         with staged(frames) if processes.is_main else nullcontext(partial_path(frames)) as partial:
             if processes.is_main:
                 partial.mkdir()
@@ -247,14 +238,13 @@ class EditRun:
             batches = processes.share(torch.arange(self.n_frames).split(DECODE_BATCH))
             for batch in tqdm(batches, "Decoding", unit="batch", disable=not processes.is_main):
                 decoded = self.sd.decode_latents(edited[batch])
-                if motion:
-                    pictures[batch] = torch.from_numpy(decoded)
+                if fusion:
+                    fusion.put(batch, decoded)
                 else:
                     save_frames(partial, batch[0].item(), decoded)
             processes.wait()
-            for index in torch.cat(batches).tolist() if motion else ():
-                fused = motion.fused(pictures, index, self.sd.device)
-                save_frames(partial, index, [fused.numpy()])
+            for batch in batches if fusion else ():
+                save_frames(partial, batch[0].item(), fusion.fused(batch, self.sd.device))
             processes.wait()
 
     def _show(self) -> None:

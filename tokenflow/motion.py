@@ -1,4 +1,4 @@
-"""Frames of a video averaged with their neighbours, moved along the motion of another video."""
+"""Moving frames along the motion of a video, and averaging them: pure functions."""
 
 import cv2
 import numpy as np
