@@ -14,6 +14,8 @@ import torch
 # Without a GPU, triton interprets its kernels; it decides so when they are imported.
 os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))
 
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, ViTConfig, ViTModel
+
 from shapes.checkpoint import build_random
 from tokenflow.diffusion.checkpoints import load
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
@@ -59,3 +61,33 @@ def clip(tmp_path_factory, clip_frames) -> Path:
     path = tmp_path_factory.mktemp("clips") / "clip.mp4"
     write_video(path, clip_frames, 12)
     return path
+
+
+def build_tiny_clip(folder: Path, checkpoint: Path) -> Path:
+    """Write a tiny CLIP of random weights, for images of 32x32 pixels, with the checkpoint's tokenizer."""
+    tokenizer = CLIPTokenizer.from_pretrained(checkpoint / "tokenizer")
+    layers = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    special = {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
+    }
+    config = CLIPConfig(
+        text_config=layers | special | {"vocab_size": len(tokenizer), "intermediate_size": 64},
+        vision_config=layers | {"image_size": 32, "patch_size": 8, "intermediate_size": 64},
+        projection_dim=16,
+    )
+    return _save(folder, CLIPModel, config, tokenizer)
+
+
+def build_tiny_dino(folder: Path) -> Path:
+    """Write a tiny vision transformer of random weights, for images of 32x32 pixels."""
+    layers = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = ViTConfig(**layers, intermediate_size=64, image_size=32, patch_size=8)
+    return _save(folder, ViTModel, config)
+
+
+def _save(folder: Path, cls: type, config, *others) -> Path:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for part in (cls(config), *others):
+            part.save_pretrained(folder)
+    return folder

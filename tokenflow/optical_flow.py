@@ -33,8 +33,10 @@ def raft_flow(device: torch.device) -> Flow:
     """
     try:
         from torchvision.models.optical_flow import Raft_Large_Weights, raft_large
-    except ImportError as error:
-        raise UserError("flow: raft needs torchvision; install it, or use --flow dis") from error
+    except (ImportError, RuntimeError) as error:  # RuntimeError: it was built for another torch
+        raise UserError(
+            f"flow: raft needs torchvision ({error}); install it for this torch, or use --flow dis"
+        ) from error
     try:
         network = raft_large(weights=Raft_Large_Weights.DEFAULT)
     except OSError as error:

@@ -1,0 +1,365 @@
+"""evaluate.py: its figures against truths that are known, its verdict, its report, and what it refuses."""
+
+import json
+import shutil
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_tiny_clip, build_tiny_dino
+from test_cli import edit_flags, last_line, refusal, run
+from torch.nn import functional as F
+from transformers import CLIPModel, CLIPTokenizer, ViTModel
+
+import util
+from benchmarks.flow import accuracy
+from tokenflow.evaluation import networks
+from tokenflow.evaluation.figures import (
+    EDIT,
+    FIGURES,
+    PER_FRAME,
+    RECONSTRUCTION,
+    SOURCE,
+    VAE,
+    AlongFlow,
+    Drift,
+    beside_source,
+    measure,
+    summarize,
+)
+from tokenflow.evaluation.flow import consistent, dis_flow, flow_of_network, valid_flow
+from tokenflow.evaluation.verdict import FAIR, GOOD, POOR, verdict
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def pattern():
+    """A picture with detail at every scale: uint8 (96, 96, 3)."""
+    rng = np.random.default_rng(0)
+    waves = sum(
+        rng.integers(0, 256, (n, n, 3)).repeat(96 // n, 0).repeat(96 // n, 1) for n in (6, 12, 24)
+    )
+    return (waves / 3).astype(np.uint8)
+
+
+def test_flow_and_where_it_is_valid(pattern):
+    """A picture that moves 3 pixels to the right: its last 3 columns leave the frame."""
+    moved = np.roll(pattern, 3, axis=1)
+    moved[:, :3] = 0
+    flow, valid = valid_flow(dis_flow(), pattern, moved)
+    inner = flow[10:-10, 10:-10]
+    assert np.abs(inner - (3, 0)).mean() < 0.1
+    assert valid[10:-10, 10:-10].mean() > 0.98 and not valid[:, -2:].any()
+    # Flows that do not lead back are valid nowhere; without motion everything is.
+    right = np.full((8, 8, 2), (2.0, 0.0), np.float32)
+    assert not consistent(right, right).any()
+    assert consistent(0 * right, 0 * right).all()
+    assert consistent(right, -right).sum() == 8 * 6
+
+
+def test_a_network_gets_frames_that_it_takes():
+    """RAFT takes sides of at least 128 pixels that are multiples of 8, and values in [-1, 1]."""
+
+    def network(first, second):
+        assert first.shape == second.shape == (1, 3, 128, 144)
+        assert first.min() == -1 and second.max() == 1
+        return [None, torch.ones(1, 2, 128, 144)]
+
+    black, white = np.zeros((90, 140, 3), np.uint8), np.full((90, 140, 3), 255, np.uint8)
+    assert flow_of_network(network, CPU)(black, white).shape == (90, 140, 2)
+
+
+def test_figures_of_a_still_video(pattern):
+    """The source stands still; the edit is alternately 3 grey levels brighter and darker."""
+    source = [np.clip(pattern, 10, 240)] * 10
+    edit = [frame + np.uint8(3) if i % 2 else frame - np.uint8(3) for i, frame in enumerate(source)]
+    meters = [AlongFlow(dis_flow()), beside_source, Drift(2, 10)]
+    curves = measure({SOURCE: source, EDIT: edit}, meters)
+    assert {len(curve) for by_name in curves.values() for curve in by_name.values()} == {10}
+    figures = summarize(curves, 2)
+    assert figures["flicker"][EDIT] == pytest.approx(6) and figures["flicker"][SOURCE] == 0
+    assert figures["warp_1"][EDIT] == pytest.approx(1e3 * (6 / 255) ** 2)
+    assert figures["warp_4"][EDIT] == figures["warp_8"][EDIT] == figures["warp_8"][SOURCE] == 0
+    assert curves["warp_4"][EDIT][:4] == [None] * 4 and curves["warp_4"][EDIT][4] is not None
+    assert figures["psnr"] == {EDIT: pytest.approx(20 * np.log10(255 / 3), abs=1e-3)}
+    assert figures["sharpness"][EDIT] == pytest.approx(1)
+    assert figures["drift"][EDIT] == pytest.approx(3)  # from the mean of one frame of each kind
+    equal = summarize(measure({SOURCE: source, EDIT: source}, [beside_source]), 2)
+    assert equal["psnr"][EDIT] == 100 and equal["ssim"][EDIT] == pytest.approx(1)
+
+
+def test_colours_that_drift_and_detail_that_is_lost(pattern):
+    source = [np.clip(pattern, 0, 200)] * 20
+    redder = [frame + np.array([2 * i, 0, 0], np.uint8) for i, frame in enumerate(source)]
+    figures = summarize(measure({SOURCE: source, EDIT: redder}, [Drift(5, 20)]), 5)
+    # From the first five frames to the last: 15 frames of 2 levels, in one of three channels.
+    assert figures["drift"] == pytest.approx({SOURCE: 0, EDIT: 30 / np.sqrt(3)}, abs=1e-6)
+    plain = [np.full_like(frame, 90) for frame in source]
+    assert (
+        summarize(measure({SOURCE: source, EDIT: plain}, [beside_source]), 5)["sharpness"][EDIT]
+        == 0
+    )
+    # Regions that move, or change in the source, are not still.
+    moving = [np.roll(pattern, 2 * i, axis=1) for i in range(4)]
+    assert "flicker" not in measure({SOURCE: moving, EDIT: moving}, [AlongFlow(dis_flow())])
+    brighter = [np.clip(pattern, 0, 200) + np.uint8(5 * i) for i in range(4)]
+    assert "flicker" not in measure({SOURCE: brighter, EDIT: brighter}, [AlongFlow(dis_flow())])
+
+
+def test_warp_errors_are_close_to_those_of_the_exact_flow():
+    """On shapes, whose flow is known: docs/evaluation.md says how far the estimate can be trusted."""
+    rows = accuracy(n_clips=2, n_frames=10, gaps=(1, 8))
+    assert len(rows) == 4
+    for row in rows:
+        assert row["endpoint error"] < (0.5 if row["gap"] == 1 else 2)
+        assert row["not visible in both"] < 0.05
+        # An edit that flickers is told from one that does not, and by nearly as much as in truth.
+        gained, true = (
+            row[f"flickering, {flow}"] - row[f"ideal, {flow}"] for flow in ("dis", "exact")
+        )
+        assert gained == pytest.approx(true, rel=0.25)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, checkpoint):
+    """Folders of a tiny CLIP and of a tiny vision transformer, of random weights."""
+    folder = tmp_path_factory.mktemp("models")
+    return build_tiny_clip(folder / "clip", checkpoint), build_tiny_dino(folder / "dino")
+
+
+def test_clip_agrees_with_transformers_own(models, pattern):
+    clip, prompt = str(models[0]), "a red circle"
+    frames = np.stack([pattern[:32, :32], pattern[40:72, 40:72]])  # as large as the model's images
+    curves = measure({SOURCE: frames, EDIT: frames[::-1]}, [networks.Clip(clip, prompt, CPU)])
+    model, tokenizer = CLIPModel.from_pretrained(clip), CLIPTokenizer.from_pretrained(clip)
+    mean, std = (
+        torch.tensor(v)[:, None, None]
+        for v in (networks.OPENAI_CLIP_MEAN, networks.OPENAI_CLIP_STD)
+    )
+    pixels = (torch.from_numpy(frames).permute(0, 3, 1, 2) / 255 - mean) / std
+    with torch.inference_mode():
+        output = model(pixel_values=pixels, **tokenizer(prompt, return_tensors="pt"))
+    expected = (output.image_embeds @ output.text_embeds.T)[:, 0] * 100
+    assert curves["clip_prompt"][SOURCE] == pytest.approx(expected.tolist(), abs=1e-3)
+    assert curves["clip_prompt"][EDIT] == pytest.approx(expected.tolist()[::-1], abs=1e-3)
+    neighbours = 100 * float(output.image_embeds[0] @ output.image_embeds[1])
+    assert curves["clip_frames"][EDIT] == [None, pytest.approx(neighbours, abs=1e-3)]
+
+
+def test_structure_distance(models, pattern):
+    """Against self-similarities that are computed from the last layer's input."""
+    dino = str(models[1])
+    other = np.ascontiguousarray(pattern[::-1])
+    curves = measure(
+        {SOURCE: [pattern], VAE: [pattern], EDIT: [other]}, [networks.Structure(dino, CPU)]
+    )
+    network = ViTModel.from_pretrained(dino)
+    means = networks.IMAGENET_DEFAULT_MEAN, networks.IMAGENET_DEFAULT_STD
+    images = networks.as_images(np.stack([pattern, other]), 32, "stretch", *means)
+    with torch.inference_mode():
+        before = network(images, output_hidden_states=True).hidden_states[-2]
+        keys = network.layers[-1].attention.k_proj(network.layers[-1].layernorm_before(before))
+        alike = F.cosine_similarity(keys[:, :, None], keys[:, None], dim=-1)
+    expected = 1e3 * (alike[0] - alike[1]).square().mean().item()
+    assert curves["structure"][VAE] == [0] and expected > 1
+    assert curves["structure"][EDIT] == [pytest.approx(expected, rel=1e-3)]
+
+
+def test_lpips_gets_each_video_beside_the_source(monkeypatch, pattern):
+    def make(net, verbose):
+        network = torch.nn.Module()
+        network.forward = lambda a, b: (a - b).abs().mean((1, 2, 3), keepdim=True)
+        return network
+
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=make))
+    black, white = np.zeros((1, 8, 8, 3), np.uint8), np.full((1, 8, 8, 3), 255, np.uint8)
+    curves = measure({SOURCE: black, VAE: black, EDIT: white}, [networks.Lpips(CPU)])
+    assert curves["lpips"] == {VAE: [0], EDIT: [2]}
+
+
+def test_missing_networks_are_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    meters, skipped = networks.available(str(tmp_path / "empty"), None, None, CPU)
+    assert not meters and len(skipped) == 4
+    for words in (
+        "frame consistency: " + str(tmp_path),
+        "no model was named",
+        "LPIPS",
+        "no prompt",
+    ):
+        assert any(words in line for line in skipped)
+
+
+STEADY = {"warp_1": {SOURCE: 0.3, VAE: 0.4, EDIT: 0.9}, "sharpness": {VAE: 0.8, EDIT: 0.75}}
+
+
+@pytest.mark.parametrize(
+    "figures, technique, level, words",
+    [
+        ({"psnr": {VAE: 31.0, RECONSTRUCTION: 30.0}}, None, GOOD, "30.0 dB"),
+        ({"psnr": {VAE: 19.5, RECONSTRUCTION: 19.0}}, None, POOR, "larger frames"),
+        ({"psnr": {VAE: 30.0, RECONSTRUCTION: 22.0}}, None, FAIR, "inversion_prompt"),
+        (STEADY, "pnp", GOOD, "5.7 grey levels"),
+        ({"warp_1": {SOURCE: 0.1, EDIT: 2.5}}, "pnp", POOR, "lower guidance_scale"),
+        ({"warp_1": {SOURCE: 0.1, EDIT: 2.5}}, "sdedit", POOR, "lower start"),
+        ({"warp_1": {SOURCE: 0.1, EDIT: 2.5}}, None, POOR, ""),
+        ({"warp_1": {SOURCE: 2.4, EDIT: 2.5}}, None, GOOD, "2.6 grey"),  # a noisy source
+        ({"warp_8": {EDIT: 5.0, PER_FRAME: 10.0}}, "pnp", FAIR, "50% of that of frame-by-frame"),
+        (
+            {"sharpness": {VAE: 0.9, EDIT: 0.3}},
+            "pnp",
+            POOR,
+            "33% of the gradient energy of the VAE",
+        ),
+        ({"sharpness": {VAE: 0.9, PER_FRAME: 0.3, EDIT: 0.3}}, "pnp", GOOD, "frame by frame"),
+        ({"drift": {SOURCE: 3.0, EDIT: 12.0}}, "pnp", POOR, "raise keyframe_window"),
+        ({"flicker": {SOURCE: 1.0, EDIT: 1.5}}, "pnp", GOOD, "1.5 grey levels"),
+        ({"clip_prompt": {SOURCE: 25.0, EDIT: 25.2}}, "sdedit", POOR, "raise start"),
+        ({"clip_prompt": {SOURCE: 22.0, EDIT: 29.0}}, "pnp", GOOD, "7.0 points more"),
+        ({"structure": {EDIT: 120.0}}, "controlnet", POOR, "raise control_scale"),
+    ],
+)
+def test_verdict(figures, technique, level, words):
+    findings = verdict(figures, technique)
+    found = [f for f in findings if f.level == level and words in f.text + f.advice]
+    assert found, findings
+    assert all(not f.advice for f in findings if f.level == GOOD)
+    levels = [f.level for f in findings]
+    assert levels == sorted(levels, key=(POOR, FAIR, GOOD).index)
+
+
+def test_no_option_is_recommended_to_other_programs():
+    figures = {"warp_1": {EDIT: 9.0}, "sharpness": {EDIT: 0.1}, "drift": {EDIT: 30.0}}
+    figures |= {"flicker": {EDIT: 20.0}, "structure": {EDIT: 500.0}}
+    findings = verdict(figures)
+    assert len(findings) == 5 and all(f.level == POOR and not f.advice for f in findings)
+    assert all(f.advice for f in verdict(figures, "sdedit"))
+
+
+@pytest.fixture(scope="module")
+def edited(tmp_path_factory, checkpoint, clip):
+    """A folder with a clip, its inversion, and two edits of it in `out`."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    shutil.copy(clip, folder / "clip.mp4")
+    flags = ["--data_path", "clip.mp4", "--model", checkpoint, "--H", 64, "--W", 64, "--steps", 5]
+    flags += ["--save_steps", 5, "--n_frames", 7, "--keep_source", "false"]
+    last_line(run("preprocess.py", *flags, cwd=folder))
+    for prompt in ("a blue circle", "</script><b>a red circle"):
+        edit = [*edit_flags(checkpoint, "pnp"), "--prompt", prompt]
+        last_line(run("run_tokenflow_pnp.py", *edit, cwd=folder))
+    return folder
+
+
+def page_data(path):
+    text = path.read_text(encoding="utf-8")
+    return json.loads(text.split('type="application/json">')[1].split("</script>")[0])
+
+
+def test_evaluate_edits(edited, models, checkpoint):
+    clip, dino = models
+    flags = ["--edits", "out/pnp_clip", "out/pnp_clip_2", "--clip", clip, "--dino", dino]
+    result = run("evaluate.py", *flags, cwd=edited)
+    assert str(last_line(result)) == "out/report.html"
+    assert "skipped: LPIPS" in result.stderr and "The reconstruction is" in result.stderr
+    joint = page_data(edited / "out" / "report.html")
+    names = ["pnp_clip", "pnp_clip_2"]
+    assert [entry["name"] for entry in joint["entries"]] == names
+    for entry, name in zip(joint["entries"], names, strict=True):
+        folder = edited / "out" / name
+        own = page_data(folder / "report.html")["entries"][0]
+        assert own["figures"] == entry["figures"]
+        written = json.loads((folder / "report" / "figures.json").read_text())
+        assert written["figures"] == own["figures"] and written["options"]["guidance_scale"] == 5
+        assert set(own["figures"]) == set(FIGURES) - {"lpips", "warp_8"}
+        for kind in (SOURCE, VAE, RECONSTRUCTION, EDIT):
+            assert kind in own["figures"]["warp_1"]
+            for page, data in ((folder, own), (edited / "out", entry)):
+                assert util.frame_rate(page / data["videos"][kind]) == 12
+        frames = util.load_frames(folder / "frames", range(7))
+        source = np.stack(list(util.decode_frames(folder / "report" / "source.mp4")))
+        assert source.shape == frames.shape
+        # Everything again, straight from the frames.
+        inversion = next((edited / "latents").glob("*/clip/*/*"))
+        source = util.load_frames(inversion / "source", range(7))
+        again = summarize(measure({SOURCE: source, EDIT: frames}, [beside_source]), 12)
+        assert own["figures"]["psnr"][EDIT] == pytest.approx(again["psnr"][EDIT], rel=1e-3)
+
+    # The edit is still the finished one; when it is made anew, the report of the old one goes.
+    edit = [*edit_flags(checkpoint, "pnp"), "--prompt", "a blue circle"]
+    assert "exists already" in run("run_tokenflow_pnp.py", *edit, cwd=edited).stderr
+    assert (edited / "out" / "pnp_clip" / "report.html").exists()
+    last_line(run("run_tokenflow_pnp.py", *edit, "--overwrite", cwd=edited))
+    assert not list((edited / "out" / "pnp_clip").glob("report*"))
+
+
+def test_preprocess_writes_a_report_of_its_reconstruction(edited):
+    folder = next((edited / "latents").glob("*/clip/*/*"))
+    entry = page_data(folder / "report.html")["entries"][0]
+    assert set(entry["figures"]) == {"psnr", "ssim", "sharpness"}
+    assert len(entry["curves"]["psnr"][RECONSTRUCTION]) == 7 and "save_dir" not in entry["options"]
+    assert all((folder / video).is_file() for video in entry["videos"].values())
+    assert entry["findings"][0]["text"].startswith("The reconstruction")
+
+
+def test_evaluate_any_two_videos(tmp_path, clip, clip_frames, models):
+    """The source is larger and longer than the edit, which a frame-by-frame edit is compared with."""
+    util.write_video(tmp_path / "theirs.mp4", 255 - clip_frames[:5, 8:56, 8:56], 12)
+    (tmp_path / "alone").mkdir()
+    util.save_frames(tmp_path / "alone", 0, 255 - clip_frames)
+    flags = [
+        "--source",
+        clip,
+        "--edited",
+        "theirs.mp4",
+        "--frame_by_frame",
+        "alone",
+        "--clip",
+        models[0],
+    ]
+    result = run("evaluate.py", *flags, "--dino", "None", "--prompt", "a red circle", cwd=tmp_path)
+    assert str(last_line(result)) == "theirs_report/report.html"
+    assert "skipped: structure distance: no model" in result.stderr
+    assert "skipped: floors of the VAE" in result.stderr
+    entry = page_data(tmp_path / "theirs_report" / "report.html")["entries"][0]
+    assert set(entry["figures"]["warp_1"]) == {SOURCE, PER_FRAME, EDIT} and entry["n_frames"] == 5
+    for name in (SOURCE, PER_FRAME, EDIT):
+        frames = np.stack(
+            list(util.decode_frames(tmp_path / "theirs_report" / entry["videos"][name]))
+        )
+        assert frames.shape == (5, 48, 48, 3)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ([], ["edits: missing"]),
+        (["--source", "clip.mp4"], ["edited: missing"]),
+        (["--edits", "out/pnp_clip", "--source", "clip.mp4"], ["edits", "either"]),
+        (["--edits", "out/none"], ["out/none", "not the folder of an edit"]),
+        (["--edits", "latents"], ["latents is not the folder of an edit"]),
+        (
+            ["--edits", "out/pnp_clip_2", "--latents_path", "out"],
+            ["out/pnp_clip_2", "--latents_path"],
+        ),
+        (["--edits", "out/pnp_clip_2", "--n_frames", 8], ["n_frames", "only 7"]),
+        (["--edits", "a", "b", "--frame_by_frame", "c"], ["frame_by_frame", "one edit"]),
+        (["--source", "clip.mp4", "--edited", "none.mp4"], ["none.mp4", "no such file"]),
+        (["--edits", "a", "--device", "tpu"], ["device: 'tpu'"]),
+        (["--edit", "a"], ["did you mean 'edits'"]),
+        (["--config_path", "bad.yaml"], ["flow: 'farneback' is none of dis, raft"]),
+    ],
+)
+def test_evaluate_refuses(edited, flags, words):
+    (edited / "bad.yaml").write_text("edits: [a, b]\nflow: farneback\n")
+    refusal(run("evaluate.py", *flags, cwd=edited), *words)
+
+
+def test_damaged_edits_are_refused(edited):
+    picture = edited / "out" / "pnp_clip_2" / "frames" / "00003.png"
+    kept = picture.read_bytes()
+    picture.write_bytes(kept[:-1])
+    refusal(run("evaluate.py", "--edits", "out/pnp_clip_2", cwd=edited), "00003.png is damaged")
+    picture.write_bytes(kept)
