@@ -171,3 +171,29 @@ class Reference:
         d2 = abs(frame - ((chunk - 1) * self.batch_size + self.batch_size // 2))
         weight = 1 / (1 + math.exp(-d2 / (d1 + d2)))
         return {chunk: weight, chunk - 1: 1 - weight}
+
+
+def fused_by_hand(
+    frame: torch.Tensor, others: torch.Tensor, flows: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """The mean of a frame (c, H, W) and others (k, c, H, W) read along flows (k, H, W, 2), pixel by pixel."""
+    height, width = frame.shape[1:]
+    mean = torch.empty_like(frame)
+    for y in range(height):
+        for x in range(width):
+            total, weight = frame[:, y, x].clone(), 1.0
+            for other, flow, w in zip(others, flows, weights, strict=True):
+                at_x = min(max(x + flow[y, x, 0].item(), 0), width - 1)
+                at_y = min(max(y + flow[y, x, 1].item(), 0), height - 1)
+                left, top = min(int(at_x), width - 2), min(int(at_y), height - 2)
+                part_x, part_y = at_x - left, at_y - top
+                value = (
+                    (1 - part_x) * (1 - part_y) * other[:, top, left]
+                    + part_x * (1 - part_y) * other[:, top, left + 1]
+                    + (1 - part_x) * part_y * other[:, top + 1, left]
+                    + part_x * part_y * other[:, top + 1, left + 1]
+                )
+                total += w[y, x] * value
+                weight += w[y, x].item()
+            mean[:, y, x] = total / weight
+    return mean

@@ -29,8 +29,8 @@ from tokenflow.evaluation.figures import (
     measure,
     summarize,
 )
-from tokenflow.evaluation.flow import consistent, dis_flow, flow_of_network, valid_flow
 from tokenflow.evaluation.verdict import FAIR, GOOD, POOR, verdict
+from tokenflow.optical_flow import consistent, dis_flow, flow_of_network, valid_flow
 
 CPU = torch.device("cpu")
 

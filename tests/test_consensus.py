@@ -1,0 +1,83 @@
+"""Consensus and fusion: averages along the motion of the source."""
+
+import numpy as np
+import pytest
+import torch
+from reference import fused_by_hand
+
+from tokenflow.editing.consensus import consensus_steps
+from tokenflow.editing.fusion import Fusion
+from tokenflow.motion import fused, reliability, warped
+from tokenflow.runtime.distributed import Processes
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def moving() -> np.ndarray:
+    """A smooth texture that moves by (2, 1) pixels a frame: uint8 RGB (6, 64, 64, 3)."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(1, 3, 24, 24, generator=generator)
+    texture = torch.nn.functional.interpolate(coarse, (96, 96), mode="bicubic").clamp(0, 1)[0]
+    crops = [texture[:, 20 - n : 84 - n, 20 - 2 * n : 84 - 2 * n] for n in range(6)]
+    return (255 * torch.stack(crops)).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def test_fused_equals_the_reference():
+    generator = torch.Generator().manual_seed(0)
+    frame = torch.rand(3, 9, 7, generator=generator)
+    others = torch.rand(2, 3, 9, 7, generator=generator)
+    weights = torch.rand(2, 9, 7, generator=generator)
+    flows = 6 * torch.rand(2, 9, 7, 2, generator=generator) - 3  # some leave the frame
+    expected = fused_by_hand(frame, others, flows, weights)
+    torch.testing.assert_close(fused(frame, others, flows, weights), expected, rtol=0, atol=1e-5)
+
+
+def test_warped_by_whole_pixels():
+    image = torch.arange(20.0).view(1, 1, 4, 5)
+    flow = torch.tensor([1.0, -1.0]).expand(1, 4, 5, 2)  # one to the right, one up
+    torch.testing.assert_close(warped(image, flow)[0, 0, 1:, :4], image[0, 0, :3, 1:])
+
+
+def test_what_is_hidden_is_unreliable():
+    """A square that moves by 12 pixels hides what is there, and shows what was behind it."""
+    frame, other = (np.full((64, 64, 3), 90, np.uint8) for _ in range(2))
+    frame[20:40, 10:30] = other[20:40, 22:42] = 200
+    flow = np.zeros((64, 64, 2), np.float32)
+    back = flow.copy()
+    flow[20:40, 10:30, 0], back[20:40, 22:42, 0] = 12, -12
+    reliable = reliability(frame, other, flow, back)
+    assert (reliable[22:38, 12:26] > 0.95).all() and (reliable[:18] > 0.95).all()
+    assert (reliable[24:36, 33:39] < 0.05).all()  # is hidden by the square
+    brighter = np.full_like(other, 200)
+    assert (reliability(frame, brighter, 0 * flow, 0 * back)[50:] < 0.05).all()
+
+
+def test_flicker_goes_and_detail_stays(moving, tmp_path):
+    """Frames with noise of their own are averaged: less noise, and no blur."""
+    noise = np.random.default_rng(0).normal(0, 20, moving.shape)
+    noisy = (moving + noise).clip(0, 255).astype(np.uint8)
+    fusion = Fusion.along(moving.__getitem__, 6, (1, 2), tmp_path, Processes(CPU))
+    fusion.put(torch.arange(6), noisy)
+    result = fusion.fused(torch.arange(6), CPU)
+    inner = np.s_[:, 12:-12, 12:-12]
+
+    def error(frames: np.ndarray) -> float:
+        return np.sqrt(np.square(frames.astype(float) - moving)[inner].mean())
+
+    assert error(result) < 0.6 * error(noisy)
+    fusion.put(torch.arange(6), moving)
+    assert error(fusion.fused(torch.arange(6), CPU)) < 2  # grey levels
+
+
+def test_pictures_without_neighbours_stay(moving, tmp_path):
+    fusion = Fusion.along(moving.__getitem__, 2, (3, 6), tmp_path, Processes(CPU))
+    fusion.put(torch.arange(2), moving[:2])
+    assert np.array_equal(fusion.fused(torch.arange(2), CPU), moving[:2])
+
+
+def test_consensus_comes_late():
+    assert consensus_steps(20, 3) == {12, 15, 18}
+    assert consensus_steps(50, 3) == {30, 37, 45}
+    assert consensus_steps(50, 0) == set()
+    assert consensus_steps(3, 10) == {1, 2}
