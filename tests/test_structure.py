@@ -9,8 +9,14 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     ["tokenflow.errors"],
     ["tokenflow.runtime"],
-    ["util", "tokenflow.cli", "tokenflow.metrics", "tokenflow.contact_sheet"],
-    ["tokenflow.config"],
+    [
+        "util",
+        "tokenflow.cli",
+        "tokenflow.metrics",
+        "tokenflow.contact_sheet",
+        "tokenflow.optical_flow",
+    ],
+    ["tokenflow.config", "tokenflow.motion"],
     ["tokenflow.diffusion", "tokenflow.keyframe_cache", "tokenflow.nearest"],
     ["tokenflow_utils", "tokenflow.evaluation"],
     ["tokenflow.inversion"],
