@@ -24,16 +24,15 @@ from benchmarks.arguments import benchmark_parser
 from benchmarks.baselines import ExtendedAttention, FrameByFrame
 from benchmarks.clips import Clip, held_out_clips
 from benchmarks.job import Job, reconstruction_psnr
+from benchmarks.measures import mean, measure
 from benchmarks.report import method_table, plot, reconstruction_table, write_report
 from shapes.judge import Judge
 from tokenflow.config import PnPConfig
 from tokenflow.contact_sheet import contact_sheet, moments
 from tokenflow.diffusion.checkpoints import choose_device, load
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
-from tokenflow.metrics import warp_error
 from util import write_image
 
-GAPS = (1, 8)  # frames between the two that a warp error compares
 RECONSTRUCTION_STEPS = (10, 20, 50, 100)
 
 
@@ -47,31 +46,6 @@ METHODS: dict[str, Callable[[Job], np.ndarray]] = {
     "sdedit": lambda job: job.edit_sdedit(),
     "controlnet": lambda job: job.edit_controlnet(),
 }
-
-
-def measure(
-    clip: Clip, frames: np.ndarray, judge: Judge, gaps: tuple[int, ...] = GAPS
-) -> dict[str, float]:
-    """Warp errors (x 1e-3), share of attributes right, PSNR (dB) of what should stay the same."""
-    row = {}
-    for gap in gaps:
-        pairs = [(i, i + gap) for i in range(clip.n_frames - gap)]
-        errors = [warp_error(frames[i], frames[j], *clip.flow(i, j)) for i, j in pairs]
-        row[f"warp_{gap}"] = 1e3 * float(np.mean(errors))
-    answers = judge.read(frames)
-    for name, edited in (("edited_right", True), ("kept_right", False)):
-        right = [
-            answer == value
-            for attribute, value in clip.truth(edited).items()
-            for answer in answers[attribute]
-        ]
-        row[name] = float(np.mean(right))
-    stays = np.stack([clip.stays(time) for time in range(clip.n_frames)])
-    row["kept_psnr"] = float("nan")  # where the edit names everything, nothing should stay
-    if stays.any():
-        error = np.square((frames.astype(float) - clip.frames)[stays] / 255).mean()
-        row["kept_psnr"] = float(-10 * np.log10(max(error, 1e-10)))
-    return row
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -148,11 +122,6 @@ def loaded(args: argparse.Namespace) -> StableDiffusion:
     torch.set_num_threads(max(1, os.cpu_count() // args.workers))
     device, dtype = choose_device(args.device, args.dtype)
     return load(str(args.model), str(args.model / "controlnet"), device, dtype)
-
-
-def mean(rows: list[dict]) -> dict[str, float]:
-    """The mean of every number in rows of the same keys."""
-    return {key: float(np.nanmean([row[key] for row in rows])) for key in rows[0]}
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from benchmarks.arguments import benchmark_parser
 from benchmarks.clips import held_out_clips
 from benchmarks.job import Job
-from benchmarks.quality import mean, measure
+from benchmarks.measures import mean, measure
 from benchmarks.report import method_table
 from shapes.judge import Judge
 from tokenflow.config import PnPConfig

@@ -6,6 +6,8 @@ import torch
 from kornia.metrics import psnr, ssim
 
 SSIM_WINDOW = 11  # pixels; the window of the SSIM paper
+LUMINANCE = np.array([0.299, 0.587, 0.114])  # weights of red, green and blue (ITU-R BT.601)
+DRIFT_SIGMA = 8.0  # pixels; one latent is as wide, so that detail and noise are gone
 
 
 def _to_unit(frames: np.ndarray) -> torch.Tensor:
@@ -23,6 +25,22 @@ def frame_ssim(frames: np.ndarray, reference: np.ndarray) -> list[float]:
     return ssim(_to_unit(frames), _to_unit(reference), SSIM_WINDOW).mean((1, 2, 3)).tolist()
 
 
+def gradient_energy(frames: np.ndarray) -> float:
+    """How much detail frames have: mean square gradient of the luminance, in (grey levels / pixel)^2.
+
+    frames: uint8 (n, H, W, 3). Gradients are central differences, one-sided at the borders; the squares of
+    both components are added, and averaged over pixels and frames. Only
+    differences within a frame count, so that flicker from frame to frame leaves it as it is. Blur lowers
+    it, and noise raises it (by the variance of noise that is independent from pixel to pixel): compare it
+    with that of another edit of the same content, and look at the frames.
+    """
+    energies = []
+    for frame in frames:
+        dy, dx = np.gradient(frame @ LUMINANCE)
+        energies.append(np.mean(np.square(dy) + np.square(dx)))
+    return float(np.mean(energies))
+
+
 def warp_error(frame: np.ndarray, later: np.ndarray, flow: np.ndarray, valid: np.ndarray) -> float:
     """How much a video changes along its motion: mean square difference, in [0, 1], of two frames.
 
@@ -30,7 +48,28 @@ def warp_error(frame: np.ndarray, later: np.ndarray, flow: np.ndarray, valid: np
     (dx, dy) in pixels. valid: bool (H, W), the pixels that are seen in both. The error of a blank video is
     0, so also measure what the video shows.
     """
+    return float(np.square(_change(frame, later, flow)[valid] / 255).mean())
+
+
+def drift(frame: np.ndarray, later: np.ndarray, flow: np.ndarray, valid: np.ndarray) -> float:
+    """How far the colours of whole regions wander between two frames: in grey levels, root mean square.
+
+    Arguments as for `warp_error`. The change along the motion is blurred (a Gaussian of standard deviation
+    `DRIFT_SIGMA`, over valid pixels alone), then squared and averaged over valid pixels and channels. It is
+    the change that is blurred and not the frames, for in blurred frames an object would mix with the
+    background that it moves over, and a perfect video would drift. Detail that flickers cancels out;
+    brightness that rises by 3 grey levels from one frame to the other gives 3.
+    """
+    change = np.where(valid[..., None], _change(frame, later, flow), 0)
+    blurred, weight = (
+        cv2.GaussianBlur(x, (0, 0), DRIFT_SIGMA, borderType=cv2.BORDER_CONSTANT)
+        for x in (change, valid.astype(np.float64))
+    )
+    return float(np.sqrt(np.square(blurred[valid] / weight[valid][:, None]).mean()))
+
+
+def _change(frame: np.ndarray, later: np.ndarray, flow: np.ndarray) -> np.ndarray:
+    """What is added to each pixel of `frame` along the flow, in grey levels: float64 (H, W, 3)."""
     y, x = np.mgrid[: flow.shape[0], : flow.shape[1]].astype(np.float32)
     warped = cv2.remap(later, x + flow[..., 0], y + flow[..., 1], cv2.INTER_LINEAR)
-    difference = (warped.astype(np.float64) - frame)[valid] / 255
-    return float(np.square(difference).mean())
+    return warped.astype(np.float64) - frame
