@@ -55,6 +55,15 @@ def along_motion(
     return np.array([metric(frames[i], frames[j], *clip.flow(i, j)) for i, j in pairs])
 
 
+def with_sharpness(row: Row, frame_by_frame: Row) -> Row:
+    """A clip's measures and, as `sharpness`, its gradient energy relative to that of another edit.
+
+    That is the same edit of the same clip made frame by frame, which nothing but the model has blurred:
+    1 is as sharp, less is softer.
+    """
+    return row | {"sharpness": row["gradient"] / frame_by_frame["gradient"]}
+
+
 def mean(rows: list[Row]) -> Row:
     """The mean of every number in rows of the same keys, without those that are None."""
     return {key: float(np.mean(values)) if values else None for key, values in _columns(rows)}

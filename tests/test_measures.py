@@ -1,13 +1,17 @@
 """What the benchmarks measure, held to videos whose measures are known, and to sums done by hand."""
 
+from argparse import ArgumentTypeError
 from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 
+from benchmarks import quality
 from benchmarks.clips import held_out_clips
+from benchmarks.kept import keep, kept_path
 from benchmarks.measures import along_motion, difference, mean, measure, summary
+from benchmarks.methods import METHODS, chosen_methods
 from tokenflow.metrics import drift, gradient_energy, warp_error
 
 
@@ -73,3 +77,56 @@ def test_standard_errors_and_paired_differences():
     paired = {"warp": 2 / 3, "warp_se": 1 / 6, "psnr": 2.0, "psnr_se": 1.0}
     assert difference(rows, base) == pytest.approx(paired)
     assert summary(rows[1:2]) == {"warp": 2.0, "warp_se": None, "psnr": None, "psnr_se": None}
+
+
+def test_only_edits_that_are_not_kept_are_made(tmp_path, monkeypatch):
+    """And a kept one is another's as soon as anything that decides it is."""
+    made = []
+
+    def make_edits(args, clip, kept):
+        made.append(list(kept))
+        for index, path in enumerate(kept.values()):
+            keep(path, {"gradient": float(index + 1)})
+
+    monkeypatch.setattr(quality, "make_edits", make_edits)
+    clips, methods = held_out_clips(2, 9), chosen_methods("published")
+    assert methods == ["per_frame", "per_frame_ddim", "default", "published"]
+
+    def rows(clip, run, names):
+        paths = {name: kept_path(tmp_path, name, run, clip, METHODS[name]) for name in names}
+        return quality.edit_clip(None, clip, paths)
+
+    first = rows(clips[0], "run", methods)
+    assert [row["sharpness"] for row in first.values()] == [
+        1,
+        1,
+        3,
+        2,
+    ]  # each of its own inversion's
+    assert rows(clips[0], "run", methods) == first
+    rows(clips[0], "run", ["per_frame", "sdedit"])
+    rows(clips[1], "run", methods)
+    rows(clips[0], "changed code", methods)
+    assert made == [methods, ["sdedit"], methods, methods]
+    with pytest.raises(ArgumentTypeError, match="'defaults' is none of source, vae"):
+        chosen_methods("published,defaults")
+
+
+def test_report_tells_textured_and_plain_clips_apart():
+    clips = held_out_clips(4, 9)  # whose second and fourth are plain
+    done = [
+        {"default": {"warp_1": warp}, "published": {"warp_1": 2 * warp}}
+        for warp in (1.0, 2.0, 3.0, 6.0)
+    ]
+    report = quality.report_of(clips, done)
+    assert report["rows"][1] == pytest.approx(
+        {"method": "published", "warp_1": 6.0, "warp_1_se": 2.16}, abs=0.01
+    )
+    assert [row["warp_1"] for row in report["textured"]] == [2, 4]
+    assert [row["warp_1"] for row in report["plain"]] == [4, 8]
+    (paired,) = report["differences"]
+    assert (paired["method"], paired["warp_1"], paired["warp_1_se"]) == pytest.approx(
+        ("published", 3.0, 1.08), abs=0.01
+    )
+    tables = quality.tables_of(report | {"reconstruction_psnr": {}})
+    assert "| published | 6.00 ± 2.16 |" in tables and "| published | +3.00 ± 1.08 |" in tables
