@@ -196,8 +196,8 @@ def reconstruct_clips(
 
 
 def loaded(args: argparse.Namespace) -> StableDiffusion:
-    """The checkpoint, in a process that has its share of the machine's cores."""
-    torch.set_num_threads(max(1, os.cpu_count() // args.workers))
+    """The checkpoint, in a process that takes its share of the machine's cores and no more than it may."""
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), os.cpu_count() // args.workers)))
     device, dtype = choose_device(args.device, args.dtype)
     return load(str(args.model), str(args.model / "controlnet"), device, dtype)
 
