@@ -15,7 +15,6 @@ COLUMNS = {
     "edited_right": ("edited right", "{:.0%}"),
     "kept_right": ("kept right", "{:.0%}"),
     "kept_psnr": ("PSNR of what stays (dB)", "{:.1f}"),
-    "seconds_per_frame": ("seconds a frame", "{:.2f}"),
 }
 
 
