@@ -50,6 +50,11 @@ class Clip:
         return np.stack([render(self.scene, time, SIZE)[0] for time in range(self.n_frames)])
 
     @property
+    def is_plain(self) -> bool:
+        """Whether its kind of edit starts from, or leads to, plain surfaces; else it is textured."""
+        return BOTH_PLAIN in (KINDS[self.kind].source, KINDS[self.kind].edited)
+
+    @property
     def source_prompt(self) -> str:
         """Caption of the source."""
         return self.scene.attributes.caption()

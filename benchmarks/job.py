@@ -44,11 +44,22 @@ class Job:
     config: PnPConfig
 
     @classmethod
-    def prepare(cls, sd: StableDiffusion, clip: Clip, config: PnPConfig, folder: Path) -> "Job":
-        """Encode and invert a clip on the editing steps; files go to the `folder`."""
+    def prepare(
+        cls,
+        sd: StableDiffusion,
+        clip: Clip,
+        config: PnPConfig,
+        folder: Path,
+        inversion: str = "fixed_point",
+    ) -> "Job":
+        """Encode and invert a clip on the editing steps; files go to the `folder`.
+
+        inversion: as in `PreprocessConfig`.
+        """
         schedule = Schedule.of(sd.scheduler, config.n_timesteps)
         clean, frames = sd.encode_frames(clip.frames), torch.arange(clip.n_frames)
-        inverted = dict(invert(clean, frames, schedule, predictor_of(sd, clip), fixed_point=True))
+        fixed_point = inversion == "fixed_point"
+        inverted = dict(invert(clean, frames, schedule, predictor_of(sd, clip), fixed_point))
         config = dataclasses.replace(config, prompt=clip.prompt)
         return cls(sd, clip, clean, inverted, folder, schedule, config)
 
@@ -69,6 +80,14 @@ class Job:
     def with_settings(self, **changes) -> "Job":
         """The same job with other values in its configuration."""
         return dataclasses.replace(self, config=dataclasses.replace(self.config, **changes))
+
+    def unedited(self) -> np.ndarray:
+        """The source's frames (N, H, W, 3)."""
+        return self.clip.frames
+
+    def round_trip(self) -> np.ndarray:
+        """The source's frames (N, H, W, 3) after the VAE's round trip."""
+        return self.sd.decode_latents(self.clean)
 
     def edit_pnp(self, denoiser: type[Denoiser] = TokenFlowDenoiser) -> np.ndarray:
         """Frames (N, H, W, 3) edited with Plug-and-Play."""
@@ -115,7 +134,8 @@ class Job:
 
     def _source(self) -> Source:
         features = partial(self.files.read, device=self.sd.device)
-        reused = self.config.reuse_source and self.config.propagation == "flanking"
+        kept = self.files.folder.exists()
+        reused = kept and self.config.reuse_source and self.config.propagation == "flanking"
         return Source(self.clip.n_frames, self._source_latents, features if reused else None)
 
     def _source_latents(self, t: int, frames: torch.Tensor) -> torch.Tensor:

@@ -22,8 +22,8 @@ from tqdm import tqdm
 from benchmarks.arguments import benchmark_parser
 from benchmarks.clips import SIZE, Clip, held_out_clips
 from benchmarks.job import Job
+from benchmarks.measures import along_motion, measure
 from benchmarks.meter import Cost, Meter
-from benchmarks.quality import measure
 from benchmarks.report import length_plot, length_table, window_table, write_report
 from shapes.checkpoint import build_random
 from shapes.judge import Judge
@@ -112,7 +112,9 @@ def quality_rows(args: argparse.Namespace, n_frames: int, sizes: list[int]) -> l
         job.reconstruct()
         for size in tqdm(sizes, "Windows", unit="edit"):
             edits[size] = job.with_settings(keyframe_window=size).edit_pnp()
-    errors = {size: warp_errors(clip, frames) for size, frames in edits.items()}
+    errors = {
+        size: 1e3 * along_motion(warp_error, clip, frames, 1) for size, frames in edits.items()
+    }
     for size, frames in edits.items():
         meets = where_windows_meet(n_frames, config.interval, size)
         seams = {
@@ -127,19 +129,13 @@ def quality_rows(args: argparse.Namespace, n_frames: int, sizes: list[int]) -> l
                 name: float(values.mean()) if meets.any() else None
                 for name, values in seams.items()
             }
-            | {"drift": colour_drift(clip, frames)}
+            | {"colour_drift": colour_drift(clip, frames)}
         )
     shown = {"source": clip.frames} | {f"window of {size}": edits[size] for size in sizes[:-1]}
     shown["all keyframes jointly"] = edits[sizes[-1]]
     shown = {label: frames[moments(n_frames)] for label, frames in shown.items()}
     write_image(args.output / "length_sheet.png", contact_sheet(shown, clip.prompt))
     return rows
-
-
-def warp_errors(clip: Clip, frames: np.ndarray) -> np.ndarray:
-    """Warp errors (x 1e-3) from each frame to the next."""
-    pairs = [(i, i + 1) for i in range(clip.n_frames - 1)]
-    return np.array([1e3 * warp_error(frames[i], frames[j], *clip.flow(i, j)) for i, j in pairs])
 
 
 def where_windows_meet(n_frames: int, interval: int, size: int) -> np.ndarray:

@@ -10,10 +10,12 @@ import numpy as np
 COLUMNS = {
     "warp_1": ("warp error, gap 1", "{:.2f}"),
     "warp_8": ("gap 8", "{:.2f}"),
+    "warp_16": ("gap 16", "{:.2f}"),
+    "sharpness": ("sharpness", "{:.2f}"),
+    "drift": ("drift (grey levels)", "{:.2f}"),
     "edited_right": ("edited right", "{:.0%}"),
     "kept_right": ("kept right", "{:.0%}"),
     "kept_psnr": ("PSNR of what stays (dB)", "{:.1f}"),
-    "seconds_per_frame": ("seconds a frame", "{:.2f}"),
 }
 
 
@@ -33,14 +35,27 @@ def markdown(titles: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join([lines[0], "|---" * len(titles) + "|", *lines[1:]]) + "\n"
 
 
-def method_table(rows: list[dict], title: str = "method") -> str:
-    """The quality of each row's method, as Markdown."""
+def method_table(rows: list[dict], title: str = "method", signed: bool = False) -> str:
+    """The quality of each row's method, with standard errors, as Markdown; `signed`: of differences."""
     columns = {key: column for key, column in COLUMNS.items() if key in rows[0]}
     cells = (
-        [row["method"], *(form.format(row[key]) for key, (_, form) in columns.items())]
+        [
+            row["method"],
+            *(
+                _cell(row[key], row[f"{key}_se"], form, signed)
+                for key, (_, form) in columns.items()
+            ),
+        ]
         for row in rows
     )
     return markdown([title, *(name for name, _ in columns.values())], cells)
+
+
+def _cell(value: float | None, error: float | None, form: str, signed: bool) -> str:
+    if value is None:
+        return ""
+    shown = (form.replace(":", ":+") if signed else form).format(value)
+    return shown if error is None else f"{shown} ± {form.format(error)}"
 
 
 def reconstruction_table(reconstruction: Reconstruction) -> str:
@@ -61,8 +76,10 @@ def plot(path: Path, rows: list[dict], reconstruction: Reconstruction) -> None:
         (errors, ("warp_1", "warp_8"), "warp error x 1e-3 (less is steadier)"),
         (right, ("edited_right", "kept_right"), "share of attributes right"),
     ):
-        for offset, key in zip((-0.2, 0.2), keys, strict=True):
-            axes.barh(y + offset, [row[key] for row in rows], 0.4, label=COLUMNS[key][0])
+        for offset, key in zip((-0.2, 0.2), (k for k in keys if k in rows[0]), strict=False):
+            errors_of = [row[f"{key}_se"] or 0 for row in rows]
+            means = [row[key] for row in rows]
+            axes.barh(y + offset, means, 0.4, xerr=errors_of, label=COLUMNS[key][0])
         axes.set_yticks(y, names)
         axes.invert_yaxis()
         axes.set_xlabel(label)

@@ -3,7 +3,8 @@
     python -m benchmarks.settings --clips 4 --frames 10
 
 Edits clips of the world of shapes with TokenFlow while one key of the configuration takes other values,
-and prints a Markdown table, the defaults' row first.
+and prints a Markdown table, the defaults' row first. Sharpness is relative to the edit with the defaults made
+frame by frame.
 """
 
 import tempfile
@@ -12,9 +13,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.arguments import benchmark_parser
+from benchmarks.baselines import FrameByFrame
 from benchmarks.clips import held_out_clips
 from benchmarks.job import Job
-from benchmarks.quality import mean, measure
+from benchmarks.measures import measure, summary, with_sharpness
 from benchmarks.report import method_table
 from shapes.judge import Judge
 from tokenflow.config import PnPConfig
@@ -32,7 +34,7 @@ def main() -> None:
     """Edit every clip with every setting, measure, and write the table."""
     parser = benchmark_parser(__doc__, "runs/settings.md")
     parser.add_argument("--clips", type=int, default=8)
-    parser.add_argument("--frames", type=int, default=16)
+    parser.add_argument("--frames", type=int, default=20)
     parser.add_argument("--steps", type=int, default=20, help="of the inversion and of the edits")
     args = parser.parse_args()
     sd = load(str(args.model), None, *choose_device(args.device, args.dtype))
@@ -45,12 +47,13 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 job = Job.prepare(sd, clip, config, Path(folder))
                 job.reconstruct()
+                alone = measure(clip, job.edit_pnp(FrameByFrame), judge)
                 for change, rows in zip(changes, measured, strict=True):
                     frames = job.with_settings(**change).edit_pnp()
-                    rows.append(measure(clip, frames, judge))
+                    rows.append(with_sharpness(measure(clip, frames, judge), alone))
                     bar.update()
     rows = [
-        {"method": " ".join(f"{k}: {v}" for k, v in change.items()) or "defaults"} | mean(rows)
+        {"method": " ".join(f"{k}: {v}" for k, v in change.items()) or "defaults"} | summary(rows)
         for change, rows in zip(changes, measured, strict=True)
     ]
     table = method_table(rows, "setting")

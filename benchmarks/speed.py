@@ -25,9 +25,9 @@ from benchmarks.arguments import benchmark_parser
 from benchmarks.baselines import FrameByFrame
 from benchmarks.clips import Clip, held_out_clips
 from benchmarks.job import Job, predictor_of
+from benchmarks.measures import mean, measure
 from benchmarks.meter import Cost, Meter
 from benchmarks.published import published_edit
-from benchmarks.quality import GAPS, mean, measure
 from benchmarks.report import speed_table, write_report
 from benchmarks.sd15 import random_sd15
 from shapes.judge import Judge
@@ -107,8 +107,7 @@ def quality(sd: StableDiffusion, clip: Clip, judge: Judge, pictures: Pictures) -
     round_trip = sd.decode_latents(sd.encode_frames(clip.frames))
     reconstructed = sd.decode_latents(pictures.reconstructed)
     psnr = float(np.mean(frame_psnr(reconstructed, round_trip)))
-    gaps = tuple(gap for gap in GAPS if gap < clip.n_frames)
-    return {"reconstruction_psnr": psnr} | measure(clip, pictures.edited, judge, gaps)
+    return {"reconstruction_psnr": psnr} | measure(clip, pictures.edited, judge)
 
 
 def floor(sd: StableDiffusion, costs: dict[str, Cost], latent_size: int) -> dict[str, Cost]:

@@ -1,0 +1,35 @@
+"""Measurements kept on disk under a digest of all that decides them, so that none is taken twice."""
+
+import argparse
+import json
+from pathlib import Path
+
+from tokenflow.diffusion.checkpoints import choose_device
+from tokenflow.runtime.digests import digest_of
+from tokenflow.runtime.run_folder import staged
+
+ROOT = Path(__file__).parent.parent
+# The code of an edit and of its measures. How methods are defined goes into the name of what they made,
+# and reports change nothing that is measured.
+CODE = ("*.py", "tokenflow/**/*.py", "shapes/*.py")
+MODULES = ("baselines", "clips", "job", "measures")
+
+
+def digest_of_run(args: argparse.Namespace) -> str:
+    """The digest of what decides all measurements of a run: code, checkpoint, where it runs, and steps."""
+    patterns = (*CODE, *(f"benchmarks/{name}.py" for name in MODULES))
+    code = [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
+    checkpoint = [path for path in sorted(args.model.rglob("*")) if path.is_file()]
+    options = repr((choose_device(args.device, args.dtype), args.steps)).encode()
+    return digest_of([options, *(path.read_bytes() for path in code + checkpoint)])
+
+
+def kept_path(folder: Path, name: str, *decides) -> Path:
+    """Where the measurement of that name is kept; `decides`: whatever it depends on, told apart by `repr`."""
+    return folder / f"{name}_{digest_of([repr(decides).encode()])[:16]}.json"
+
+
+def keep(path: Path, measured: dict | float) -> None:
+    """Write a measurement, which appears whole or not at all."""
+    with staged(path) as unfinished:
+        unfinished.write_text(json.dumps(measured))

@@ -1,0 +1,98 @@
+"""What the benchmarks measure of an edited clip, and how sure the means over clips are."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from benchmarks.clips import Clip
+from shapes.judge import Judge
+from tokenflow.metrics import drift, gradient_energy, warp_error
+
+GAPS = (1, 8, 16)  # frames between the two that a warp error compares
+DRIFT_GAP = 16  # frames between the two that a drift compares
+
+# Of a clip, or of several; None where there is nothing to measure.
+Row = dict[str, float | None]
+
+
+def measure(clip: Clip, frames: np.ndarray, judge: Judge) -> Row:
+    """Steadiness, detail, content and faithfulness of an edited clip; frames: uint8 (N, H, W, 3).
+
+    `warp_<gap>`: warp error x 1e-3, and `drift`: low-frequency drift in grey levels, both means over all
+    pairs of frames so far apart, and only where the clip is long enough. `gradient`: gradient energy in
+    (grey levels / pixel)^2. `edited_right`, `kept_right`: share of attributes. `kept_psnr`: PSNR in dB of
+    what should stay the same; None where the edit names everything.
+    """
+    row = {
+        f"warp_{gap}": 1e3 * float(along_motion(warp_error, clip, frames, gap).mean())
+        for gap in GAPS
+        if gap < clip.n_frames
+    }
+    if clip.n_frames > DRIFT_GAP:
+        row["drift"] = float(along_motion(drift, clip, frames, DRIFT_GAP).mean())
+    row["gradient"] = gradient_energy(frames)
+    answers = judge.read(frames)
+    for name, edited in (("edited_right", True), ("kept_right", False)):
+        right = [
+            answer == value
+            for attribute, value in clip.truth(edited).items()
+            for answer in answers[attribute]
+        ]
+        row[name] = float(np.mean(right))
+    stays = np.stack([clip.stays(time) for time in range(clip.n_frames)])
+    row["kept_psnr"] = None
+    if stays.any():
+        error = np.square((frames.astype(float) - clip.frames)[stays] / 255).mean()
+        row["kept_psnr"] = float(-10 * np.log10(max(error, 1e-10)))
+    return row
+
+
+def along_motion(
+    metric: Callable[..., float], clip: Clip, frames: np.ndarray, gap: int
+) -> np.ndarray:
+    """A `metric` such as `warp_error` of each frame and the one `gap` later, along the exact flow."""
+    pairs = [(i, i + gap) for i in range(clip.n_frames - gap)]
+    return np.array([metric(frames[i], frames[j], *clip.flow(i, j)) for i, j in pairs])
+
+
+def with_sharpness(row: Row, frame_by_frame: Row) -> Row:
+    """A clip's measures and, as `sharpness`, its gradient energy relative to that of another edit.
+
+    That is the same edit of the same clip made frame by frame, which nothing but the model has blurred:
+    1 is as sharp, less is softer.
+    """
+    return row | {"sharpness": row["gradient"] / frame_by_frame["gradient"]}
+
+
+def mean(rows: list[Row]) -> Row:
+    """The mean of every number in rows of the same keys, without those that are None."""
+    return {key: float(np.mean(values)) if values else None for key, values in _columns(rows)}
+
+
+def summary(rows: list[Row]) -> Row:
+    """As `mean`, and under `<key>_se` the standard error of each mean, taking rows as independent.
+
+    That is the rows' standard deviation (of n - 1 degrees of freedom) / sqrt(n); None of fewer than two.
+    """
+    errors = {
+        f"{key}_se": float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+        for key, values in _columns(rows)
+    }
+    return mean(rows) | errors
+
+
+def difference(rows: list[Row], base: list[Row]) -> Row:
+    """The summary of what `rows` have more than `base`, a list of the same clips in the same order.
+
+    Clips differ more than methods do. In differences within each clip that cancels out, so their standard
+    error says how sure a difference is, which the standard errors of two means do not.
+    """
+    paired = [
+        {key: row[key] - other[key] if None not in (row[key], other[key]) else None for key in row}
+        for row, other in zip(rows, base, strict=True)
+    ]
+    return summary(paired)
+
+
+def _columns(rows: list[Row]) -> list[tuple[str, list[float]]]:
+    return [(key, [row[key] for row in rows if row[key] is not None]) for key in rows[0]]

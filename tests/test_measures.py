@@ -1,0 +1,132 @@
+"""What the benchmarks measure, held to videos whose measures are known, and to sums done by hand."""
+
+from argparse import ArgumentTypeError
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+
+from benchmarks import quality
+from benchmarks.clips import held_out_clips
+from benchmarks.kept import keep, kept_path
+from benchmarks.measures import along_motion, difference, mean, measure, summary
+from benchmarks.methods import METHODS, chosen_methods
+from tokenflow.metrics import drift, gradient_energy, warp_error
+
+
+@pytest.fixture(scope="module")
+def moving():
+    """A held-out clip whose object and background move."""
+    return held_out_clips(1, 20)[0]
+
+
+def test_gradient_energy_is_that_of_a_ramp_of_stripes_and_of_noise():
+    ramp = np.broadcast_to(3 * np.arange(40)[:, None, None], (2, 40, 30, 3)).astype(np.uint8)
+    assert gradient_energy(ramp) == pytest.approx(9)
+    # In squares of two pixels, each pixel has one neighbour of the other tone in each direction, except
+    # the outermost: their neighbour has the same.
+    rows, columns = np.indices((42, 42)) // 2 % 2
+    squares = np.repeat(10 * (rows ^ columns)[..., None], 3, -1).astype(np.uint8)
+    assert gradient_energy(squares[None]) == pytest.approx(2 * 5**2 * 40 / 42)
+    noise = np.random.default_rng(0).normal(128, 10, (1, 200, 200, 1)).round().astype(np.uint8)
+    assert gradient_energy(noise.repeat(3, -1)) == pytest.approx(100, rel=0.05)
+
+
+def test_blur_lowers_sharpness_and_flicker_does_not(moving):
+    sharp = gradient_energy(moving.frames)
+    blurred = np.stack([cv2.GaussianBlur(frame, (0, 0), 2) for frame in moving.frames])
+    assert gradient_energy(blurred) < 0.7 * sharp
+    flickering = (moving.frames * 0.8).astype(np.uint8) + np.uint8(20)
+    flickering[::2] += 25
+    assert gradient_energy(flickering) == pytest.approx(0.64 * sharp, rel=0.02)
+
+
+def test_drift_is_the_rise_of_brightness_and_not_detail_that_flickers(moving):
+    """2 grey levels a frame are 32 in 16; as much in random pixels is a warp error and no drift."""
+    dimmed = (moving.frames * 0.8).astype(int)
+    rising = (dimmed + 2 * np.arange(20)[:, None, None, None]).astype(np.uint8)
+    still = along_motion(drift, moving, dimmed.astype(np.uint8), 16)
+    assert still.max() < 1
+    assert along_motion(drift, moving, rising, 16) == pytest.approx(32, abs=1)
+    sign = np.random.default_rng(0).choice([-16, 16], (20, 128, 128, 1))
+    flickering = (dimmed + 20 + sign).astype(np.uint8)
+    assert along_motion(drift, moving, flickering, 16).max() < 3
+    errors = [along_motion(warp_error, moving, video, 16).mean() for video in (flickering, rising)]
+    assert errors[0] > 0.25 * errors[1]
+
+
+def test_gaps_longer_than_a_clip_are_left_out():
+    (clip,) = held_out_clips(1, 9)
+    judge = SimpleNamespace(
+        read=lambda frames: {name: ["?"] * 9 for name in clip.truth(True) | clip.truth(False)}
+    )
+    row = measure(clip, clip.frames, judge)
+    assert {"warp_1", "warp_8", "gradient", "kept_psnr"} < set(row)
+    assert not {"warp_16", "drift"} & set(row)
+
+
+def test_standard_errors_and_paired_differences():
+    rows = [{"warp": 1.0, "psnr": 20.0}, {"warp": 2.0, "psnr": None}, {"warp": 6.0, "psnr": 24.0}]
+    assert mean(rows) == {"warp": 3.0, "psnr": 22.0}
+    # Deviations -2, -1, 3: a variance of 14 / 2; and -2, 2: one of 8.
+    expected = {"warp": 3.0, "warp_se": (7 / 3) ** 0.5, "psnr": 22.0, "psnr_se": 2.0}
+    assert summary(rows) == pytest.approx(expected)
+    base = [{"warp": 0.5, "psnr": 19.0}, {"warp": 1.0, "psnr": 1.0}, {"warp": 5.5, "psnr": 21.0}]
+    # Differences 0.5, 1, 0.5, whose standard error is a tenth of the means'; and 1, 3.
+    paired = {"warp": 2 / 3, "warp_se": 1 / 6, "psnr": 2.0, "psnr_se": 1.0}
+    assert difference(rows, base) == pytest.approx(paired)
+    assert summary(rows[1:2]) == {"warp": 2.0, "warp_se": None, "psnr": None, "psnr_se": None}
+
+
+def test_only_edits_that_are_not_kept_are_made(tmp_path, monkeypatch):
+    """And a kept one is another's as soon as anything that decides it is."""
+    made = []
+
+    def make_edits(args, clip, kept):
+        made.append(list(kept))
+        for index, path in enumerate(kept.values()):
+            keep(path, {"gradient": float(index + 1)})
+
+    monkeypatch.setattr(quality, "make_edits", make_edits)
+    clips, methods = held_out_clips(2, 9), chosen_methods("published")
+    assert methods == ["per_frame", "per_frame_ddim", "default", "published"]
+
+    def rows(clip, run, names):
+        paths = {name: kept_path(tmp_path, name, run, clip, METHODS[name]) for name in names}
+        return quality.edit_clip(None, clip, paths)
+
+    first = rows(clips[0], "run", methods)
+    assert [row["sharpness"] for row in first.values()] == [
+        1,
+        1,
+        3,
+        2,
+    ]  # each of its own inversion's
+    assert rows(clips[0], "run", methods) == first
+    rows(clips[0], "run", ["per_frame", "sdedit"])
+    rows(clips[1], "run", methods)
+    rows(clips[0], "changed code", methods)
+    assert made == [methods, ["sdedit"], methods, methods]
+    with pytest.raises(ArgumentTypeError, match="'defaults' is none of source, vae"):
+        chosen_methods("published,defaults")
+
+
+def test_report_tells_textured_and_plain_clips_apart():
+    clips = held_out_clips(4, 9)  # whose second and fourth are plain
+    done = [
+        {"default": {"warp_1": warp}, "published": {"warp_1": 2 * warp}}
+        for warp in (1.0, 2.0, 3.0, 6.0)
+    ]
+    report = quality.report_of(clips, done)
+    assert report["rows"][1] == pytest.approx(
+        {"method": "published", "warp_1": 6.0, "warp_1_se": 2.16}, abs=0.01
+    )
+    assert [row["warp_1"] for row in report["textured"]] == [2, 4]
+    assert [row["warp_1"] for row in report["plain"]] == [4, 8]
+    (paired,) = report["differences"]
+    assert (paired["method"], paired["warp_1"], paired["warp_1_se"]) == pytest.approx(
+        ("published", 3.0, 1.08), abs=0.01
+    )
+    tables = quality.tables_of(report | {"reconstruction_psnr": {}})
+    assert "| published | 6.00 ± 2.16 |" in tables and "| published | +3.00 ± 1.08 |" in tables
