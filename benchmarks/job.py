@@ -2,6 +2,7 @@
 
 import dataclasses
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -116,21 +117,26 @@ class Job:
     ) -> np.ndarray:
         prompts = (self.clip.source_prompt, self.config.negative_prompt, self.config.prompt)
         edit = Edit(self.sd, technique, self._source(), prompts, self.config)
-        with tempfile.TemporaryDirectory() as folder:
-            processes = Processes(self.sd.device)
+        all_frames, processes = torch.arange(self.clip.n_frames), Processes(self.sd.device)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
             if denoiser is TokenFlowDenoiser and self.config.consensus_count:
-                consensus = self._consensus(technique, Path(folder), processes)
+                steps = len(technique.schedule.timesteps), self.config.consensus_count
+                fusion = self._fusion(DISTANCES, folder, processes)
+                consensus = Consensus(self.sd, fusion, consensus_steps(*steps))
                 edit = dataclasses.replace(edit, consensus=consensus)
-            checkpoint = EditCheckpoint(Path(folder), self.clean.shape, processes)
+            checkpoint = EditCheckpoint(folder, self.clean.shape, processes)
             steps = last(denoise(edit, checkpoint, denoiser))
-            edited = checkpoint.latents(steps)[torch.arange(self.clip.n_frames)]
-        return self.sd.decode_latents(edited)
+            frames = self.sd.decode_latents(checkpoint.latents(steps)[all_frames])
+            if denoiser is TokenFlowDenoiser and self.config.fuse:
+                fusion = self._fusion(range(1, self.config.fuse + 1), folder, processes)
+                fusion.put(all_frames, frames)
+                frames = fusion.fused(all_frames, self.sd.device)
+        return frames
 
-    def _consensus(self, technique: Technique, folder: Path, processes: Processes) -> Consensus:
+    def _fusion(self, distances: Iterable[int], folder: Path, processes: Processes) -> Fusion:
         source, n_frames = self.clip.frames.__getitem__, self.clip.n_frames
-        fusion = Fusion.along(source, n_frames, DISTANCES, folder, processes)
-        n_steps = len(technique.schedule.timesteps)
-        return Consensus(self.sd, fusion, consensus_steps(n_steps, self.config.consensus_count))
+        return Fusion.along(source, n_frames, distances, folder, processes)
 
     def _source(self) -> Source:
         features = partial(self.files.read, device=self.sd.device)

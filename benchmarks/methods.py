@@ -37,6 +37,8 @@ METHODS = {
     "per_frame_ddim": Method(_alone, "ddim"),
     "extended_attention": Method(methodcaller("edit_pnp", ExtendedAttention)),
     "default": Method(),
+    "no_consensus": Method(settings={"consensus": 0}),
+    "fuse_3": Method(settings={"fuse": 3}),
     "previous_fixed_point": Method(settings=_previous),
     "flanking_ddim": Method(inversion="ddim"),
     "published": Method(inversion="ddim", settings=_previous),
