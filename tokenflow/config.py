@@ -266,16 +266,19 @@ class EditConfig(ModelConfig):
         choices=("flanking", "previous"),
     )
     consensus: int | None = option(
-        "how often, in the last 40 % of the steps, each frame's predicted clean picture is averaged with its "
-        "neighbours' along the motion of the source, which makes the edit steadier; 0: never; None: 3 times, "
-        "but never with propagation previous, which is as published",
+        "how often, in the last 40 % of the steps, predicted clean frames are averaged along the source's "
+        "motion, which is steadier; None: 3 times, but 0 (never) with propagation previous, as published",
         None,
         low=0,
         high=10,
     )
+    mask: str = option(
+        "where the edit may change the video; none: everywhere, auto: where the prompt and inversion_prompt "
+        "differ, else a video or folder of images as long as the source, white where the edit may change it",
+        "none",
+    )
     fuse: int = option(
-        "frames on each side with which every finished frame is averaged along the motion of the source; "
-        "more is steadier and softer; 0: no averaging",
+        "frames on each side that finished frames are averaged with along the source's motion; more blurs",
         0,
         low=0,
         high=50,
@@ -285,6 +288,8 @@ class EditConfig(ModelConfig):
         super().__post_init__()
         if not self.prompt.strip():
             raise UserError("prompt: it is empty; say what the edited video shows")
+        if self.mask_path and not self.mask_path.exists():
+            raise UserError(f"mask: {self.mask} is neither none, auto, nor a file or folder")
 
     @property
     def frames_at_once(self) -> int:
@@ -295,6 +300,11 @@ class EditConfig(ModelConfig):
     def interval(self) -> int:
         """Frames per keyframe."""
         return self.keyframe_interval or self.frames_at_once
+
+    @property
+    def mask_path(self) -> Path | None:
+        """The user's own mask, if there is one."""
+        return None if self.mask in ("none", "auto") else Path(self.mask)
 
     @property
     def consensus_count(self) -> int:

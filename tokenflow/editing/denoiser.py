@@ -20,6 +20,7 @@ from tokenflow.diffusion.control import Control
 from tokenflow.diffusion.ddim import Schedule
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.consensus import Consensus
+from tokenflow.editing.mask import Mask
 from tokenflow.editing.techniques import Technique
 from tokenflow.editing.windows import Window, joint_passes, seen_by_all, windows
 from tokenflow.runtime.batching import Batches, balanced
@@ -69,6 +70,15 @@ class Edit:
     prompts: tuple[str, str, str]
     config: EditConfig
     consensus: Consensus | None = None
+    mask: Mask | None = None
+
+    def confined(self, latents: torch.Tensor, step: int, frames: torch.Tensor) -> torch.Tensor:
+        """Latents (n, 4, h, w) of the frames (n,) after `step` steps, outside the mask the source's."""
+        if self.mask is None:
+            return latents
+        timesteps = self.technique.schedule.timesteps
+        t = timesteps[step] if step < len(timesteps) else None
+        return self.mask.confined(latents, t, frames)
 
 
 class Denoiser:

@@ -23,17 +23,21 @@ from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.consensus import DISTANCES, Consensus, consensus_steps
 from tokenflow.editing.denoiser import Denoiser, Edit, Source, TokenFlowDenoiser, keyframe_schedule
 from tokenflow.editing.fusion import Fusion
+from tokenflow.editing.mask import Mask, compared, given, relevance, write_relevant
 from tokenflow.editing.techniques import LatentsOf, Technique
 from tokenflow.errors import DamagedError, UserError
 from tokenflow.evaluation.report import discard_report
 from tokenflow.inversion.files import CLEAN, Inversion, noisy
 from tokenflow.inversion.find import find_inversion, preprocess_command
+from tokenflow.inversion.predictor import VideoNoisePredictor
+from tokenflow.runtime.batching import Batches
 from tokenflow.runtime.digests import check, seal
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.edit_checkpoint import EditCheckpoint
 from tokenflow.runtime.frame_array import FrameArray
 from tokenflow.runtime.run_folder import locked, partial_path, remove, run_folder, staged
 from util import (
+    fingerprint,
     frame_path,
     load_frames,
     read_image,
@@ -63,6 +67,8 @@ def open_edit(config: EditConfig, technique: str) -> Iterator["EditRun"]:
     name = f"{technique}_{Path(config.data_path).stem}"
     identity = json.dumps(inversion.manifest.identity)
     identity = f"{dump(without_how(config))}# of the inversion {identity}\n"
+    if config.mask_path:
+        identity += f"# with the mask {fingerprint(config.mask_path)}\n"
     with ExitStack() as held:
         with processes.main_first():
             folder = held.enter_context(run_folder(Path(config.output_path), name, identity))
@@ -125,8 +131,8 @@ class EditRun:
         prompts = (self.inversion.prompt, self.config.negative_prompt, self.config.prompt)
         shape = (self.n_frames, *self.inversion.latents(CLEAN).shape[1:])
         checkpoint = EditCheckpoint(self.checkpoints, shape, self.processes)
-        consensus = self._consensus(len(technique.schedule.timesteps))
-        edit = Edit(self.sd, technique, self.source, prompts, self.config, consensus)
+        levers = self._consensus(len(technique.schedule.timesteps)), self._mask()
+        edit = Edit(self.sd, technique, self.source, prompts, self.config, *levers)
         steps = denoise(edit, checkpoint)
         if done := next(steps):
             log.info("resumed after step %d", done)
@@ -217,7 +223,41 @@ class EditRun:
         if not self.config.consensus_count:
             return None
         steps = consensus_steps(n_steps, self.config.consensus_count)
-        return Consensus(self.sd, self._fusion(DISTANCES), steps)
+        return Consensus(self.sd, self._near_and_far, steps)
+
+    def _mask(self) -> Mask | None:
+        """The mask, written to a file for all processes."""
+        if self.config.mask == "none":
+            return None
+        n_frames, _, height, width = self.inversion.latents(CLEAN).shape
+        inside = FrameArray(self.checkpoints / "mask.npy")
+        if self.processes.is_main:
+            FrameArray.create(inside.path, (self.n_frames, 1, height, width), torch.float32)
+        self.processes.wait()
+        if self.config.mask == "auto":
+            batches = Batches(self.config.frames_at_once, adapts=self.config.batch_size is None)
+            prompts = self.inversion.prompt, self.config.prompt
+            noises = tuple(VideoNoisePredictor(self.sd, prompt, batches) for prompt in prompts)
+            relevant = partial(
+                relevance, self._source_latents, compared(self.schedule.timesteps), noises
+            )
+            write_relevant(inside, self._near_and_far, relevant, self.sd.device)
+        elif self.processes.is_main:
+            inverted = self.inversion.manifest.config
+            masks = given(Path(self.config.mask), inverted, self.n_frames, height, width)
+            for index, mask in enumerate(masks):
+                inside[torch.tensor([index])] = mask[None, None]
+        self.processes.wait()
+        return Mask(inside, self._source_latents)
+
+    def _source_latents(self, t: int | None, frames: torch.Tensor) -> torch.Tensor:
+        if t is None:
+            return self.inversion.latents(CLEAN)[frames]
+        return self.inversion.noisy_latents(t, frames)
+
+    @cached_property
+    def _near_and_far(self) -> Fusion:
+        return self._fusion(DISTANCES)
 
     def _fusion(self, distances: Iterable[int]) -> Fusion:
         folder, processes = self.inversion.source_frames, self.processes
@@ -289,11 +329,12 @@ def denoise(
                 for frames, noise in predictor.noise(latents, t, share(predictor.chunks(t))):
                     moved = ddim_step(latents[frames], noise, *alphas)
                     check_finite(moved, f"the edited latents at timestep {t}")
-                    cleaner[frames] = moved
+                    cleaner[frames] = edit.confined(moved, step + 1, frames)
                     if agrees:
                         clean = predicted_clean(latents[frames], noise, alphas[0])
                         consensus.note(frames, clean)
                 if agrees:
                     for frames, correction in consensus.corrections(edit.config.frames_at_once):
-                        cleaner[frames] = cleaner[frames] + math.sqrt(alphas[1]) * correction
+                        moved = cleaner[frames] + math.sqrt(alphas[1]) * correction
+                        cleaner[frames] = edit.confined(moved, step + 1, frames)
             yield step + 1

@@ -1,0 +1,76 @@
+"""Masks: where an edit may change the video."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tokenflow.editing.fusion import Fusion
+from tokenflow.editing.mask import Mask, given, inside_of, relevance, write_relevant
+from tokenflow.errors import UserError
+from tokenflow.runtime.distributed import Processes
+from tokenflow.runtime.frame_array import FrameArray
+from util import save_frames
+
+FRAMES = torch.arange(3)
+INVERTED = {"start_frame": 1, "stride": 2, "H": 64, "W": 64, "resize": "crop"}
+
+
+def masks(folder: Path, n_frames: int) -> Path:
+    """White squares that move by 8 pixels a frame, on black."""
+    folder.mkdir()
+    pictures = np.zeros((n_frames, 64, 64, 3), np.uint8)
+    for index, picture in enumerate(pictures):
+        picture[8:24, 8 * index : 8 * index + 16] = 255
+    save_frames(folder, 0, pictures)
+    return folder
+
+
+def test_a_given_mask_is_read_as_the_source_was(tmp_path):
+    found = list(given(masks(tmp_path / "masks", 6), INVERTED, 3, 8, 8))
+    for index, mask in enumerate(found):
+        frame = 1 + 2 * index
+        expected = torch.zeros(8, 8)
+        expected[1:3, frame : frame + 2] = 1
+        assert torch.equal(mask, expected)
+
+
+def test_too_short_a_mask_is_refused(tmp_path):
+    with pytest.raises(UserError, match="2 frames for the 3"):
+        list(given(masks(tmp_path / "masks", 5), INVERTED, 3, 8, 8))
+
+
+def test_relevance_is_where_prompts_differ():
+    """Two prompts whose noise differs in one corner, twice as much in the second frame."""
+    latents = torch.zeros(3, 4, 8, 8)
+    extra = torch.zeros(3, 4, 8, 8)
+    extra[..., :2, :2] = torch.tensor([1.0, 2.0, 1.0])[:, None, None, None]
+    prompts = (lambda latents, t, frames: latents), (lambda latents, t, frames: latents + extra)
+    found = relevance(lambda t, frames: latents[frames], (5, 3), prompts, FRAMES)
+    assert (found[:, :2, :2] == 1).all() and found[:, 2:].max() == 0 == found[:, :, 2:].max()
+    inside = inside_of(found)
+    assert inside.shape == (3, 1, 8, 8) and inside[:, 0, :3, :3].all() and inside.sum() == 3 * 9
+
+
+def test_a_flickering_mask_is_steadied(tmp_path):
+    """Of nine still frames one misses the place, which its neighbours know."""
+    source = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    fusion = Fusion.along(lambda index: source, 9, (1, 2), tmp_path, Processes(torch.device("cpu")))
+    maps = torch.zeros(9, 8, 8)
+    maps[:, 2:5, 2:5] = 1
+    maps[4] = 0
+    inside = FrameArray.create(tmp_path / "mask.npy", (9, 1, 8, 8), torch.float32)
+    write_relevant(inside, fusion, maps.__getitem__, torch.device("cpu"))
+    written = inside[torch.arange(9)]
+    assert torch.equal(written[4], written[0]) and written[4, 0, 3, 3] == 1
+    assert written[4, 0, 7, 7] == 0
+
+
+def test_outside_stays_the_source(tmp_path):
+    inside = FrameArray.create(tmp_path / "mask.npy", (3, 1, 2, 2), torch.float32)
+    inside[FRAMES] = torch.tensor([[[[1.0, 0.0], [0.0, 1.0]]]]).repeat(3, 1, 1, 1)
+    mask = Mask(inside, lambda t, frames: torch.full((len(frames), 4, 2, 2), float(t)))
+    confined = mask.confined(torch.ones(3, 4, 2, 2), 7, FRAMES)
+    expected = torch.tensor([[1.0, 7.0], [7.0, 1.0]]).expand(3, 4, 2, 2)
+    assert torch.equal(confined, expected)
