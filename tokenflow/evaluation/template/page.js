@@ -84,24 +84,22 @@ class Player {
     this.onFrame(this.frame);
   }
 
-  /** Play all videos; the first one leads, and the others run a little faster or slower to stay with it. */
+  /** Play all videos; whichever is ahead of the slowest runs slower, or not at all, until it is not. */
   async run(goesOn) {
-    for (const video of this.videos) video.playbackRate = this.speed;
-    await Promise.all(this.videos.map((video) => video.play())).catch(() => {});
+    const { fps, n_frames } = this.entry;
+    const begin = () => Promise.all(this.videos.map((video) => video.play())).catch(() => {});
+    await begin();
     while (goesOn()) {
-      const [leader, ...others] = this.videos;
-      const time = leader.currentTime;
-      this.at(Math.min(this.last, Math.floor(time * this.entry.fps)));
-      for (const video of others) {
-        const ahead = (video.currentTime - time) * this.entry.fps; // frames
-        if (Math.abs(ahead) > 2) video.currentTime = time;
-        const correction = Math.abs(ahead) < 0.1 ? 0 : Math.max(-0.3, Math.min(0.3, ahead / 2));
-        video.playbackRate = this.speed * (1 - correction);
+      const time = Math.min(...this.videos.map((video) => video.currentTime));
+      this.at(Math.min(this.last, Math.floor(time * fps)));
+      for (const video of this.videos) {
+        const ahead = (video.currentTime - time) * fps; // frames
+        video.playbackRate = ahead < 0.1 ? this.speed : this.speed * Math.max(0, 1 - 2 * ahead);
       }
-      if (leader.ended || time * this.entry.fps >= this.entry.n_frames) {
+      if (time * fps >= n_frames || this.videos.some((video) => video.ended)) {
         for (const video of this.videos) video.pause();
         await this.goTo(0);
-        if (goesOn()) await Promise.all(this.videos.map((video) => video.play())).catch(() => {});
+        if (goesOn()) await begin();
       }
       await new Promise(requestAnimationFrame);
     }

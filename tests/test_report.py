@@ -1,0 +1,171 @@
+"""report.html in a real browser: its videos stay in step, its curves are drawn, and nothing goes wrong.
+
+Skipped where there is no Chromium, which Debian's packages `chromium` and `chromium-driver` bring.
+"""
+
+import shutil
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+
+import util
+from tokenflow.evaluation.figures import EDIT, SOURCE, Drift, beside_source, measure, summarize
+from tokenflow.evaluation.report import Entry, contact_sheet_of, write_report
+from tokenflow.evaluation.verdict import verdict
+
+CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
+N_FRAMES, FPS = 36, 12
+PATIENCE = 120  # seconds, for a busy machine
+SHOWN = "return player.videos.map((video) => Number(video.dataset.frame))"
+
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="there is no chromium, or no chromedriver"
+)
+
+
+def entry_of(folder, name):
+    """An entry whose videos show a square that moves by 2 pixels a frame."""
+    frames = np.full((N_FRAMES, 64, 96, 3), 200, np.uint8)
+    for index, frame in enumerate(frames):
+        frame[20:44, 2 * index : 2 * index + 24] = (200, 60, 30)
+    videos = {SOURCE: frames, EDIT: 255 - frames}
+    files = {kind: folder / name / f"{kind} of #{name}.mp4" for kind in videos}
+    for kind, path in files.items():
+        util.write_video(path, videos[kind], FPS)
+    curves = measure(videos, [beside_source, Drift(FPS, N_FRAMES)])
+    figures = summarize(curves, FPS)
+    sheet = contact_sheet_of(videos, N_FRAMES)
+    prompt, findings = f"</script><b>{name}</b>", verdict(figures)
+    about = findings, ["LPIPS: no package"], {"seed": 1, "model": None}
+    return Entry(name, prompt, files, Fraction(FPS), N_FRAMES, figures, curves, *about, sheet)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("a report")
+    entries = [entry_of(folder, name) for name in ("one", "two")]
+    write_report(folder / "report.html", "2 edits", entries)
+    return folder / "report.html"
+
+
+@pytest.fixture(scope="module")
+def browser(page):
+    """Chromium with the page open."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    driver.set_window_size(1200, 1000)
+    driver.get(page.as_uri())
+    yield driver
+    driver.quit()
+
+
+def wait(browser, script):
+    """Wait until a script returns something true, which is returned."""
+    return WebDriverWait(browser, PATIENCE, 0.05).until(lambda b: b.execute_script(script))
+
+
+def press(browser, *keys):
+    ActionChains(browser).send_keys(*keys).perform()
+
+
+def test_steps_show_the_same_frame_in_all_videos(browser):
+    wait(
+        browser,
+        "return player.videos.length === 2 && player.videos.every((v) => v.readyState >= 3)",
+    )
+    assert browser.execute_script("return player.videos.every((v) => !v.error)")
+    press(browser, Keys.END)
+    wait(browser, f"{SHOWN}.every((frame) => frame === {N_FRAMES - 1})")
+    press(browser, Keys.ARROW_LEFT, Keys.ARROW_LEFT, Keys.ARROW_RIGHT)
+    wait(browser, f"{SHOWN}.every((frame) => frame === {N_FRAMES - 2})")
+    press(browser, Keys.HOME)
+    wait(browser, f"{SHOWN}.every((frame) => frame === 0)")
+    # A click in the middle of a curve.
+    curve = browser.find_element(By.CSS_SELECTOR, "#curves svg")
+    browser.execute_script("arguments[0].scrollIntoView({ block: 'center' })", curve)
+    ActionChains(browser).move_to_element(curve).click().perform()
+    wait(browser, f"{SHOWN}.every((frame) => Math.abs(frame - {N_FRAMES // 2}) <= 1)")
+    assert browser.find_element(By.ID, "frame").text in ("17 / 35", "18 / 35")
+
+
+WATCH = """
+const starts = [0], samples = [];
+window.watched = { starts, samples };
+const look = () => {
+  if (!player.playing) return;
+  const times = player.videos.map((v) => v.currentTime * player.entry.fps);
+  if (samples.length && times[0] < samples.at(-1)[0] - 10) starts.push(samples.length);
+  samples.push(times);
+  requestAnimationFrame(look);
+};
+look();
+"""
+
+
+def test_videos_play_in_step(browser):
+    """While they play, and when they start over, no video is more than a frame ahead of another."""
+    press(browser, Keys.HOME, Keys.SPACE)
+    wait(browser, "return player.videos.every((v) => !v.paused)")
+    browser.execute_script(WATCH)
+    wait(browser, "return watched.starts.length > 2 && watched.samples.length > 40")
+    press(browser, Keys.SPACE)
+    wait(browser, "return !player.playing && player.videos.every((v) => v.paused)")
+    times = np.array(browser.execute_script("return watched.samples"))
+    apart = np.abs(times[:, 0] - times[:, 1])
+    print(len(times), "samples, apart by", np.quantile(apart, [0.5, 0.9, 0.99, 1]), "frames")
+    assert len(set(times[:, 0].astype(int))) > N_FRAMES / 3  # it did play
+    assert apart.max() <= 1
+
+
+def test_frame_by_frame_mode(browser):
+    browser.execute_script(
+        "const speed = document.getElementById('speed'); speed.value = '0';"
+        "speed.dispatchEvent(new Event('change'))"
+    )
+    press(browser, Keys.HOME, Keys.SPACE)
+    wait(browser, f"{SHOWN}.every((frame) => frame >= 2 && frame === player.frame)")
+    press(browser, Keys.SPACE)
+
+
+def test_what_the_page_shows(browser):
+    curves = browser.execute_script(
+        "return [...document.querySelectorAll('#curves polyline')].map((line) => line.points.length)"
+    )
+    # Sharpness, drift (from the second second on), PSNR and SSIM.
+    assert sorted(curves) == [N_FRAMES - FPS] * 2 + [N_FRAMES] * 3
+    text = browser.find_element(By.TAG_NAME, "body").text
+    for words in (
+        "Verdict",
+        "\u201c</script><b>one</b>\u201d",
+        "not measured: LPIPS",
+        "SSIM",
+        "seed",
+    ):
+        assert words in text
+    sheet = browser.find_element(By.ID, "sheet")
+    assert browser.execute_script("return arguments[0].naturalWidth", sheet) > 500
+    browser.find_elements(By.CSS_SELECTOR, "#entries button")[1].click()
+    assert "<b>two</b>" in browser.find_element(By.ID, "prompt").text
+    wait(browser, f"{SHOWN}.every((frame) => frame === 0)")
+
+
+def test_it_fits_a_phone(browser):
+    size = {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 400
+    videos = browser.find_elements(By.TAG_NAME, "video")
+    assert all(video.rect["width"] > 150 for video in videos)
+
+
+def test_nothing_was_logged(browser):
+    assert browser.get_log("browser") == []
