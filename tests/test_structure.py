@@ -10,7 +10,7 @@ FLOORS = (
     ["tokenflow.errors"],
     ["tokenflow.runtime"],
     ["util", "tokenflow.cli", "tokenflow.metrics", "tokenflow.contact_sheet"],
-    ["tokenflow.config"],
+    ["tokenflow.config", "tokenflow.versions", "tokenflow.layouts"],
     ["tokenflow.diffusion", "tokenflow.keyframe_cache", "tokenflow.nearest"],
     ["tokenflow_utils"],
     ["tokenflow.inversion"],

