@@ -367,8 +367,8 @@ def self_attentions_replaced(
 ) -> Iterator[None]:
     """Replace the processor of every self-attention and hook into the injected residual block.
 
-    Raises ValueError if the UNet is of no known layout, and RuntimeError if TokenFlow is already installed or,
-    in the next pass, if something else has replaced a processor. In every case the UNet is restored.
+    Raises ValueError if the UNet is of no known layout, and RuntimeError if TokenFlow is already installed
+    or, in the next pass, if something else has replaced a processor. In every case the UNet is restored.
     """
     before = dict(unet.attn_processors)
     if any(isinstance(processor, LayerProcessor) for processor in before.values()):

@@ -9,7 +9,6 @@ from tokenflow.cli import option
 from tokenflow.errors import UserError
 from tokenflow.versions import VERSIONS
 
-
 MAX_FRAMES, MAX_SIZE = 10**6, 2**14  # frames (eleven hours of video); pixels
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -20,14 +19,14 @@ class ModelConfig:
     """Which checkpoint runs, where and in which precision."""
 
     sd_version: str = option(
-        "version of Stable Diffusion, downloaded from the Hugging Face hub at first use; -768: made for "
-        "frames of that size, ControlNet: version 1.5 with its Canny ControlNet",
+        "version of Stable Diffusion, downloaded from the Hugging Face hub at first use; -768: those for "
+        "frames of 768 x 768 pixels, ControlNet: version 1.5 with its Canny ControlNet",
         "2.1",
         choices=tuple(VERSIONS),
     )
     model: str | None = option(
         "checkpoint to use instead of the one of sd_version: a hub id, a folder in diffusers layout, or a "
-        "single .safetensors or .ckpt file, which then sd_version tells the 2.x versions apart for",
+        "single .safetensors or .ckpt file (docs/checkpoints.md)",
         None,
     )
     device: str = option(
@@ -113,8 +112,22 @@ class PreprocessConfig(ModelConfig, CannyConfig):
         "frames per second"
     )
     inversion_prompt: str = option("what the source video shows, in words", "")
-    H: int = option("height of the frames in pixels, a multiple of 64", 512, low=8, high=MAX_SIZE)
-    W: int = option("width of the frames in pixels, a multiple of 64", 512, low=8, high=MAX_SIZE)
+    H: int | None = option(
+        "height of the frames in pixels, a multiple of 64; auto: what the checkpoint was trained on, 512, "
+        "768 or 1024",
+        None,
+        low=8,
+        high=MAX_SIZE,
+        none="auto",
+    )
+    W: int | None = option(
+        "width of the frames in pixels, a multiple of 64; auto: what the checkpoint was trained on, 512, "
+        "768 or 1024",
+        None,
+        low=8,
+        high=MAX_SIZE,
+        none="auto",
+    )
     resize: str = option(
         "how frames of another size become H x W pixels; crop: cut out the centre, stretch: change the "
         "aspect ratio, pad: add black borders",

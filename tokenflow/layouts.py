@@ -1,14 +1,15 @@
 """The layouts of UNets that TokenFlow knows, and where Plug-and-Play injects into each.
 
-Plug-and-Play (Tumanyan et al., arXiv 2211.12572) injects into Stable Diffusion 1 and 2 the queries and keys of
-all self-attentions of the decoder except the first (the paper's layers 4-11), and the output of one residual
-block of the decoder (its layer 4).
+Plug-and-Play (Tumanyan et al., arXiv 2211.12572) injects into Stable Diffusion 1 and 2 the queries and keys
+of all self-attentions of the decoder except the first (the paper's layers 4-11), and the output of one
+residual block of the decoder (its layer 4).
 
-Stable Diffusion XL has three resolutions instead of four, and no attention at the first. What is injected there
-follows Ctrl-X (Lin et al., arXiv 2406.07540; `ctrl_x/utils/sdxl.py` of github.com/genforce/ctrl-x), whose authors
-compared choices on XL: the queries and keys of all self-attentions at the decoder's lowest resolution, and the
-features of its first residual block, which Ctrl-X takes after the shortcut and this code before it, as
-Plug-and-Play does. No weights of XL were at hand, so the choice has not been measured here.
+Stable Diffusion XL has three resolutions instead of four, and no attention at the first. What is injected
+there follows Ctrl-X (Lin et al., arXiv 2406.07540; `ctrl_x/utils/sdxl.py` of github.com/genforce/ctrl-x),
+whose authors evaluated it on XL: the queries and keys of all self-attentions at the decoder's lowest
+resolution, and the features of its first residual block, which Ctrl-X takes after the shortcut and this
+code before it, as Plug-and-Play does. No weights of XL were at hand, so the choice has not been measured
+here.
 """
 
 import re
