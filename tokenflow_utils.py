@@ -22,11 +22,9 @@ Shapes: (n, s, d) = frames, tokens, channels of one stream.
 Indices: a *frame* of the video, a *position* among a timestep's keyframes, a *row* of the cache.
 """
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -34,14 +32,10 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
 from tokenflow.keyframe_cache import BlendedRows, KeyframeCache
+from tokenflow.layouts import layout_of
 from tokenflow.nearest import nearest_tokens
 
 STREAMS = SOURCE, UNCOND, COND = 0, 1, 2
-
-# Plug-and-Play (Tumanyan et al., arXiv 2211.12572) injects into all self-attentions of the decoder except
-# the first (the paper's layers 4-11), and into the output of one residual block of the decoder.
-INJECTED_ATTENTION = re.compile(r"up_blocks\.(1\.attentions\.[12]|[23]\.attentions\.\d+)\.")
-INJECTED_RESNET = (1, 1)  # up_blocks[1].resnets[1]
 
 
 def attention(
@@ -259,10 +253,9 @@ class LayerProcessor:
 class TokenFlowAttention(LayerProcessor):
     """Edits keyframes jointly or propagates, as the `TokenFlow` says."""
 
-    def __init__(self, flow: TokenFlow, name: str) -> None:
+    def __init__(self, flow: TokenFlow, name: str, injected: bool = False) -> None:
         super().__init__(name)
-        self.flow = flow
-        self.injected = bool(INJECTED_ATTENTION.match(name))
+        self.flow, self.injected = flow, injected
         # Kept from the source's pass, if the other streams pass later:
         self.injection: tuple[torch.Tensor, ...] = ()  # query and key (n, s, d)
         self.nearest: torch.Tensor | None = None  # n 2 s
@@ -357,7 +350,12 @@ def install_tokenflow(
     its streams concatenated: (streams x n, 4, h, w). Raises the errors of `self_attentions_replaced`.
     """
     flow = TokenFlow(propagated, finds_correspondences)
-    with self_attentions_replaced(unet, partial(TokenFlowAttention, flow), flow._feature_hook):
+    injected = layout_of(unet.config).injected_attention
+
+    def processor(name: str) -> TokenFlowAttention:
+        return TokenFlowAttention(flow, name, bool(injected.match(name)))
+
+    with self_attentions_replaced(unet, processor, flow._feature_hook):
         yield flow
 
 
@@ -369,27 +367,32 @@ def self_attentions_replaced(
 ) -> Iterator[None]:
     """Replace the processor of every self-attention and hook into the injected residual block.
 
-    Raises ValueError if the UNet does not have Stable Diffusion's layout, and RuntimeError if TokenFlow is
-    already installed. In every case the UNet is restored.
+    Raises ValueError if the UNet is of no known layout, and RuntimeError if TokenFlow is already installed
+    or, in the next pass, if something else has replaced a processor. In every case the UNet is restored.
     """
     before = dict(unet.attn_processors)
     if any(isinstance(processor, LayerProcessor) for processor in before.values()):
         raise RuntimeError("TokenFlow is already installed in this UNet")
-    if not any(INJECTED_ATTENTION.match(name) for name in before):
-        raise ValueError("no self-attention of Stable Diffusion's decoder in this UNet")
-    processors = {
-        name: make_processor(name) if name.endswith(".attn1.processor") else processor
-        for name, processor in before.items()
-    }
-    block, resnet = INJECTED_RESNET
+    block, resnet = layout_of(unet.config).injected_resnet
+    names = [name for name in before if name.endswith(".attn1.processor")]
+    ours = {name: make_processor(name) for name in names}
+    layers = [unet.get_submodule(name.removesuffix(".processor")) for name in names]
+
+    def check(module, args) -> None:
+        if any(layer.processor is not ours[n] for n, layer in zip(names, layers, strict=True)):
+            raise RuntimeError(
+                "TokenFlow's attention was replaced while it was installed in this UNet; switch xformers, "
+                "attention slicing and other attention processors before that"
+            )
+
+    hooks = [
+        unet.up_blocks[block].resnets[resnet].conv2.register_forward_hook(feature_hook),
+        unet.register_forward_pre_hook(check),
+    ]
     try:
-        convolution = unet.up_blocks[block].resnets[resnet].conv2
-    except (AttributeError, IndexError) as error:
-        raise ValueError("no residual block of Stable Diffusion's decoder in this UNet") from error
-    hook = convolution.register_forward_hook(feature_hook)
-    try:
-        unet.set_attn_processor(dict(processors))  # a copy, because the setter empties its argument
+        unet.set_attn_processor(before | ours)
         yield
     finally:
-        hook.remove()
-        unet.set_attn_processor(dict(before))
+        for hook in hooks:
+            hook.remove()
+        unet.set_attn_processor(dict(before))  # a copy, because the setter empties its argument

@@ -120,7 +120,7 @@ def plus(one: Counts, other: Counts) -> Counts:
     return Counts(**sums | {"peak_bytes": max(one.peak_bytes, other.peak_bytes)})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TalliedDiffusion(StableDiffusion):
     """Stable Diffusion whose UNet passes are told apart by a tally."""
 

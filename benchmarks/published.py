@@ -12,8 +12,8 @@ from diffusers.models.attention_processor import Attention
 
 from tokenflow.diffusion.ddim import sample
 from tokenflow.editing.denoiser import Denoiser, Edit
+from tokenflow.layouts import layout_of
 from tokenflow_utils import (
-    INJECTED_ATTENTION,
     STREAMS,
     KeyframeSchedule,
     LayerProcessor,
@@ -28,7 +28,7 @@ class PublishedAttention(LayerProcessor):
     def __init__(self, state: "Published", name: str) -> None:
         super().__init__(name)
         self.state = state
-        self.injected = bool(INJECTED_ATTENTION.match(name))
+        self.injected = bool(state.injected.match(name))
         self.key_outputs: torch.Tensor | None = None  # 3 k s d
 
     def __call__(
@@ -94,6 +94,7 @@ class Published(Denoiser):
         timesteps, n_frames = edit.technique.schedule.timesteps, edit.source.n_frames
         self.interval, seed = edit.config.interval, edit.config.seed
         self.keyframes = KeyframeSchedule(n_frames, self.interval, timesteps, seed).draw()
+        self.injected = layout_of(edit.sd.unet.config).injected_attention
         self.chunk: int | None = None  # None: the joint edit
         self.inject_attention = self.inject_features = False
 

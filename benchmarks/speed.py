@@ -117,7 +117,7 @@ def floor(sd: StableDiffusion, costs: dict[str, Cost], latent_size: int) -> dict
     def seconds_of_one(batch_size: int) -> float:
         latents = torch.randn(batch_size, 4, latent_size, latent_size)
         start = time.perf_counter()
-        sd.predict_noise(latents, 500, text.expand(batch_size, -1, -1))
+        sd.predict_noise(latents, 500, text.expand(batch_size))
         return (time.perf_counter() - start) / batch_size
 
     filling = filling_pixels(sd.device)

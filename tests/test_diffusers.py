@@ -57,7 +57,7 @@ def test_controlnet_residuals(sd):
         **options,
     ).images
 
-    text = sd.encode_text("a red circle").expand(2, -1, -1)
+    text = sd.encode_text("a red circle").expand(2)
 
     def sampled(scale):
         def predict(x, t, frames):

@@ -47,7 +47,7 @@ def test_sampling_equals_diffusers(sd):
     ours = theirs = latents_of(sd)
 
     def predict(latents, t, frames):
-        return sd.predict_noise(latents, t, text.expand(len(latents), -1, -1))
+        return sd.predict_noise(latents, t, text.expand(len(latents)))
 
     *_, ours = sample(ours, FRAMES[:2], schedule, predict)
     sd.scheduler.set_timesteps(10)
@@ -92,6 +92,62 @@ def test_fixed_point_inversion_is_undone_by_sampling():
     assert evaluations[5] == 20 + 20 and 20 + 20 < evaluations[0] < 20 + 25
 
 
+def zero_terminal_snr(sd):
+    """The schedule of checkpoints that were trained on pure noise too, and of velocity."""
+    return DDIMScheduler.from_config(
+        sd.scheduler.config,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    )
+
+
+def test_sampling_from_pure_noise_equals_diffusers(sd):
+    sd = dataclasses.replace(sd, scheduler=zero_terminal_snr(sd))
+    schedule, text = Schedule.of(sd.scheduler, 10), sd.encode_text("a circle").expand(2)
+    assert schedule.timesteps[0] == 999 and schedule.alphas[0] == 0
+    *_, ours = sample(
+        latents_of(sd), FRAMES[:2], schedule, lambda x, t, _: sd.predict_noise(x, t, text)
+    )
+    theirs = latents_of(sd)
+    sd.scheduler.set_timesteps(10)
+    for t in sd.scheduler.timesteps:
+        with torch.no_grad():
+            velocity = sd.unet(theirs, t, encoder_hidden_states=text.tokens).sample
+        theirs = sd.scheduler.step(velocity, t, theirs).prev_sample
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fixed_point, tolerance", [(False, 0.1), (True, 5e-3)])
+def test_inversion_into_pure_noise_is_undone(sd, fixed_point, tolerance):
+    """For Gaussian data of mean m and standard deviation s, as above; its noise has unit variance."""
+    scheduler = zero_terminal_snr(sd)
+    m, s = 1.0, 0.5
+    latents = m + s * torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def predict(x, t, frames):
+        alpha = scheduler.alphas_cumprod[t]
+        variance = alpha * s**2 + 1 - alpha
+        clean = m + alpha.sqrt() * s**2 * (x - alpha.sqrt() * m) / variance
+        return -clean if alpha == 0 else (x - alpha.sqrt() * clean) / (1 - alpha).sqrt()
+
+    schedule = Schedule.of(scheduler, 50)
+    *_, (t, noisiest) = invert(latents, FRAMES[:6], schedule, predict, fixed_point)
+    assert t == 999 and abs(noisiest.mean()) < 0.2 and abs(noisiest.std() - 1) < 0.2
+    *_, back = sample(noisiest, FRAMES, schedule, predict)
+    assert (back - latents).square().mean().sqrt() < tolerance
+
+
+def test_what_sdedit_starts_from_pure_noise(sd):
+    """The whole schedule starts from the inversion's latents themselves, which are all noise."""
+    clean, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    scheduler = zero_terminal_snr(sd)
+    config = SDEditConfig(data_path="a.mp4", prompt="a dog", n_timesteps=10, start=1)
+    latents = clean.__getitem__, noise.__getitem__, 999
+    technique = sdedit(config, Schedule.of(scheduler, 10), scheduler, *latents)
+    torch.testing.assert_close(technique.initial(torch.arange(3)), noise)
+
+
 def test_what_sdedit_starts_from(sd):
     """The inversion's own noise, or one random noise that all frames share."""
     clean, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -114,7 +170,7 @@ def test_what_sdedit_starts_from(sd):
 
 
 def test_v_prediction_is_turned_into_noise(sd):
-    latents, text, t = latents_of(sd), sd.encode_text("").expand(2, -1, -1), 500
+    latents, text, t = latents_of(sd), sd.encode_text("").expand(2), 500
     as_noise = sd.predict_noise(latents, t, text)
     v_scheduler = DDIMScheduler.from_config(sd.scheduler.config, prediction_type="v_prediction")
     alpha = sd.scheduler.alphas_cumprod[t]

@@ -16,7 +16,7 @@ FLOORS = (
         "tokenflow.contact_sheet",
         "tokenflow.optical_flow",
     ],
-    ["tokenflow.config", "tokenflow.motion"],
+    ["tokenflow.config", "tokenflow.motion", "tokenflow.versions", "tokenflow.layouts"],
     ["tokenflow.diffusion", "tokenflow.keyframe_cache", "tokenflow.nearest"],
     ["tokenflow_utils", "tokenflow.evaluation"],
     ["tokenflow.inversion"],

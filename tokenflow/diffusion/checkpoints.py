@@ -1,64 +1,51 @@
-"""Checkpoints: from a hub id or a folder to networks on a device, in a precision that suits it."""
+"""Checkpoints: from a hub id, a folder or a file to networks on a device, in a precision that suits it."""
 
-import functools
-import json
-import logging
-import os
-import warnings
-from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-import diffusers
 import torch
-import transformers
 from accelerate import cpu_offload_with_hook
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
-from huggingface_hub import constants, model_info, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
-from safetensors import safe_open
-from transformers import CLIPTextModel, CLIPTokenizer
+from diffusers.configuration_utils import ConfigMixin
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from tokenflow.diffusion.ddim import Schedule
-from tokenflow.diffusion.stable_diffusion import StableDiffusion
+from tokenflow.diffusion.ddim import PREDICTION_TYPES, Schedule
+from tokenflow.diffusion.parts import find, load_config, load_weights, option_of
+from tokenflow.diffusion.single_file import SingleFile, read_weights
+from tokenflow.diffusion.stable_diffusion import SIZES_OF_XL, StableDiffusion
 from tokenflow.errors import UserError
+from tokenflow.layouts import as_json, layout_of
 from util import fingerprint
 
-HUB_TIMEOUT = 10  # seconds
-
-# Stable Diffusion's UNet, as far as TokenFlow and its injections depend on its layers.
-SD_LAYOUT = {
-    "_class_name": "UNet2DConditionModel",
-    "in_channels": 4,
-    "layers_per_block": 2,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-}
-
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+CHANNELS = (4, 5)  # of the latents, and of those with a depth map
+SMALLEST_SIDE = 512  # pixels; the depth version's configuration says less than it was trained on
 BYTE_TOKENS = 512  # CLIP's smallest vocabulary: each byte within a word and at its end
 
-# diffusers passes a retired argument to the hub, which does not concern the user.
-warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks.*")
-# Files are looked for in two places; `_find` reports those that are missing in both.
-diffusers.utils.logging.set_verbosity(logging.CRITICAL)
-diffusers.utils.logging.disable_progress_bar()
-transformers.utils.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
+
+class PipelineIndex(ConfigMixin):
+    """What a checkpoint says of its parts together, without importing diffusers' pipelines."""
+
+    config_name = "model_index.json"
 
 
-def check_checkpoint(model_id: str, height: int | None = None, width: int | None = None) -> None:
-    """Before weights are loaded, raise UserError for a checkpoint or frame size (pixels) that cannot work."""
-    unet = _load_config(UNet2DConditionModel, model_id, "unet", "block_out_channels")
-    for key, expected in SD_LAYOUT.items():
-        found = _plain(unet.get(key))
-        if found != expected:
-            raise UserError(
-                f"{model_id}: its UNet is not of Stable Diffusion 1 or 2's layout: "
-                f"{key} is {found}, not {expected}"
-            )
-    vae = _load_config(AutoencoderKL, model_id, "vae", "block_out_channels")
+def check_checkpoint(
+    model_id: str, height: int | None = None, width: int | None = None, version: str | None = None
+) -> None:
+    """Before weights are loaded, raise UserError for a checkpoint or frame size (pixels) that cannot work.
+
+    version: see `SingleFile.find`.
+    """
+    where = _configuration(model_id, version)
+    unet = load_config(UNet2DConditionModel, where, "unet", "block_out_channels")
+    try:
+        layout_of(unet)
+    except ValueError as error:
+        raise UserError(f"{model_id}: {error}") from error
+    if (channels := unet.get("in_channels")) not in CHANNELS:
+        raise UserError(
+            f"{model_id}: its UNet takes {channels} channels, not {' or '.join(map(str, CHANNELS))}; "
+            "checkpoints for inpainting and upscaling cannot be used"
+        )
+    vae = load_config(AutoencoderKL, where, "vae", "block_out_channels")
     halvings = len(vae["block_out_channels"]) - 1 + len(unet["block_out_channels"]) - 1
     multiple = 2**halvings
     for name, size in {"H": height, "W": width}.items():
@@ -69,21 +56,35 @@ def check_checkpoint(model_id: str, height: int | None = None, width: int | None
             )
 
 
-def _plain(value: Any) -> Any:
-    """A value of a configuration as JSON stores it."""
-    return list(value) if isinstance(value, tuple) else value
+def trained_side(model_id: str, version: str | None = None) -> int:
+    """The height and width of the frames that a checkpoint was trained on, in pixels: 512, 768 or 1024."""
+    where = _configuration(model_id, version)
+    unet = load_config(UNet2DConditionModel, where, "unet", "block_out_channels")
+    vae = load_config(AutoencoderKL, where, "vae", "block_out_channels")
+    side = unet.get("sample_size") or 0
+    if not isinstance(side, int):
+        raise UserError(f"{model_id}: the sample_size of its UNet is {side}, no whole number")
+    return max(SMALLEST_SIDE, side * 2 ** (len(vae["block_out_channels"]) - 1))
 
 
-def checkpoint_identity(model_id: str) -> str:
-    """What tells checkpoints apart: the fingerprint of a folder's UNet, or a hub id."""
+def checkpoint_identity(model_id: str, version: str | None = None) -> str:
+    """What tells checkpoints apart: the fingerprint of a file or of a folder's UNet, or a hub id."""
+    if file := SingleFile.find(model_id, version):
+        return file.identity
     weights = sorted((Path(model_id) / "unet").glob("*.safetensors"))
     weights += sorted((Path(model_id) / "unet").glob("*.bin"))
     return fingerprint(weights[0]) if weights else model_id
 
 
-def load_scheduler(model_id: str) -> DDIMScheduler:
+def _configuration(model_id: str, version: str | None) -> str:
+    """The hub id or folder in diffusers layout that a checkpoint's configuration is in."""
+    file = SingleFile.find(model_id, version)
+    return file.configuration if file else model_id
+
+
+def load_scheduler(model_id: str, version: str | None = None) -> DDIMScheduler:
     """The checkpoint's noise schedule with DDIM's steps."""
-    config = _load_config(DDIMScheduler, model_id, "scheduler")
+    config = load_config(DDIMScheduler, _configuration(model_id, version), "scheduler")
     try:
         scheduler = DDIMScheduler.from_config(config)
         Schedule.of(scheduler, 1)  # checks most of the configuration
@@ -104,37 +105,58 @@ def load(
     device: torch.device,
     dtype: torch.dtype,
     cpu_offload: bool = False,
+    version: str | None = None,
 ) -> StableDiffusion:
-    """Load a checkpoint, and a ControlNet, from a hub id or a folder in diffusers layout.
+    """Load a checkpoint from a hub id, a folder in diffusers layout or a file, and a ControlNet likewise.
 
-    With `cpu_offload` only one of the VAE, the text encoder and the UNet is on the device at a time.
+    With `cpu_offload` only one of the VAE, the text encoders and the UNet is on the device at a time.
+    version: see `SingleFile.find`.
     """
     if controlnet_id:
-        _load_config(ControlNetModel, controlnet_id, None, "block_out_channels")
+        load_config(ControlNetModel, controlnet_id, None, "block_out_channels")
+    file = SingleFile.find(model_id, version)
+    where = file.configuration if file else model_id
+    weights = read_weights(file.path) if file else None
 
-    def network(cls: type, model: str, subfolder: str | None, dtype_key: str) -> torch.nn.Module:
-        loaded = _load_weights(cls, model, subfolder, dtype, dtype_key).eval()
-        for name, weights in loaded.named_parameters():
-            if weights.is_meta:
+    def network(cls: type, subfolder: str | None, dtype: torch.dtype = dtype) -> torch.nn.Module:
+        model = controlnet_id if subfolder is None else model_id
+        if file and subfolder:
+            loaded = file.network(weights, cls, subfolder, dtype).eval()
+        else:
+            loaded = load_weights(cls, model, subfolder, dtype).eval()
+        for name, parameter in loaded.named_parameters():
+            if parameter.is_meta:
                 raise UserError(
-                    f"{_option(subfolder)}: {model} is no {cls.__name__}: its weights lack {name}"
+                    f"{option_of(subfolder)}: {model} is no {cls.__name__}: its weights lack {name}"
                 )
         return loaded
 
+    def tokenizer(subfolder: str) -> CLIPTokenizer:
+        return find(CLIPTokenizer.from_pretrained, where, subfolder)
+
+    unet, second = network(UNet2DConditionModel, "unet"), {}
+    vae_config = load_config(AutoencoderKL, where, "vae", "block_out_channels")
+    if is_xl := unet.config.addition_embed_type == "text_time":
+        second = {
+            "tokenizer_2": tokenizer("tokenizer_2"),
+            "text_encoder_2": network(CLIPTextModelWithProjection, "text_encoder_2"),
+            "zero_if_empty": _zero_if_empty(where),
+        }
+    # XL's VAE overflows in float16; its configuration says so, by diffusers' default.
+    upcast = is_xl and dtype == torch.float16 and vae_config.get("force_upcast", True)
     sd = StableDiffusion(
-        vae=network(AutoencoderKL, model_id, "vae", "torch_dtype"),
-        tokenizer=_find(CLIPTokenizer.from_pretrained, model_id, "tokenizer"),
-        text_encoder=network(CLIPTextModel, model_id, "text_encoder", "dtype"),
-        unet=network(UNet2DConditionModel, model_id, "unet", "torch_dtype"),
-        scheduler=load_scheduler(model_id),
-        controlnet=network(ControlNetModel, controlnet_id, None, "torch_dtype").to(device)
-        if controlnet_id
-        else None,
+        vae=network(AutoencoderKL, "vae", torch.float32 if upcast else dtype),
+        tokenizer=tokenizer("tokenizer"),
+        text_encoder=network(CLIPTextModel, "text_encoder"),
+        unet=unet,
+        scheduler=load_scheduler(model_id, version),
+        controlnet=network(ControlNetModel, None).to(device) if controlnet_id else None,
         device=device,
         dtype=dtype,
+        **second,
     )
     _check_parts(sd, model_id, controlnet_id)
-    networks = sd.vae, sd.text_encoder, sd.unet
+    networks = [part for part in (sd.vae, sd.text_encoder, sd.text_encoder_2, sd.unet) if part]
     if cpu_offload:
         hooks = [cpu_offload_with_hook(part, device)[1] for part in networks]
         # A run uses the networks in this order, again and again; each sends the one before it away.
@@ -146,29 +168,48 @@ def load(
     return sd
 
 
+def _zero_if_empty(where: str) -> bool:
+    """Whether an empty prompt is embedded as zeros, which XL was trained with and diffusers assumes of it."""
+    if Path(where).is_dir() and not (Path(where) / PipelineIndex.config_name).exists():
+        return True
+    index = find(PipelineIndex.load_config, where, "")
+    return bool(index.get("force_zeros_for_empty_prompt", True))
+
+
 def _check_parts(sd: StableDiffusion, model_id: str, controlnet_id: str | None) -> None:
     """Raise UserError for parts that do not fit each other, such as a ControlNet of another version."""
-    unet, text = sd.unet.config, sd.text_encoder.config
-    if text.hidden_size != unet.cross_attention_dim:
+    unet = sd.unet.config
+    texts = [(sd.tokenizer, sd.text_encoder.config)]
+    if sd.text_encoder_2:
+        texts.append((sd.tokenizer_2, sd.text_encoder_2.config))
+        pooled, takes = texts[1][1].projection_dim, sd.unet.add_embedding.linear_1.in_features
+        if pooled + SIZES_OF_XL * unet.addition_time_embed_dim != takes:
+            raise UserError(
+                f"model: {model_id}: its second text encoder's embedding of {pooled} does not fit its UNet; "
+                "they belong to different checkpoints"
+            )
+    width = sum(text.hidden_size for _, text in texts)
+    if width != unet.cross_attention_dim:
         raise UserError(
-            f"model: {model_id}: its text encoder's width is {text.hidden_size}, "
+            f"model: {model_id}: its text encoder's width is {width}, "
             f"but its UNet takes {unet.cross_attention_dim}; they belong to different checkpoints"
         )
-    length = sd.tokenizer.model_max_length
-    if length > text.max_position_embeddings or len(sd.tokenizer) > text.vocab_size:
-        raise UserError(
-            f"model: {model_id}: its tokenizer does not fit its text encoder: {len(sd.tokenizer)} tokens "
-            f"in texts of {length}, not {text.vocab_size} in {text.max_position_embeddings}"
-        )
-    if len(sd.tokenizer) < BYTE_TOKENS:  # transformers does not report missing files
-        raise UserError(
-            f"model: {model_id}: its tokenizer knows no words; copy or download the checkpoint again"
-        )
+    for tokenizer, text in texts:
+        length = tokenizer.model_max_length
+        if length > text.max_position_embeddings or len(tokenizer) > text.vocab_size:
+            raise UserError(
+                f"model: {model_id}: its tokenizer does not fit its text encoder: {len(tokenizer)} tokens "
+                f"in texts of {length}, not {text.vocab_size} in {text.max_position_embeddings}"
+            )
+        if len(tokenizer) < BYTE_TOKENS:  # transformers does not report missing files
+            raise UserError(
+                f"model: {model_id}: its tokenizer knows no words; copy or download the checkpoint again"
+            )
     for key in ("cross_attention_dim", "block_out_channels", "in_channels"):
-        if sd.controlnet and (found := _plain(sd.controlnet.config[key])) != _plain(unet[key]):
+        if sd.controlnet and (found := as_json(sd.controlnet.config[key])) != as_json(unet[key]):
             raise UserError(
                 f"controlnet: {controlnet_id} does not fit the model {model_id}: its {key} is "
-                f"{found}, not {_plain(unet[key])}; name one of the same version"
+                f"{found}, not {as_json(unet[key])}; name one of the same version"
             )
 
 
@@ -203,114 +244,3 @@ def _natural_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
         return torch.bfloat16
     return torch.float32
-
-
-def _load_config(cls: type, model_id: str, subfolder: str | None, *lists: str) -> dict[str, Any]:
-    """The configuration of a checkpoint's part, in which the keys `lists` must hold lists."""
-    config = _find(cls.load_config, model_id, subfolder)
-    if not (isinstance(config, dict) and all(isinstance(config.get(key), list) for key in lists)):
-        raise UserError(
-            f"{_option(subfolder)}: {model_id}: the configuration of its {subfolder or 'network'} is "
-            "broken; copy or download it again"
-        )
-    return config
-
-
-def _load_weights(
-    cls: type, model_id: str, subfolder: str | None, dtype: torch.dtype, dtype_key: str
-) -> torch.nn.Module:
-    """A network from the variant nearest to `dtype`; not every repository has both variants."""
-    half = dtype != torch.float32
-    variants = [{"variant": variant} for variant in (("fp16", None) if half else (None, "fp16"))]
-    return _find(cls.from_pretrained, model_id, subfolder, variants, **{dtype_key: dtype})
-
-
-def _find(
-    get: Callable[..., Any],
-    model_id: str,
-    subfolder: str | None,
-    variants: Sequence[dict[str, Any]] = ({},),
-    **options: Any,
-) -> Any:
-    """Call `get` on a checkpoint's part: first on what is on disk, then, if that fails, on the hub."""
-    for local_only in (True, False):
-        if not local_only and not on_hub(model_id):
-            break
-        for variant in variants:
-            where = {"subfolder": subfolder or "", "local_files_only": local_only}
-            try:
-                return get(model_id, **where, **variant, **options)
-            except MemoryError:
-                raise
-            except Exception as error:  # each loader reports a missing file in its own way
-                failure = error
-    option = _option(subfolder)
-    _refuse_broken(option, _local_folder(model_id, subfolder or ""), failure)
-    part = f" (its {subfolder})" if subfolder else ""
-    if os.path.isdir(model_id):
-        raise UserError(f"{option}: the folder {model_id} holds no such checkpoint{part}")
-    raise UserError(
-        f"{option}: {model_id}{part} is neither a folder nor in {constants.HF_HUB_CACHE}, and cannot be "
-        f"downloaded; check the id and the network, or give --{option} a folder in diffusers layout"
-    )
-
-
-def _option(subfolder: str | None) -> str:
-    """The option that names a part's checkpoint: only a ControlNet is not in a subfolder."""
-    return "controlnet" if subfolder is None else "model"
-
-
-def _local_folder(model_id: str, subfolder: str) -> Path:
-    """The folder that holds a checkpoint's part, or would hold it."""
-    if os.path.isdir(model_id):
-        return Path(model_id) / subfolder
-    for name in ("config.json", "scheduler_config.json", "tokenizer_config.json"):
-        with suppress(HFValidationError):  # not a valid name of a model
-            cached = try_to_load_from_cache(model_id, f"{subfolder}/{name}".lstrip("/"))
-            if isinstance(cached, str):
-                return Path(cached).parent
-    return Path(constants.HF_HUB_CACHE) / model_id / subfolder
-
-
-def _refuse_broken(option: str, folder: Path, failure: Exception) -> None:
-    """Raise UserError if `folder` holds a part of a checkpoint that cannot be read."""
-    if not os.path.isdir(folder):  # unlike Path.is_dir, takes a name that is too long
-        return
-    files = sorted(path for path in folder.glob("*") if path.is_file())
-    for path in files:
-        if reason := _broken(path):
-            raise UserError(
-                f"{option}: {path} is broken: {reason}; copy or download the checkpoint again"
-            ) from failure
-    if any(path.suffix in (".safetensors", ".bin") for path in files):
-        reason = str(failure).strip().partition("\n")[0]
-        raise UserError(f"{option}: {folder} cannot be loaded: {reason}") from failure
-
-
-def _broken(path: Path) -> str:
-    """Why a file of a checkpoint cannot be read; empty if it can."""
-    try:
-        if path.stat().st_size == 0:
-            return "it is empty"
-        if path.suffix == ".json":
-            json.loads(path.read_text(encoding="utf-8"))
-        elif path.suffix == ".safetensors":
-            with safe_open(path, "pt"):
-                pass
-        elif path.suffix == ".bin":
-            torch.load(path, map_location="meta", weights_only=True)
-    except Exception as error:  # each format fails in its own way
-        return str(error).strip().partition("\n")[0] or type(error).__name__
-    return ""
-
-
-@functools.cache
-def on_hub(model_id: str) -> bool:
-    """Whether the hub can be reached and has the model; asked once, without the loaders' retries."""
-    if os.path.isdir(model_id):
-        return False
-    try:
-        model_info(model_id, timeout=HUB_TIMEOUT)
-    except Exception:  # each HTTP client reports a missing network in its own way
-        return False
-    return True

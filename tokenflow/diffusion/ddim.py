@@ -14,9 +14,11 @@ from tokenflow.errors import UserError
 # Latents have unit variance. Most steps end after one evaluation, with a movement of about 2e-3.
 FIXED_POINT_TOLERANCE = 3e-3  # root mean square of a latent's last movement
 FIXED_POINT_ITERATIONS = 5  # at most, for a frame in a step
+PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 T = TypeVar("T")
-# Latents (n, 4, h, w), a timestep and the indices (n,) of their frames give the noise (n, 4, h, w).
+# Latents (n, 4, h, w), a timestep and the indices (n,) of their frames give the noise (n, 4, h, w), as
+# `ddim_step` takes it.
 NoisePredictor = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
 
 
@@ -32,7 +34,10 @@ class Schedule:
 
     @classmethod
     def of(cls, scheduler: DDIMScheduler, n_steps: int) -> "Schedule":
-        """The schedule of `n_steps` steps. Raises UserError if the checkpoint has fewer timesteps."""
+        """The schedule of `n_steps` steps.
+
+        Raises UserError if the checkpoint has fewer timesteps, or predicts noise where there is nothing else.
+        """
         trained = scheduler.config.num_train_timesteps
         if n_steps > trained:
             raise UserError(
@@ -42,6 +47,11 @@ class Schedule:
         scheduler.set_timesteps(n_steps)
         timesteps = tuple(scheduler.timesteps.tolist())
         alphas = [scheduler.alphas_cumprod[t].item() for t in timesteps]
+        if 0 in alphas and scheduler.config.prediction_type == "epsilon":
+            raise UserError(
+                "the checkpoint's noise schedule begins with pure noise (rescale_betas_zero_snr), from which "
+                "a checkpoint of prediction_type epsilon can take nothing; its configuration is wrong"
+            )
         return cls(timesteps, (*alphas, float(scheduler.final_alpha_cumprod)))
 
     def last(self, n_steps: int) -> "Schedule":
@@ -56,13 +66,22 @@ def ddim_step(
     """Move latents along their noise from one noise level to another (Song et al., 2010.02502, eq. 12).
 
     The same formula samples (`alpha_to` > `alpha_from`) and inverts (`alpha_to` < `alpha_from`).
+
+    Latents of level 0 are pure noise (Lin et al., arXiv 2305.08891), and the noise in them says nothing of
+    the clean latents. From and to that level, `noise` is the velocity there, -clean (Salimans and Ho,
+    2202.00512).
     """
+    if alpha_to == 0:
+        return (latents + math.sqrt(alpha_from) * noise) / math.sqrt(1 - alpha_from)
     clean = predicted_clean(latents, noise, alpha_from)
+    noise = latents if alpha_from == 0 else noise
     return math.sqrt(alpha_to) * clean + math.sqrt(1 - alpha_to) * noise
 
 
 def predicted_clean(latents: torch.Tensor, noise: torch.Tensor, alpha: float) -> torch.Tensor:
     """The clean latents that latents of a noise level consist of, besides their noise (equation 9)."""
+    if alpha == 0:  # see `ddim_step`
+        return -noise
     return (latents - math.sqrt(1 - alpha) * noise) / math.sqrt(alpha)
 
 
@@ -85,6 +104,8 @@ def invert(
         if fixed_point and noise is not None:
             # The noise changes smoothly along a trajectory, so linear extrapolation is a close guess.
             guess = noise if before is None else 2 * noise - before
+            if schedule.alphas[step] == 0:  # there it is no noise
+                guess = predict_noise(latents, t, frames)
             before = noise
             noise = fixed_point_noise(latents, frames, guess, t, alphas, predict_noise)
         else:

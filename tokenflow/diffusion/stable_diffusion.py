@@ -2,13 +2,14 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from tokenflow.diffusion.control import Control
 from tokenflow.diffusion.ddim import check_finite
@@ -16,13 +17,42 @@ from tokenflow.runtime.transfer import to_device
 
 # Of several frames in one pass of the VAE, which works at full resolution and needs the most memory.
 VAE_PIXELS = 1 << 16
+SIZES_OF_XL = (
+    6  # numbers: height and width of the image, where it was cropped, height and width again
+)
 
 log = logging.getLogger("tokenflow")
 
 
 @dataclass(frozen=True)
+class Text:
+    """What the UNet is told of n prompts: embeddings of their tokens (n, l, d).
+
+    pooled: one more embedding of each whole prompt (n, p) in Stable Diffusion XL, else None.
+    """
+
+    tokens: torch.Tensor
+    pooled: torch.Tensor | None = None
+
+    def expand(self, n: int) -> "Text":
+        """One prompt for n frames."""
+        pooled = None if self.pooled is None else self.pooled.expand(n, -1)
+        return Text(self.tokens.expand(n, -1, -1), pooled)
+
+    @classmethod
+    def cat(cls, texts: Sequence["Text"]) -> "Text":
+        """Concatenate the prompts of several batches."""
+        pooled = None if texts[0].pooled is None else torch.cat([text.pooled for text in texts])
+        return cls(torch.cat([text.tokens for text in texts]), pooled)
+
+
+@dataclass(frozen=True)
 class StableDiffusion:
-    """The networks of one checkpoint on one device, and its noise schedule."""
+    """The networks of one checkpoint on one device, and its noise schedule.
+
+    tokenizer_2, text_encoder_2: Stable Diffusion XL's others. zero_if_empty: whether its embeddings of an
+    empty prompt are zeros, which is how it was trained to denoise without a prompt.
+    """
 
     vae: AutoencoderKL
     tokenizer: CLIPTokenizer
@@ -32,17 +62,30 @@ class StableDiffusion:
     controlnet: ControlNetModel | None
     device: torch.device
     dtype: torch.dtype
+    tokenizer_2: CLIPTokenizer | None = None
+    text_encoder_2: CLIPTextModelWithProjection | None = None
+    zero_if_empty: bool = False
 
     @torch.no_grad()
-    def encode_text(self, prompt: str) -> torch.Tensor:
-        """Embedding (1, l, d) of a prompt, cut or padded to the tokenizer's length."""
-        length = self.tokenizer.model_max_length
-        if len(self.tokenizer(prompt).input_ids) > length:
+    def encode_text(self, prompt: str) -> Text:
+        """What the UNet is told of a prompt, cut or padded to the tokenizer's length; n is 1."""
+        first = self._encode(self.tokenizer, self.text_encoder, prompt)
+        if self.text_encoder_2 is None:
+            return Text(first.last_hidden_state)
+        # XL takes the last layer but one of both encoders (Podell et al., arXiv 2307.01952, section 2.1).
+        second = self._encode(self.tokenizer_2, self.text_encoder_2, prompt)
+        tokens = torch.cat([encoded.hidden_states[-2] for encoded in (first, second)], dim=-1)
+        is_zero = self.zero_if_empty and not prompt
+        return Text(tokens * (not is_zero), second.text_embeds * (not is_zero))
+
+    def _encode(self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, prompt: str) -> Any:
+        length = tokenizer.model_max_length
+        if len(tokenizer(prompt).input_ids) > length:
             log.warning("only the first %d tokens of the prompt are used: %r", length, prompt)
-        tokens = self.tokenizer(
+        tokens = tokenizer(
             prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
-        return self.text_encoder(tokens.input_ids.to(self.device))[0]
+        return text_encoder(tokens.input_ids.to(self.device), output_hidden_states=True)
 
     @torch.no_grad()
     def encode_frames(self, frames: np.ndarray) -> torch.Tensor:
@@ -50,7 +93,7 @@ class StableDiffusion:
         latents = []
         height, width = frames.shape[1:3]
         for start in range(0, len(frames), size := vae_batch_size(height, width)):
-            images = self.to_images(frames[start : start + size])
+            images = self.to_images(frames[start : start + size]).to(self.vae.dtype)
             posterior = self.vae.encode(2 * images - 1).latent_dist
             latents.append(posterior.mean.float().cpu() * self.vae.config.scaling_factor)
         return torch.cat(latents)
@@ -61,7 +104,7 @@ class StableDiffusion:
         frames = []
         size = vae_batch_size(*(self._pixels_of_latent * n for n in latents.shape[2:]))
         for batch in (latents / self.vae.config.scaling_factor).split(size):
-            images = self.vae.decode(to_device(batch, self.device, self.dtype)).sample.float()
+            images = self.vae.decode(to_device(batch, self.device, self.vae.dtype)).sample.float()
             check_finite(images, "the VAE's decoded frames")
             frames.append((images / 2 + 0.5).clamp(0, 1).mul(255).round().byte().cpu())
         return torch.cat(frames).permute(0, 2, 3, 1).numpy()
@@ -82,38 +125,50 @@ class StableDiffusion:
 
     @torch.no_grad()
     def predict_noise(
-        self, latents: torch.Tensor, t: int, text: torch.Tensor, control: Control | None = None
+        self, latents: torch.Tensor, t: int, text: Text, control: Control | None = None
     ) -> torch.Tensor:
         """The noise (n, 4, h, w) that the UNet predicts in `latents` (n, 4, h, w); fp32 on their device.
 
-        text: (n, l, d). control: condition of the ControlNet, whose residuals are added in the UNet.
+        Where a zero-terminal-SNR schedule ends in pure noise, the latents are the noise: there the velocity
+        is given instead, the negative of the clean latents, as `ddim_step` expects it.
+        text: of n prompts. control: condition of the ControlNet, whose residuals are added in the UNet.
         """
         model_input = to_device(latents, self.device, self.dtype)
         # Created on the device, while a number would be copied there.
         timestep = torch.full((), t, device=self.device)
+        told = self._told(text, latents.shape)
         residuals = (
-            {} if control is None else self._control_residuals(model_input, timestep, text, control)
+            {} if control is None else self._control_residuals(model_input, timestep, told, control)
         )
-        output = self.unet(model_input, timestep, encoder_hidden_states=text, **residuals).sample
+        output = self.unet(model_input, timestep, **told, **residuals).sample
         output = output.float().to(latents.device)
-        if self.scheduler.config.prediction_type == "v_prediction":
-            alpha = self.scheduler.alphas_cumprod[t].item()
+        alpha = self.scheduler.alphas_cumprod[t].item()
+        if self.scheduler.config.prediction_type == "v_prediction" and alpha > 0:
             return math.sqrt(alpha) * output + math.sqrt(1 - alpha) * latents
         return output
+
+    def _told(self, text: Text, latent_shape: Sequence[int]) -> dict[str, Any]:
+        """The UNet's arguments that are no latents: the prompts and, in XL, that frames are uncropped."""
+        if text.pooled is None:
+            return {"encoder_hidden_states": text.tokens}
+        size = [self._pixels_of_latent * n for n in latent_shape[2:]]
+        ids = to_device(torch.tensor([*size, 0, 0, *size]), self.device, self.dtype)
+        sizes = {"text_embeds": text.pooled, "time_ids": ids.expand(latent_shape[0], -1)}
+        return {"encoder_hidden_states": text.tokens, "added_cond_kwargs": sizes}
 
     def _control_residuals(
         self,
         model_input: torch.Tensor,
         timestep: torch.Tensor,
-        text: torch.Tensor,
+        told: dict[str, Any],
         control: Control,
     ) -> dict[str, Any]:
         scale = to_device(control.scale, self.device, self.dtype)[:, None, None, None]
         down, mid = self.controlnet(
             model_input,
             timestep,
-            encoder_hidden_states=text,
             controlnet_cond=control.images,
+            **told,
             return_dict=False,
         )
         return {

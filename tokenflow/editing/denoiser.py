@@ -18,7 +18,7 @@ from diffusers import DDIMScheduler
 from tokenflow.config import EditConfig
 from tokenflow.diffusion.control import Control
 from tokenflow.diffusion.ddim import Schedule
-from tokenflow.diffusion.stable_diffusion import StableDiffusion
+from tokenflow.diffusion.stable_diffusion import StableDiffusion, Text
 from tokenflow.editing.consensus import Consensus
 from tokenflow.editing.mask import Mask
 from tokenflow.editing.techniques import Technique
@@ -88,7 +88,7 @@ class Denoiser:
         self.sd, self.config, self.flow = edit.sd, edit.config, flow
         self.technique, self.source = edit.technique, edit.source
         self.batches = Batches(self.config.frames_at_once, adapts=self.config.batch_size is None)
-        self.text = torch.cat([self.sd.encode_text(prompt) for prompt in edit.prompts])  # 3 l d
+        self.text = [self.sd.encode_text(prompt) for prompt in edit.prompts]  # by stream
         timesteps = self.technique.schedule.timesteps
         self.attention_timesteps = frozenset(timesteps[: self.technique.attention_steps])
         self.feature_timesteps = frozenset(timesteps[: self.technique.feature_steps])
@@ -135,9 +135,9 @@ class Denoiser:
             self.flow.streams = streams
             source = self.source.latents(t, frames).to(edited) if SOURCE in streams else None
             samples = torch.cat([source if stream == SOURCE else edited for stream in streams])
-            text = [self.text[stream].expand(len(frames), -1, -1) for stream in streams]
+            text = Text.cat([self.text[stream].expand(len(frames)) for stream in streams])
             control = Control.cat([controls[stream] for stream in streams]) if controls else None
-            predicted = self.sd.predict_noise(samples, t, torch.cat(text), control)
+            predicted = self.sd.predict_noise(samples, t, text, control)
             noise |= zip(streams, predicted.chunk(len(streams)), strict=True)
         return noise[UNCOND] + self.config.guidance_scale * (noise[COND] - noise[UNCOND])
 

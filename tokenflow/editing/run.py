@@ -58,8 +58,9 @@ def open_edit(config: EditConfig, technique: str) -> Iterator["EditRun"]:
 
     Everything that can be checked is checked first. technique: first part of the folder's name.
     """
-    check_checkpoint(config.model_id)
-    schedule = Schedule.of(load_scheduler(config.model_id), config.n_timesteps)
+    check_checkpoint(config.model_id, version=config.sd_version)
+    scheduler = load_scheduler(config.model_id, config.sd_version)
+    schedule = Schedule.of(scheduler, config.n_timesteps)
     inversion, n_frames = find_inversion(config, schedule.timesteps)
     device, dtype = choose_device(config.device, config.dtype)
     processes = Processes(device)
@@ -156,7 +157,8 @@ class EditRun:
         config = self.config
         log.info("loading %s on %s in %s", config.model_id, self.device, self.dtype)
         controlnet = config.controlnet_id if isinstance(config, ControlNetConfig) else None
-        return load(config.model_id, controlnet, self.device, self.dtype, config.cpu_offload)
+        options = {"cpu_offload": config.cpu_offload, "version": config.sd_version}
+        return load(config.model_id, controlnet, self.device, self.dtype, **options)
 
     def latents(self, name: str) -> LatentsOf:
         """The function from frames (n,) to the inversion's latents (n, 4, h, w) of that name."""

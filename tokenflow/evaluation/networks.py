@@ -14,7 +14,7 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 
-from tokenflow.diffusion.checkpoints import on_hub
+from tokenflow.diffusion.parts import on_hub
 from tokenflow.evaluation.figures import SOURCE, Meter, Recent, Values
 from util import fit_frame
 

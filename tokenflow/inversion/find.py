@@ -91,7 +91,7 @@ def _check_fits(config: EditConfig, inversion: Inversion, timesteps: tuple[int, 
     remedy = f"recompute them with: {preprocess_command(config, inverted)}"
     if Path(config.data_path).exists() and fingerprint(Path(config.data_path)) != manifest.source:
         raise UserError(f"the latents in {folder} are of another video; {remedy}")
-    if checkpoint_identity(config.model_id) != manifest.checkpoint:
+    if checkpoint_identity(config.model_id, config.sd_version) != manifest.checkpoint:
         raise UserError(
             f"the latents in {folder} are of another model, {inverted['model']}; {remedy}"
         )

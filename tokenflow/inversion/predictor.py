@@ -24,7 +24,7 @@ class VideoNoisePredictor:
         control: Callable[[torch.Tensor], Control] | None = None,
     ) -> None:
         self.sd, self.batches, self.control = sd, batches, control
-        self.text = sd.encode_text(prompt)  # 1 l d
+        self.text = sd.encode_text(prompt)
 
     def __call__(self, latents: torch.Tensor, t: int, frames: torch.Tensor) -> torch.Tensor:
         """The noise (n, 4, h, w) in latents (n, 4, h, w) of the frames (n,)."""
@@ -33,4 +33,4 @@ class VideoNoisePredictor:
     def predict_batch(self, t: int, latents: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
         """The noise of one batch, in one UNet pass."""
         control = self.control(frames) if self.control else None
-        return self.sd.predict_noise(latents, t, self.text.expand(len(frames), -1, -1), control)
+        return self.sd.predict_noise(latents, t, self.text.expand(len(frames)), control)

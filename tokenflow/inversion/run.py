@@ -25,6 +25,7 @@ from tokenflow.diffusion.checkpoints import (
     choose_device,
     load,
     load_scheduler,
+    trained_side,
 )
 from tokenflow.diffusion.control import CannyEdges, Control
 from tokenflow.diffusion.ddim import NoisePredictor, Schedule, invert, sample
@@ -62,7 +63,9 @@ def open_inversion(config: PreprocessConfig) -> Iterator["InversionRun"]:
 
     Everything that can be checked is checked first. The inversion appears on disk when the block ends.
     """
-    check_checkpoint(config.model_id, config.H, config.W)
+    side = trained_side(config.model_id, config.sd_version)
+    config = replace(config, H=config.H or side, W=config.W or side)
+    check_checkpoint(config.model_id, config.H, config.W, config.sd_version)
     schedule, editing = schedules(config)
     device, dtype = choose_device(config.device, config.dtype)
     manifest = new_manifest(config, schedule, editing)
@@ -183,7 +186,8 @@ class InversionRun:
         config = self.config
         log.info("loading %s on %s in %s", config.model_id, self.device, self.dtype)
         controlnet = config.controlnet_id
-        return load(config.model_id, controlnet, self.device, self.dtype, config.cpu_offload)
+        options = {"cpu_offload": config.cpu_offload, "version": config.sd_version}
+        return load(config.model_id, controlnet, self.device, self.dtype, **options)
 
     def noise_predictor(self, prompt: str) -> VideoNoisePredictor:
         """A predictor of the noise of the video's frames under a prompt."""
@@ -277,14 +281,13 @@ def schedules(config: PreprocessConfig) -> tuple[Schedule, Schedule]:
 
     Raises UserError if the inversion would not visit every editing timestep.
     """
-    scheduler = load_scheduler(config.model_id)
+    scheduler = load_scheduler(config.model_id, config.sd_version)
     editing = Schedule.of(scheduler, config.save_steps)
     inverting = Schedule.of(scheduler, config.steps)
     if not set(editing.timesteps) <= set(inverting.timesteps):
-        n_train = scheduler.config.num_train_timesteps
         fitting = [
             n
-            for n in range(config.save_steps, n_train)
+            for n in range(config.save_steps, scheduler.config.num_train_timesteps)
             if set(editing.timesteps) <= set(Schedule.of(scheduler, n).timesteps)
         ]
         raise UserError(
@@ -301,7 +304,7 @@ def new_manifest(config: PreprocessConfig, schedule: Schedule, editing: Schedule
     return Manifest(
         config=asdict(config) | {"conditioned": config.controlnet_id is not None},
         source=fingerprint(video),
-        checkpoint=checkpoint_identity(config.model_id),
+        checkpoint=checkpoint_identity(config.model_id, config.sd_version),
         fps=str(fps),
         n_frames=config.n_frames or sum(1 for _ in used_frames(config)),
         timesteps=editing.timesteps,

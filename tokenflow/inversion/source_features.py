@@ -21,10 +21,10 @@ from diffusers.models.attention_processor import Attention
 
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.keyframe_cache import BlendedRows, KeyframeCache
+from tokenflow.layouts import layout_of
 from tokenflow.runtime.frame_array import FrameArray
 from tokenflow.runtime.transfer import to_device
 from tokenflow_utils import (
-    INJECTED_RESNET,
     KeyframeSchedule,
     LayerProcessor,
     SourceFeatures,
@@ -35,7 +35,6 @@ from tokenflow_utils import (
 )
 
 MAX_TOKENS = 1 << 15  # of a frame, as indices have 16 bits
-LEVELS = 4  # resolutions of the UNet, each half the one before
 LEVEL = re.compile(r"(down|up)_blocks\.(\d)|mid_block")
 
 
@@ -185,20 +184,26 @@ class SourceFeatureFiles:
 def tokens_by_layer(unet: UNet2DConditionModel, latent_shape: tuple[int, ...]) -> dict[str, int]:
     """The number of a frame's tokens in each self-attention, by name, for latents (N, 4, h, w)."""
     height, width = latent_shape[-2:]
-    tokens = {}
+    lowest, tokens = _lowest_level(unet), {}
     for name in unet.attn_processors:
         if name.endswith(".attn1.processor"):
-            side, block = LEVEL.match(name).groups(LEVELS - 1)  # of the middle block
-            down = LEVELS - 1 - int(block) if side == "up" else int(block)
-            tokens[name] = height * width // 4**down
+            side, block = LEVEL.match(name).groups()
+            level = {"down": int(block or 0), "up": lowest - int(block or 0)}.get(side, lowest)
+            tokens[name] = height * width // 4**level
     return tokens
 
 
 def features_shape(unet: UNet2DConditionModel, latent_shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape (c, h, w) of what Plug-and-Play injects into a frame, for latents (N, 4, h, w)."""
-    down = LEVELS - 1 - INJECTED_RESNET[0]
-    channels = unet.config.block_out_channels[down]
-    return channels, latent_shape[-2] // 2**down, latent_shape[-1] // 2**down
+    block, _ = layout_of(unet.config).injected_resnet
+    level = _lowest_level(unet) - block
+    channels = unet.config.block_out_channels[level]
+    return channels, latent_shape[-2] // 2**level, latent_shape[-1] // 2**level
+
+
+def _lowest_level(unet: UNet2DConditionModel) -> int:
+    """How often the latents are halved at the UNet's lowest resolution."""
+    return len(unet.config.block_out_channels) - 1
 
 
 def bytes_needed(unet: UNet2DConditionModel, latent_shape: tuple[int, ...], n_steps: int) -> int:

@@ -1,0 +1,168 @@
+"""The configurations of Stable Diffusion's versions, and random checkpoints that have them.
+
+Written from the `config.json` files of the hub's repositories, as far as these differ from diffusers'
+defaults.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
+
+from shapes.checkpoint import TINY, build_scheduler, build_tokenizer, build_vae
+
+NARROW = 160  # channels: the fewest that 32 groups and the 20 heads of versions 2 and XL divide
+NARROWER = 8  # how many times narrower the text is
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What sets one version apart: keys of the UNet, of the text encoders and of the noise schedule."""
+
+    unet: dict[str, Any]
+    texts: tuple[dict[str, Any], ...]
+    scheduler: dict[str, Any]
+
+    @property
+    def is_xl(self) -> bool:
+        """Whether there are two text encoders."""
+        return len(self.texts) == 2
+
+    def narrow(self) -> "Configuration":
+        """The same keys at a fraction of the width; heads, blocks and kinds of layers are the version's."""
+        levels = len(self.unet["block_out_channels"])
+        text = tuple(
+            clip(t["hidden_size"] // NARROWER, 2, t["num_attention_heads"], t["hidden_act"])
+            for t in self.texts
+        )
+        changes = {
+            "block_out_channels": (NARROW,) * levels,
+            "cross_attention_dim": sum(t["hidden_size"] for t in text),
+        }
+        if self.is_xl:
+            sizes = self.unet["addition_time_embed_dim"] // NARROWER
+            changes["addition_time_embed_dim"] = sizes
+            pooled = text[1]["projection_dim"]
+            changes["projection_class_embeddings_input_dim"] = pooled + 6 * sizes
+        return replace(self, unet=self.unet | changes, texts=text)
+
+
+def clip(width: int, layers: int, heads: int, activation: str) -> dict[str, Any]:
+    """The configuration of a CLIP text encoder."""
+    return {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "hidden_act": activation,
+        "projection_dim": width,
+    }
+
+
+_WIDTHS = (320, 640, 1280, 1280)
+_CLIP_L = clip(768, 12, 12, "quick_gelu")
+_CLIP_H = clip(1024, 23, 16, "gelu")
+_CLIP_G = clip(1280, 32, 20, "gelu")
+_UNET_2 = {
+    "sample_size": 64,
+    "block_out_channels": _WIDTHS,
+    "attention_head_dim": (5, 10, 20, 20),
+    "cross_attention_dim": 1024,
+    "use_linear_projection": True,
+}
+_UNET_XL = {
+    "sample_size": 128,
+    "block_out_channels": _WIDTHS[:3],
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+_UNET_1 = {
+    "sample_size": 64,
+    "block_out_channels": _WIDTHS,
+    "attention_head_dim": 8,
+    "cross_attention_dim": 768,
+}
+_V = {"prediction_type": "v_prediction"}
+
+CONFIGURATIONS = {
+    "1.5": Configuration(_UNET_1, (_CLIP_L,), {}),
+    "2.1": Configuration(_UNET_2, (_CLIP_H,), {}),
+    "2.1-768": Configuration(
+        _UNET_2 | {"sample_size": 96, "upcast_attention": True}, (_CLIP_H,), _V
+    ),
+    "depth": Configuration(_UNET_2 | {"sample_size": 32, "in_channels": 5}, (_CLIP_H,), {}),
+    "XL": Configuration(_UNET_XL, (_CLIP_L, _CLIP_G), {}),
+}
+
+
+def build_text_encoder(config: dict[str, Any], tokenizer: CLIPTokenizer, pooled: bool):
+    """A text encoder of random weights; `pooled`: one that also embeds the whole prompt."""
+    tokens = {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        tokens[name] = getattr(tokenizer, name)
+    cls = CLIPTextModelWithProjection if pooled else CLIPTextModel
+    return cls(CLIPTextConfig(**config, **tokens))
+
+
+def build_narrow(folder: Path, version: str, seed: int = 0) -> Path:
+    """Write a narrow checkpoint of a version with random weights, and its ControlNet; returns `folder`."""
+    config = CONFIGURATIONS[version].narrow()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = build_tokenizer(["a", "red", "blue", "circle"], TINY.prompt_tokens)
+        unet = UNet2DConditionModel(**config.unet)
+        parts: dict[str, Any] = {"vae": build_vae(TINY), "unet": unet}
+        for number, text in enumerate(config.texts):
+            suffix = "_2" if number else ""
+            parts["tokenizer" + suffix] = tokenizer
+            parts["text_encoder" + suffix] = build_text_encoder(text, tokenizer, bool(number))
+        parts["scheduler"] = DDIMScheduler.from_config(build_scheduler().config, **config.scheduler)
+        if config.is_xl:
+            pipeline = StableDiffusionXLPipeline(**parts, add_watermarker=False)
+        else:
+            none = {"safety_checker": None, "feature_extractor": None}
+            pipeline = StableDiffusionPipeline(**parts, **none, requires_safety_checker=False)
+        pipeline.save_pretrained(folder)
+        if unet.config.in_channels == 4:
+            channels = TINY.control_channels
+            controlnet = ControlNetModel.from_unet(
+                unet, conditioning_embedding_out_channels=channels
+            )
+            for layer in [*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block]:
+                torch.nn.init.normal_(layer.weight, std=0.1)
+            controlnet.save_pretrained(Path(folder) / "controlnet")
+    return Path(folder)
+
+
+def build_on_meta(version: str) -> tuple[UNet2DConditionModel, AutoencoderKL]:
+    """UNet and VAE of a version in full, without weights."""
+    with torch.device("meta"):
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+        )
+        return UNet2DConditionModel(**CONFIGURATIONS[version].unet), vae

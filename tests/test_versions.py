@@ -1,0 +1,299 @@
+"""Every version of Stable Diffusion: its layers by name, its configuration end to end, its single files."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHAPES_CHECKPOINT
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import SlicedAttnProcessor
+from ldm import write_single_file
+from test_cli import last_line, refusal, run
+
+import util
+from shapes.versions import CONFIGURATIONS, build_narrow, build_on_meta
+from tokenflow.diffusion.checkpoints import check_checkpoint, load, trained_side
+from tokenflow.inversion.source_features import features_shape, tokens_by_layer
+from tokenflow_utils import JointPass, install_tokenflow
+
+CPU = torch.device("cpu")
+# What Plug-and-Play injects, at latents of 64 x 64: tokens and width of each self-attention, by block of the
+# decoder, and the shape of the features.
+INJECTED = {
+    "1 or 2": ({1: [(256, 1280)] * 2, 2: [(1024, 640)] * 3, 3: [(4096, 320)] * 3}, (1280, 16, 16)),
+    "XL": ({0: [(256, 1280)] * 30}, (1280, 16, 16)),
+}
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory):
+    """Narrow random checkpoints by version, each made once."""
+    made = {}
+
+    def of(version: str) -> Path:
+        if version not in made:
+            made[version] = build_narrow(tmp_path_factory.mktemp("narrow") / version, version)
+        return made[version]
+
+    return of
+
+
+@pytest.mark.parametrize("version", CONFIGURATIONS)
+@torch.no_grad()
+def test_layers_of_the_real_configurations(version):
+    """On the meta device: every layer that the code names is there and has the shape that it expects."""
+    unet, _ = build_on_meta(version)
+    config, n = CONFIGURATIONS[version], 1
+    shape = (n, unet.config.in_channels, 64, 64)
+    with torch.device("meta"):
+        arguments = {"encoder_hidden_states": torch.zeros(n, 77, unet.config.cross_attention_dim)}
+        if config.is_xl:
+            pooled = torch.zeros(n, config.texts[1]["projection_dim"])
+            sizes = {"text_embeds": pooled, "time_ids": torch.zeros(n, 6)}
+            arguments["added_cond_kwargs"] = sizes
+        latents = torch.zeros(shape)
+    assert sum(text["hidden_size"] for text in config.texts) == unet.config.cross_attention_dim
+
+    seen, injected, features = {}, {}, []
+    with install_tokenflow(unet):
+        for name, processor in unet.attn_processors.items():
+            if getattr(processor, "injected", False):
+                injected.setdefault(int(name.split(".")[1]), []).append(name)
+    layers = [name for name in unet.attn_processors if name.endswith(".attn1.processor")]
+    for name in layers:
+        layer = unet.get_submodule(name.removesuffix(".processor"))
+        layer.to_q.register_forward_hook(
+            lambda module, args, output, name=name: seen.update({name: tuple(output.shape[1:])})
+        )
+    block = 0 if config.is_xl else 1
+    unet.up_blocks[block].resnets[block].conv2.register_forward_hook(
+        lambda module, args, output: features.append(tuple(output.shape[1:]))
+    )
+    unet(latents, torch.zeros((), device="meta"), **arguments)
+
+    expected, feature_shape = INJECTED["XL" if config.is_xl else "1 or 2"]
+    assert {b: [seen[name] for name in names] for b, names in injected.items()} == expected
+    assert features == [feature_shape] and features_shape(unet, shape) == feature_shape
+    assert {name: tokens for name, (tokens, _) in seen.items()} == tokens_by_layer(unet, shape)
+    assert len(layers) == (70 if config.is_xl else 16)
+
+
+@pytest.mark.parametrize("version", [name for name in CONFIGURATIONS if name != "depth"])
+def test_every_technique(narrow, clip, tmp_path, version):
+    """A checkpoint of exactly the version's keys is inverted, and edited with every technique."""
+    checkpoint = narrow(version)
+    shared = ["--data_path", clip, "--model", checkpoint, "--n_frames", 3, "--dtype", "float32"]
+    flags = ["--H", 64, "--W", 64, "--steps", 2, "--save_steps", 2, "--keyframe_interval", 2]
+    last_line(run("preprocess.py", *shared, *flags, "--inversion_prompt", "a circle", cwd=tmp_path))
+    controls = ["--controlnet", checkpoint / "controlnet"]
+    edits = {"pnp": [], "sdedit": ["--start", 1], "controlnet": controls}
+    for technique, own in edits.items():
+        flags = ["--n_inversion_steps", 2, "--n_timesteps", 2, "--keyframe_interval", 2, *own]
+        script = f"run_tokenflow_{technique}.py"
+        result = run(script, *shared, *flags, "--prompt", "a red circle", cwd=tmp_path)
+        frames = util.load_frames(tmp_path / last_line(result).parent / "frames", range(3))
+        assert frames.shape == (3, 64, 64, 3) and frames.std() > 1
+        if technique != "controlnet":
+            assert "denoised along" not in result.stderr
+
+
+def test_sides_that_versions_were_trained_on(narrow):
+    sides = {version: trained_side(str(narrow(version))) for version in CONFIGURATIONS}
+    assert sides == {"1.5": 512, "2.1": 512, "2.1-768": 768, "depth": 512, "XL": 1024}
+    check_checkpoint(str(narrow("XL")), 96, 96)  # halved five times, not six
+
+
+@torch.no_grad()
+def test_xl_is_told_what_diffusers_tells_it(narrow):
+    """Both text encoders, the pooled embedding, sizes, and zeros for no prompt."""
+    folder = narrow("XL")
+    sd, pipeline = load(str(folder), None, CPU, torch.float32), None
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    tokens, nothing, pooled, no_pooled = pipeline.encode_prompt("a red circle")
+    text, empty = sd.encode_text("a red circle"), sd.encode_text("")
+    assert torch.equal(text.tokens, tokens) and torch.equal(text.pooled, pooled)
+    assert torch.equal(empty.tokens, nothing) and torch.equal(empty.pooled, no_pooled)
+    assert not empty.tokens.any() and not empty.pooled.any()
+
+    latents = torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(0))
+    sizes = torch.tensor([[64, 96, 0, 0, 64, 96.0]])
+    added = {"text_embeds": pooled, "time_ids": sizes}
+    theirs = pipeline.unet(latents, 500, encoder_hidden_states=tokens, added_cond_kwargs=added)[0]
+    torch.testing.assert_close(sd.predict_noise(latents, 500, text), theirs)
+
+
+def test_xl_vae_in_half_precision(narrow):
+    """The VAE of XL overflows in float16; the other networks do not."""
+    sd = load(str(narrow("XL")), None, CPU, torch.float16)
+    assert sd.vae.dtype == torch.float32 and sd.unet.dtype == torch.float16
+    assert sd.encode_frames(np.zeros((1, 64, 64, 3), np.uint8)).isfinite().all()
+    assert load(str(narrow("2.1")), None, CPU, torch.float16).vae.dtype == torch.float16
+
+
+def linked(checkpoint: Path, folder: Path, **scheduler) -> Path:
+    """A copy of a checkpoint whose scheduler has other keys; the weights are links."""
+    folder.mkdir()
+    for path in checkpoint.resolve().iterdir():
+        if path.name == "scheduler":
+            shutil.copytree(path, folder / path.name)
+            file = folder / path.name / "scheduler_config.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | scheduler))
+        else:
+            (folder / path.name).symlink_to(path)
+    return folder
+
+
+def edited(model, clip, cwd, *flags, steps=2) -> tuple[np.ndarray, np.ndarray]:
+    """Frames reconstructed and edited with Plug-and-Play."""
+    shared = ["--data_path", clip, "--model", model, "--n_frames", 3, "--dtype", "float32"]
+    inverting = ["--H", 64, "--W", 64, "--steps", steps, "--save_steps", steps, *flags]
+    editing = ["--n_inversion_steps", steps, "--n_timesteps", steps, "--prompt", "a blue circle"]
+    folders = [
+        last_line(run("preprocess.py", *shared, *inverting, cwd=cwd)).parent,
+        last_line(run("run_tokenflow_pnp.py", *shared, *editing, cwd=cwd)).parent,
+    ]
+    return tuple(util.load_frames(cwd / folder / "frames", range(3)) for folder in folders)
+
+
+@pytest.mark.parametrize("inversion", ["fixed_point", "ddim"])
+def test_epsilon_and_velocity_give_the_same_frames(clip, tmp_path, monkeypatch, inversion):
+    """The same network, once as it is and once made to predict the velocity of what it predicts."""
+    flags = ["--inversion", inversion]
+    as_epsilon = edited(SHAPES_CHECKPOINT, clip, tmp_path, *flags, steps=3)
+    model = linked(SHAPES_CHECKPOINT, tmp_path / "velocity", prediction_type="v_prediction")
+    alphas = load(str(model), None, CPU, torch.float32).scheduler.alphas_cumprod
+    forward = UNet2DConditionModel.forward
+
+    def velocity(self, sample, timestep, *args, **kwargs):
+        output = forward(self, sample, timestep, *args, **kwargs)
+        alpha = alphas[timestep]
+        clean = (sample - (1 - alpha).sqrt() * output.sample) / alpha.sqrt()
+        output.sample = alpha.sqrt() * output.sample - (1 - alpha).sqrt() * clean
+        return output
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", velocity)
+    as_velocity = edited(model, clip, tmp_path, *flags, steps=3)
+    for one, other in zip(as_epsilon, as_velocity, strict=True):
+        assert np.abs(one.astype(int) - other).max() <= 2
+
+
+def test_zero_terminal_snr_from_end_to_end(narrow, clip, tmp_path):
+    """A schedule that ends in pure noise is inverted into, and edited and reconstructed from."""
+    changes = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    model = linked(narrow("2.1-768"), tmp_path / "zero", **changes)
+    reconstructed, frames = edited(model, clip, tmp_path)
+    inversion = tmp_path / "latents/sd_zero/clip/steps_2/nframes_3"
+    assert (inversion / "latents/noisy_latents_999.npy").exists()
+    assert reconstructed.std() > 1 and frames.std() > 1
+    wrong = linked(narrow("2.1"), tmp_path / "wrong", **changes)
+    flags = ["--data_path", clip, "--model", wrong, "--H", 64, "--W", 64, "--n_frames", 1]
+    refusal(run("preprocess.py", *flags, cwd=tmp_path), "pure noise", "epsilon")
+
+
+def beside(folder: Path, path: Path) -> Path:
+    """Write a checkpoint as a single file, and its configuration without weights beside it."""
+    write_single_file(folder, path)
+    for part in folder.iterdir():
+        if part.is_dir() and part.name != "controlnet":
+            shutil.copytree(
+                part,
+                path.with_suffix("") / part.name,
+                ignore=shutil.ignore_patterns("*.safetensors"),
+            )
+    return path
+
+
+@pytest.mark.parametrize(
+    "version, suffix", [("1.5", ".ckpt"), ("2.1", ".safetensors"), ("XL", ".safetensors")]
+)
+def test_single_file_holds_the_same_networks(narrow, tmp_path, version, suffix):
+    file = beside(narrow(version), tmp_path / f"mine{suffix}")
+    ours, theirs = (load(str(p), None, CPU, torch.float32) for p in (file, narrow(version)))
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        if expected := getattr(theirs, part):
+            found = getattr(ours, part).state_dict()
+            assert set(found) == set(expected.state_dict())
+            assert all(torch.equal(found[k], v) for k, v in expected.state_dict().items())
+    assert ours.scheduler.config.prediction_type == theirs.scheduler.config.prediction_type
+
+
+def test_single_file_and_half_variant_edit_like_their_folder(clip, tmp_path):
+    """The miniature checkpoint as a folder, as a single file, and with weights of half precision alone."""
+    expected = edited(SHAPES_CHECKPOINT, clip, tmp_path)
+    file = beside(SHAPES_CHECKPOINT, tmp_path / "single.safetensors")
+    for ours, theirs in zip(edited(file, clip, tmp_path), expected, strict=True):
+        assert np.array_equal(ours, theirs)
+
+    half = linked(SHAPES_CHECKPOINT, tmp_path / "half")
+    for part in ("unet", "vae", "text_encoder"):
+        (half / part).unlink()
+        network = getattr(load(str(SHAPES_CHECKPOINT), None, CPU, torch.float16), part)
+        network.save_pretrained(half / part, variant="fp16")
+    for ours, theirs in zip(edited(half, clip, tmp_path), expected, strict=True):
+        assert np.abs(ours.astype(int) - theirs).mean() < 2
+
+
+class Anything:
+    """What no reader of weights may build."""
+
+
+def test_single_files_that_are_refused(checkpoint, clip, tmp_path):
+    good = beside(checkpoint, tmp_path / "good.ckpt")
+    weights = torch.load(good, weights_only=True)["state_dict"]
+    torch.save({"state_dict": weights, "callback": Anything()}, tmp_path / "code.ckpt")
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    inpainting = weights | {first: torch.zeros(32, 9, 3, 3)}
+    torch.save(inpainting, tmp_path / "inpainting.ckpt")
+    torch.save({"lora_unet_down": torch.zeros(1)}, tmp_path / "lora.ckpt")
+    torch.save(
+        {k: v for k, v in weights.items() if "first_stage" not in k}, tmp_path / "no_vae.ckpt"
+    )
+    shutil.copytree(tmp_path / "good", tmp_path / "no_vae")
+    torch.save({k: v for k, v in weights.items() if "blocks.1.0" not in k}, tmp_path / "part.ckpt")
+    shutil.copytree(tmp_path / "good", tmp_path / "part")
+    shutil.copy(good, tmp_path / "alone.ckpt")
+    (tmp_path / "broken.safetensors").write_bytes(b"no weights")
+    for name, words in {
+        "missing.ckpt": ["no such file"],
+        "code.ckpt": ["could run any program", ".safetensors"],
+        "inpainting.ckpt": ["inpainting with 9 channels", "2.1-768"],
+        "lora.ckpt": ["is no checkpoint of Stable Diffusion", "LoRA"],
+        "no_vae.ckpt": ["no weights of a vae"],
+        "part.ckpt": ["its unet is not of the configuration", "some weights are missing"],
+        "alone.ckpt": ["version 1.5", "beside the file", "alone"],
+        "broken.safetensors": ["is broken"],
+    }.items():
+        flags = ["--data_path", clip, "--model", name, "--H", 64, "--W", 64, "--n_frames", 1]
+        refusal(run("preprocess.py", *flags, cwd=tmp_path), name, *words)
+        assert not (tmp_path / "latents").exists()
+
+
+@torch.no_grad()
+def test_processors_of_others_do_not_undo_ours(sd):
+    """Slicing before the installation changes nothing; what replaces ours later is noticed at once."""
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    text, before = sd.encode_text("a circle").expand(6), dict(sd.unet.attn_processors)
+
+    def joint() -> torch.Tensor:
+        with install_tokenflow(sd.unet) as flow:
+            flow.begin_joint_edit(JointPass([0, 1]), inject_attention=True)
+            return sd.predict_noise(latents.repeat(3, 1, 1, 1), 500, text)
+
+    expected = joint()
+    try:
+        sd.unet.set_attention_slice(1)
+        torch.testing.assert_close(joint(), expected, atol=1e-5, rtol=1e-4)
+        after = sd.unet.attn_processors.values()
+        assert all(isinstance(processor, SlicedAttnProcessor) for processor in after)
+        with install_tokenflow(sd.unet) as flow:
+            flow.begin_joint_edit(JointPass([0, 1]))
+            sd.unet.set_attention_slice(2)
+            with pytest.raises(RuntimeError, match="replaced"):
+                sd.predict_noise(latents.repeat(3, 1, 1, 1), 500, text)
+    finally:
+        sd.unet.set_attn_processor(before)
+    assert torch.equal(joint(), expected)

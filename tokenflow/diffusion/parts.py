@@ -1,0 +1,142 @@
+"""A checkpoint's parts: configurations and weights, from a folder in diffusers layout or from the hub."""
+
+import functools
+import json
+import logging
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from huggingface_hub import constants, model_info, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from safetensors import safe_open
+
+from tokenflow.errors import UserError
+
+HUB_TIMEOUT = 10  # seconds
+
+# diffusers passes a retired argument to the hub, which does not concern the user.
+warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks.*")
+# Files are looked for in two places; `find` reports those that are missing in both.
+diffusers.utils.logging.set_verbosity(logging.CRITICAL)
+diffusers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+
+def load_config(cls: type, model_id: str, subfolder: str | None, *lists: str) -> dict[str, Any]:
+    """The configuration of a checkpoint's part, in which the keys `lists` must hold lists."""
+    config = find(cls.load_config, model_id, subfolder)
+    if not (isinstance(config, dict) and all(isinstance(config.get(key), list) for key in lists)):
+        raise UserError(
+            f"{option_of(subfolder)}: {model_id}: the configuration of its {subfolder or 'network'} is "
+            "broken; copy or download it again"
+        )
+    return config
+
+
+def load_weights(
+    cls: type, model_id: str, subfolder: str | None, dtype: torch.dtype
+) -> torch.nn.Module:
+    """A network from the variant nearest to `dtype`; not every repository has both variants."""
+    half = dtype != torch.float32
+    variants = [{"variant": variant} for variant in (("fp16", None) if half else (None, "fp16"))]
+    key = "dtype" if issubclass(cls, transformers.PreTrainedModel) else "torch_dtype"
+    return find(cls.from_pretrained, model_id, subfolder, variants, **{key: dtype})
+
+
+def find(
+    get: Callable[..., Any],
+    model_id: str,
+    subfolder: str | None,
+    variants: Sequence[dict[str, Any]] = ({},),
+    **options: Any,
+) -> Any:
+    """Call `get` on a checkpoint's part: first on what is on disk, then, if that fails, on the hub."""
+    for local_only in (True, False):
+        if not local_only and not on_hub(model_id):
+            break
+        for variant in variants:
+            where = {"subfolder": subfolder or "", "local_files_only": local_only}
+            try:
+                return get(model_id, **where, **variant, **options)
+            except MemoryError:
+                raise
+            except Exception as error:  # each loader reports a missing file in its own way
+                failure = error
+    option = option_of(subfolder)
+    _refuse_broken(option, _local_folder(model_id, subfolder or ""), failure)
+    part = f" (its {subfolder})" if subfolder else ""
+    if os.path.isdir(model_id):
+        raise UserError(f"{option}: the folder {model_id} holds no such checkpoint{part}")
+    raise UserError(
+        f"{option}: {model_id}{part} is neither a folder nor in {constants.HF_HUB_CACHE}, and cannot be "
+        f"downloaded; check the id and the network, or give --{option} a folder in diffusers layout"
+    )
+
+
+def option_of(subfolder: str | None) -> str:
+    """The option that names a part's checkpoint: only a ControlNet is not in a subfolder."""
+    return "controlnet" if subfolder is None else "model"
+
+
+def _local_folder(model_id: str, subfolder: str) -> Path:
+    """The folder that holds a checkpoint's part, or would hold it."""
+    if os.path.isdir(model_id):
+        return Path(model_id) / subfolder
+    for name in ("config.json", "scheduler_config.json", "tokenizer_config.json"):
+        with suppress(HFValidationError):  # not a valid name of a model
+            cached = try_to_load_from_cache(model_id, f"{subfolder}/{name}".lstrip("/"))
+            if isinstance(cached, str):
+                return Path(cached).parent
+    return Path(constants.HF_HUB_CACHE) / model_id / subfolder
+
+
+def _refuse_broken(option: str, folder: Path, failure: Exception) -> None:
+    """Raise UserError if `folder` holds a part of a checkpoint that cannot be read."""
+    if not os.path.isdir(folder):  # unlike Path.is_dir, takes a name that is too long
+        return
+    files = sorted(path for path in folder.glob("*") if path.is_file())
+    for path in files:
+        if reason := _broken(path):
+            raise UserError(
+                f"{option}: {path} is broken: {reason}; copy or download the checkpoint again"
+            ) from failure
+    if any(path.suffix in (".safetensors", ".bin") for path in files):
+        reason = str(failure).strip().partition("\n")[0]
+        raise UserError(f"{option}: {folder} cannot be loaded: {reason}") from failure
+
+
+def _broken(path: Path) -> str:
+    """Why a file of a checkpoint cannot be read; empty if it can."""
+    try:
+        if path.stat().st_size == 0:
+            return "it is empty"
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+        elif path.suffix == ".safetensors":
+            with safe_open(path, "pt"):
+                pass
+        elif path.suffix == ".bin":
+            torch.load(path, map_location="meta", weights_only=True)
+    except Exception as error:  # each format fails in its own way
+        return str(error).strip().partition("\n")[0] or type(error).__name__
+    return ""
+
+
+@functools.cache
+def on_hub(model_id: str) -> bool:
+    """Whether the hub can be reached and has the model; asked once, without the loaders' retries."""
+    if os.path.isdir(model_id):
+        return False
+    try:
+        model_info(model_id, timeout=HUB_TIMEOUT)
+    except Exception:  # each HTTP client reports a missing network in its own way
+        return False
+    return True

@@ -1,0 +1,153 @@
+"""Checkpoints in a single file: the weights of all networks, in the layout of the original code.
+
+Such a file holds weights and nothing else: no configuration, and no vocabulary. diffusers converts the
+weights, but it takes the rest from a folder or from the hub; no package ships it. So the rest comes from a
+folder in diffusers layout beside the file, or from the hub's repository of the version that the weights are
+of, which is on disk once that version was used.
+"""
+
+import hashlib
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.loaders.single_file_utils import (
+    create_diffusers_clip_model_from_ldm,
+    infer_diffusers_model_type,
+)
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from tokenflow.diffusion.parts import find, load_config
+from tokenflow.errors import UserError
+from tokenflow.versions import VERSIONS
+
+SUFFIXES = (".safetensors", ".ckpt")
+# How the names of a network's weights begin.
+PREFIXES = {
+    "unet": ("model.diffusion_model.",),
+    "vae": ("first_stage_model.", "vae."),
+    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0."),
+    "text_encoder_2": ("conditioner.embedders.1.",),
+}
+FIRST_LAYER = "model.diffusion_model.input_blocks.0.0.weight"
+SAMPLES, SAMPLE_BYTES = 64, 1 << 14  # of a file, which tell it apart
+
+Weights = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """A file of weights, and the folder or hub id in diffusers layout that describes them."""
+
+    path: Path
+    configuration: str
+
+    @classmethod
+    def find(cls, model_id: str, version: str | None = None) -> "SingleFile | None":
+        """The single file that `model_id` names; None if it names no file.
+
+        version: of the versions that have the same weights' layout, the one whose configuration is taken if
+        none lies beside the file. Raises UserError for a file that is missing, broken, or of another layout.
+        """
+        path = Path(model_id)
+        if path.suffix not in SUFFIXES:
+            return None
+        if not path.is_file():
+            raise UserError(f"model: {path}: no such file")
+        weights = read_weights(path)
+        known = _versions_of(path, weights)
+        for folder in (path.with_suffix(""), path.parent):
+            if (folder / "unet" / "config.json").is_file():
+                return cls(path, str(folder))
+        name = version if version in known else known[0]
+        try:
+            load_config(UNet2DConditionModel, VERSIONS[name].model, "unet", "block_out_channels")
+        except UserError as error:
+            raise UserError(
+                f"model: {path} holds weights alone, and the configuration of version {name}, "
+                f"{VERSIONS[name].model}, is neither on disk nor can be downloaded; put a folder of it in "
+                f"diffusers layout beside the file, named {path.stem}"
+            ) from error
+        return cls(path, VERSIONS[name].model)
+
+    @property
+    def identity(self) -> str:
+        """What tells files apart, and how they are understood, without reading them whole."""
+        digest, size = hashlib.blake2b(digest_size=8), self.path.stat().st_size
+        digest.update(str(size).encode())
+        with self.path.open("rb") as file:  # fine-tunes may differ in some layers alone
+            for sample in range(SAMPLES):
+                file.seek(size * sample // SAMPLES)
+                digest.update(file.read(SAMPLE_BYTES))
+        is_beside = Path(self.configuration).is_dir()
+        return digest.hexdigest() + ("" if is_beside else f" as {self.configuration}")
+
+    def network(
+        self, weights: Weights, cls: type, subfolder: str, dtype: torch.dtype
+    ) -> torch.nn.Module:
+        """A network of the file's `weights`. Raises UserError if they are not of its configuration."""
+        if not any(name.startswith(PREFIXES[subfolder]) for name in weights):
+            raise UserError(f"model: {self.path} holds no weights of a {subfolder}")
+        is_text_encoder = issubclass(cls, PreTrainedModel)
+        config = cls.config_class.from_pretrained if is_text_encoder else cls.load_config
+        find(config, self.configuration, subfolder)  # from now on it is on disk
+        where = {"config": self.configuration, "subfolder": subfolder, "local_files_only": True}
+        try:
+            if is_text_encoder:
+                return create_diffusers_clip_model_from_ldm(
+                    cls, weights, torch_dtype=dtype, **where
+                )
+            return cls.from_single_file(weights, torch_dtype=dtype, **where)
+        except MemoryError:
+            raise
+        except Exception as error:  # weights of another configuration fail in many ways
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            if isinstance(error, NotImplementedError):  # of moving what has no data
+                reason = "some weights are missing"
+            raise UserError(
+                f"model: {self.path}: its {subfolder} is not of the configuration "
+                f"{self.configuration}: {reason}"
+            ) from error
+
+
+def read_weights(path: Path) -> Weights:
+    """The weights in a file, by name; only those that are used are read from disk. Raises UserError."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        options = {"map_location": "cpu", "weights_only": True, "mmap": zipfile.is_zipfile(path)}
+        weights = torch.load(path, **options)
+        while "state_dict" in weights:
+            weights = weights["state_dict"]
+        return weights
+    except MemoryError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"model: {path} holds more than weights, and reading it could run any program; "
+            "use a .safetensors file of the same checkpoint"
+        ) from error
+    except Exception as error:  # each format fails in its own way
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(f"model: {path} is broken: {reason}; copy or download it again") from error
+
+
+def _versions_of(path: Path, weights: Weights) -> list[str]:
+    """The names of the versions that have weights of this layout. Raises UserError if there are none."""
+    if FIRST_LAYER not in weights:
+        raise UserError(
+            f"model: {path} is no checkpoint of Stable Diffusion: it lacks {FIRST_LAYER} "
+            "(a LoRA or a part of a checkpoint cannot stand for the whole)"
+        )
+    layout, channels = infer_diffusers_model_type(weights), weights[FIRST_LAYER].shape[1]
+    found = [n for n, v in VERSIONS.items() if (v.layout, v.channels) == (layout, channels)]
+    if not found:
+        raise UserError(
+            f"model: {path} has the layout {layout} with {channels} channels, which is that of none of "
+            f"{', '.join(VERSIONS)}"
+        )
+    return found

@@ -1,0 +1,85 @@
+"""The layouts of UNets that TokenFlow knows, and where Plug-and-Play injects into each.
+
+Plug-and-Play (Tumanyan et al., arXiv 2211.12572) injects into Stable Diffusion 1 and 2 the queries and keys
+of all self-attentions of the decoder except the first (the paper's layers 4-11), and the output of one
+residual block of the decoder (its layer 4).
+
+Stable Diffusion XL has three resolutions instead of four, and no attention at the first. What is injected
+there follows Ctrl-X (Lin et al., arXiv 2406.07540; `ctrl_x/utils/sdxl.py` of github.com/genforce/ctrl-x),
+whose authors evaluated it on XL: the queries and keys of all self-attentions at the decoder's lowest
+resolution, and the features of its first residual block, which Ctrl-X takes after the shortcut and this
+code before it, as Plug-and-Play does. No weights of XL were at hand, so the choice has not been measured
+here.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What TokenFlow depends on in a UNet.
+
+    required: the keys of diffusers' configuration that make a UNet one of this layout, and their values.
+    injected_attention: matches the names of the self-attentions that Plug-and-Play injects into.
+    injected_resnet: the indices of the decoder's block and of its residual block likewise.
+    """
+
+    name: str
+    required: Mapping[str, Any]
+    injected_attention: re.Pattern
+    injected_resnet: tuple[int, int]
+
+    def mismatch(self, config: Mapping[str, Any]) -> str:
+        """In which key a UNet's configuration is not of this layout; empty if it is."""
+        for key, expected in self.required.items():
+            if (found := as_json(config.get(key))) != expected:
+                return f"{key} is {found}, not {expected}"
+        return ""
+
+
+LAYOUTS = (
+    Layout(
+        "Stable Diffusion 1 or 2",
+        {
+            "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+            "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+            "layers_per_block": 2,
+            "addition_embed_type": None,
+            "class_embed_type": None,
+        },
+        re.compile(r"up_blocks\.(1\.attentions\.[12]|[23]\.attentions\.\d+)\."),
+        (1, 1),
+    ),
+    Layout(
+        "Stable Diffusion XL",
+        {
+            "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
+            "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
+            "layers_per_block": 2,
+            "addition_embed_type": "text_time",
+            "class_embed_type": None,
+        },
+        re.compile(r"up_blocks\.0\.attentions\.\d+\."),
+        (0, 0),
+    ),
+)
+
+
+def layout_of(config: Mapping[str, Any]) -> Layout:
+    """The layout of a UNet with this configuration. Raises ValueError, which says why it is none of them."""
+    mismatches = {layout.name: layout.mismatch(config) for layout in LAYOUTS}
+    for layout in LAYOUTS:
+        if not mismatches[layout.name]:
+            return layout
+    levels = len(config.get("down_block_types") or ())
+    nearest = LAYOUTS[1] if levels == len(LAYOUTS[1].required["down_block_types"]) else LAYOUTS[0]
+    names = ", ".join(layout.name for layout in LAYOUTS)
+    raise ValueError(f"its layout is none of {names}: {mismatches[nearest.name]}")
+
+
+def as_json(value: Any) -> Any:
+    """A value of a configuration as JSON stores it."""
+    return list(value) if isinstance(value, tuple) else value
