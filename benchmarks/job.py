@@ -123,7 +123,8 @@ class Job:
             if denoiser is TokenFlowDenoiser and self.config.consensus_count:
                 steps = len(technique.schedule.timesteps), self.config.consensus_count
                 fusion = self._fusion(DISTANCES, folder, processes)
-                consensus = Consensus(self.sd, fusion, consensus_steps(*steps))
+                steps = consensus_steps(*steps)
+                consensus = Consensus.of(self.sd, fusion, steps, self.clean.shape)
                 edit = dataclasses.replace(edit, consensus=consensus)
             checkpoint = EditCheckpoint(folder, self.clean.shape, processes)
             steps = last(denoise(edit, checkpoint, denoiser))

@@ -1,14 +1,20 @@
 """Consensus and fusion: averages along the motion of the source."""
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from reference import fused_by_hand
+from test_tokenflow import edit_of, source_of, video_of
 
 from tokenflow.editing.consensus import consensus_steps
 from tokenflow.editing.fusion import Fusion
+from tokenflow.editing.run import denoise
 from tokenflow.motion import fused, reliability, warped
 from tokenflow.runtime.distributed import Processes
+from tokenflow.runtime.edit_checkpoint import EditCheckpoint
 
 CPU = torch.device("cpu")
 
@@ -81,3 +87,38 @@ def test_consensus_comes_late():
     assert consensus_steps(50, 3) == {30, 37, 45}
     assert consensus_steps(50, 0) == set()
     assert consensus_steps(3, 10) == {1, 2}
+
+
+class Nudge:
+    """In place of a `Consensus` after the last step: moves all clean latents by one half."""
+
+    steps = frozenset({9})
+
+    def __init__(self):
+        self.noted = torch.empty(7, 4, 16, 16)
+
+    def note(self, frames, clean):
+        self.noted[frames] = clean
+
+    def corrections(self, size):
+        for frames in torch.arange(7).split(size):
+            yield frames, torch.full((len(frames), 4, 16, 16), 0.5)
+
+
+@torch.no_grad()
+def test_a_consensus_moves_the_clean_latents(sd, tmp_path):
+    source, latents = video_of(7)
+    edit, nudge = edit_of(sd, source_of(source), latents), Nudge()
+    before, plain, moved = (torch.empty(7, 4, 16, 16) for _ in range(3))
+    for consensus, result in ((None, plain), (nudge, moved)):
+        folder = tmp_path / str(consensus is None)
+        checkpoint = EditCheckpoint(folder, latents.shape, Processes(CPU))
+        for done in denoise(replace(edit, consensus=consensus), checkpoint):
+            if done == 9:
+                before[:] = checkpoint.latents(9)[torch.arange(7)]
+        result[:] = checkpoint.latents(10)[torch.arange(7)]
+    last, end = edit.technique.schedule.alphas[-2:]
+    torch.testing.assert_close(moved, plain + 0.5 * math.sqrt(end))
+    noise = (before - math.sqrt(last) * nudge.noted) / math.sqrt(1 - last)
+    expected = math.sqrt(end) * nudge.noted + math.sqrt(1 - end) * noise
+    torch.testing.assert_close(plain, expected, atol=1e-4, rtol=1e-4)
