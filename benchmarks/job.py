@@ -123,8 +123,7 @@ class Job:
             if denoiser is TokenFlowDenoiser and self.config.consensus_count:
                 steps = len(technique.schedule.timesteps), self.config.consensus_count
                 fusion = self._fusion(DISTANCES, folder, processes)
-                steps = consensus_steps(*steps)
-                consensus = Consensus.of(self.sd, fusion, steps, self.clean.shape)
+                consensus = Consensus(self.sd, fusion, consensus_steps(*steps))
                 edit = dataclasses.replace(edit, consensus=consensus)
             checkpoint = EditCheckpoint(folder, self.clean.shape, processes)
             steps = last(denoise(edit, checkpoint, denoiser))

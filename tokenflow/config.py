@@ -268,7 +268,7 @@ class EditConfig(ModelConfig):
     )
     consensus: int | None = option(
         "how often, in the last 40 % of the steps, predicted clean frames are averaged along the source's "
-        "motion, which is steadier; None: 3 times, but 0 (never) with propagation previous, as published",
+        "motion, which is steadier; None: twice, but 0 (never) with propagation previous, as published",
         None,
         low=0,
         high=10,
@@ -310,7 +310,7 @@ class EditConfig(ModelConfig):
     @property
     def consensus_count(self) -> int:
         """How often the frames' predictions are averaged."""
-        default = 3 if self.propagation == "flanking" else 0
+        default = 2 if self.propagation == "flanking" else 0
         return default if self.consensus is None else self.consensus
 
     @property

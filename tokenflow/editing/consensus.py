@@ -2,18 +2,18 @@
 
 TokenFlow's propagation aligns the features of neighbouring frames, token by token; over more frames, details
 drift. Here, after a few of the later steps, the predictions of the clean video are decoded, each frame is
-averaged with its neighbours along the motion of the source, and the average takes the prediction's place. The
-steps that follow sharpen it again, which is what a fusion of the finished frames lacks.
+averaged with its neighbours along the motion of the source, and the latents are moved by what that changes.
+The steps that follow sharpen the average again, which a fusion of the finished frames could not.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.fusion import Fusion
-from tokenflow.runtime.frame_array import FrameArray
 
 # The first and the last consensus, as shares of the steps: before, predictions are too vague to be aligned,
 # and after, too few steps are left to sharpen them.
@@ -24,39 +24,28 @@ DISTANCES = (3, 6, 9, 12)
 
 @dataclass(frozen=True)
 class Consensus:
-    """Draws frames towards each other after some `steps` (counted from 0) of an edit.
-
-    clean: the predicted clean latents (N, 4, h, w), in a file for all processes.
-    """
+    """Draws frames towards each other after some `steps` (counted from 0) of an edit."""
 
     sd: StableDiffusion
     fusion: Fusion
     steps: frozenset[int]
-    clean: FrameArray
-
-    @classmethod
-    def of(
-        cls, sd: StableDiffusion, fusion: Fusion, steps: frozenset[int], shape: tuple[int, ...]
-    ) -> "Consensus":
-        """The consensus of an edit whose latents have that shape (N, 4, h, w)."""
-        clean = FrameArray(fusion.folder / "clean.npy")
-        if fusion.processes.is_main:
-            FrameArray.create(clean.path, shape, torch.float32)
-        fusion.processes.wait()
-        return cls(sd, fusion, steps, clean)
 
     def note(self, frames: torch.Tensor, clean: torch.Tensor) -> None:
         """Take the predicted clean latents (n, 4, h, w) of the frames (n,)."""
-        self.clean[frames] = clean
         self.fusion.put(frames, self.sd.decode_latents(clean))
 
     def corrections(self, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield frames (n,), at most `size` at once, and what moves their clean latents: (n, 4, h, w)."""
+        """Yield frames (n,), at most `size` at once, and what moves their clean latents: (n, 4, h, w).
+
+        The VAE's own error cancels out, since both the prediction and the average pass it; without that,
+        textures blur.
+        """
         fusion = self.fusion
         fusion.processes.wait()  # until all have noted their predictions
         for frames in fusion.processes.share(torch.arange(fusion.n_frames).split(size)):
-            agreed = self.sd.encode_frames(fusion.fused(frames, self.sd.device))
-            yield frames, agreed - self.clean[frames]
+            fused, predicted = fusion.fused(frames, self.sd.device), fusion.pictures[frames].numpy()
+            agreed, before = self.sd.encode_frames(np.concatenate([fused, predicted])).chunk(2)
+            yield frames, agreed - before
 
 
 def consensus_steps(n_steps: int, count: int) -> frozenset[int]:

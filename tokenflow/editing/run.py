@@ -225,8 +225,7 @@ class EditRun:
         if not self.config.consensus_count:
             return None
         steps = consensus_steps(n_steps, self.config.consensus_count)
-        shape = self.n_frames, *self.inversion.latents(CLEAN).shape[1:]
-        return Consensus.of(self.sd, self._near_and_far, steps, shape)
+        return Consensus(self.sd, self._near_and_far, steps)
 
     def _mask(self) -> Mask | None:
         """The mask, written to a file for all processes."""
