@@ -9,6 +9,7 @@ and of the ideal edit with a brightness that flickers. Writes a table (Markdown 
 
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 
@@ -54,8 +55,9 @@ def _measure(clip: Clip, gap: int) -> dict[str, float]:
 
 def main() -> None:
     """Measure, write the table, and print it."""
-    args = benchmark_parser(__doc__, "runs/flow").parse_args()
-    args.json = None
+    parser = benchmark_parser(__doc__, "runs/flow")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     rows = accuracy(N_CLIPS, N_FRAMES)
     names = list(rows[0])

@@ -21,6 +21,7 @@ import util
 from tokenflow.cli import build
 from tokenflow.config import ControlNetConfig, PnPConfig, PreprocessConfig, SDEditConfig
 from tokenflow.errors import UserError
+from tokenflow.evaluation.config import EvaluateConfig
 from tokenflow.metrics import frame_psnr
 
 ROOT = Path(__file__).parent.parent
@@ -413,6 +414,12 @@ def test_numbers_are_bounded(cls):
     for f in numbers:
         with pytest.raises(UserError, match=f"{f.name}: .* must be between"):
             build(cls, {**needed, f.name: "9" * 30})
+
+
+def test_shipped_evaluation_is_the_default():
+    written = yaml.safe_load((ROOT / "configs" / "config_evaluate.yaml").read_text())
+    assert set(written) == {f.name for f in fields(EvaluateConfig)}
+    assert build(EvaluateConfig, written | {"edits": ["a"]}) == EvaluateConfig(edits=("a",))
 
 
 def test_help_names_every_option(tmp_path):

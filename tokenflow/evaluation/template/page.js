@@ -84,22 +84,23 @@ class Player {
     this.onFrame(this.frame);
   }
 
-  /** Play all videos; whichever is ahead of the slowest runs slower, or not at all, until it is not. */
+  /** Play all videos; the further one is ahead of the slowest, the slower it runs. */
   async run(goesOn) {
     const { fps, n_frames } = this.entry;
-    const begin = () => Promise.all(this.videos.map((video) => video.play())).catch(() => {});
-    await begin();
+    const begin = () => this.videos.forEach((video) => video.play().catch(() => {}));
+    begin();
     while (goesOn()) {
       const time = Math.min(...this.videos.map((video) => video.currentTime));
       this.at(Math.min(this.last, Math.floor(time * fps)));
       for (const video of this.videos) {
         const ahead = (video.currentTime - time) * fps; // frames
-        video.playbackRate = ahead < 0.1 ? this.speed : this.speed * Math.max(0, 1 - 2 * ahead);
+        // No stronger: on a busy machine this comes late, and would overshoot.
+        video.playbackRate = this.speed * Math.max(0, 1 - ahead / 4);
       }
       if (time * fps >= n_frames || this.videos.some((video) => video.ended)) {
         for (const video of this.videos) video.pause();
         await this.goTo(0);
-        if (goesOn()) await begin();
+        if (goesOn()) begin();
       }
       await new Promise(requestAnimationFrame);
     }
