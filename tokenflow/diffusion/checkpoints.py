@@ -57,14 +57,17 @@ def check_checkpoint(
 
 
 def trained_side(model_id: str, version: str | None = None) -> int:
-    """The height and width of the frames that a checkpoint was trained on, in pixels: 512, 768 or 1024."""
+    """The larger side of the frames that a checkpoint was trained on, in pixels: 512, 768 or 1024."""
     where = _configuration(model_id, version)
     unet = load_config(UNet2DConditionModel, where, "unet", "block_out_channels")
     vae = load_config(AutoencoderKL, where, "vae", "block_out_channels")
-    side = unet.get("sample_size") or 0
-    if not isinstance(side, int):
-        raise UserError(f"{model_id}: the sample_size of its UNet is {side}, no whole number")
-    return max(SMALLEST_SIDE, side * 2 ** (len(vae["block_out_channels"]) - 1))
+    found = unet.get("sample_size") or 0
+    sides = found if isinstance(found, list) else [found]
+    if not all(isinstance(side, int) for side in sides):
+        raise UserError(
+            f"{model_id}: the sample_size of its UNet is {found}, no whole number; use --H and --W"
+        )
+    return max(SMALLEST_SIDE, *(side * 2 ** (len(vae["block_out_channels"]) - 1) for side in sides))
 
 
 def checkpoint_identity(model_id: str, version: str | None = None) -> str:

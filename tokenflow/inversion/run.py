@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -63,8 +63,8 @@ def open_inversion(config: PreprocessConfig) -> Iterator["InversionRun"]:
 
     Everything that can be checked is checked first. The inversion appears on disk when the block ends.
     """
-    side = trained_side(config.model_id, config.sd_version)
-    config = replace(config, H=config.H or side, W=config.W or side)
+    side = partial(trained_side, config.model_id, config.sd_version)
+    config = replace(config, H=config.H or side(), W=config.W or side())
     check_checkpoint(config.model_id, config.H, config.W, config.sd_version)
     schedule, editing = schedules(config)
     device, dtype = choose_device(config.device, config.dtype)
