@@ -1,7 +1,7 @@
 """What figures say in words: what is good, what is poor, and which option to change.
 
-The thresholds are rules of thumb, not measurements: they were set so that the figures of docs/benchmarks.md
-and what is seen in those clips agree. A floor that is poor itself, such as a noisy source, never makes an
+The thresholds are rules of thumb, chosen with the figures of docs/benchmarks.md in view, and not measurements.
+A floor that is poor itself, such as a noisy source, never makes an
 edit poor.
 """
 
