@@ -45,10 +45,10 @@ def option(
     aliases: Mapping[str, str] = types.MappingProxyType({}),
     none: str = "None",
 ) -> Any:
-    """A dataclass field that is also a YAML key and a flag.
+    """A dataclass field that is also a YAML key and a flag; of a field that is a tuple, each takes a list.
 
     `low` and `high` are inclusive; `aliases` are other spellings of the choices; `none` is how a user
-    spells None.
+    spells None, or an empty tuple.
     """
     metadata = {"help": help, "low": low, "high": high, "choices": choices, "aliases": aliases}
     metadata["none"] = none
@@ -160,13 +160,14 @@ def _parse_flags(
         if f.metadata["choices"]:
             help += f"; one of {', '.join(f.metadata['choices'])}"
         if f.default is not MISSING:
-            help += f" (default: {f.metadata['none'] if f.default is None else f.default})"
+            help += f" (default: {spelt(f.default, f)})"
+        several = {"nargs": "+"} if is_list(f) else {}
         parser.add_argument(
             f"--{f.name}",
             default=argparse.SUPPRESS,
             metavar="X",
             help=help.replace("%", "%%"),
-            **({"nargs": "?", "const": "true"} if f.type is bool else {}),
+            **({"nargs": "?", "const": "true"} if f.type is bool else several),
         )
     flags, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -196,13 +197,36 @@ def _nearest(key: str, known: Iterable[str]) -> str:
     return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(known)}"
 
 
+def is_list(f: Field) -> bool:
+    """Whether field `f` takes one or several values."""
+    return typing.get_origin(f.type) is tuple
+
+
+def spelt(value: Any, f: Field) -> str:
+    """A value of field `f` as a user writes it in a flag."""
+    if value is None or value == ():
+        return f.metadata["none"]
+    return " ".join(map(str, value)) if is_list(f) else str(value)
+
+
 def _convert(f: Field, value: Any) -> Any:
     """Convert a value from YAML, or the text of a flag, to the type of field `f`."""
-    kind, optional = f.type, isinstance(f.type, types.UnionType)
-    if optional:
-        if value is None or value in ("", "None", "null", f.metadata["none"]):
-            return None
-        kind = typing.get_args(f.type)[0]
+
+    def is_none(value: Any) -> bool:
+        return value is None or value in ("", "None", "null", f.metadata["none"])
+
+    if is_list(f):
+        values = value if isinstance(value, list) else [value]
+        if len(values) == 1 and is_none(values[0]):
+            return ()
+        return tuple(_convert_one(f, typing.get_args(f.type)[0], item) for item in values)
+    if isinstance(f.type, types.UnionType):
+        return None if is_none(value) else _convert_one(f, typing.get_args(f.type)[0], value)
+    return _convert_one(f, f.type, value)
+
+
+def _convert_one(f: Field, kind: type, value: Any) -> Any:
+    """Convert one value of field `f` to `kind`."""
     wrong = UserError(f"{f.name}: {value!r} is not {_KINDS[kind]}")
     if kind is bool:
         if str(value).lower() not in ("true", "false"):

@@ -60,6 +60,13 @@ class ModelConfig:
         "device, and the others are in main memory",
         False,
     )
+    clip_skip: int = option(
+        "layers of the text encoder that are left out at its end; edits need the clip_skip of their "
+        "inversion (the web interfaces count one more: their clip skip 2 is 1 here)",
+        0,
+        low=0,
+        high=22,
+    )
     seed: int = option(
         "seed of all random draws: which frames are keyframes, and the noise of SDEdit without "
         "use_ddim_noise; kept source features serve only edits with the seed of preprocess.py",

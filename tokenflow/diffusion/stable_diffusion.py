@@ -12,6 +12,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from tokenflow.diffusion.control import Control
 from tokenflow.diffusion.ddim import check_finite
+from tokenflow.errors import UserError
 from tokenflow.runtime.transfer import to_device
 
 # Of several frames in one pass of the VAE, which works at full resolution and needs the most memory.
@@ -32,17 +33,38 @@ class StableDiffusion:
     controlnet: ControlNetModel | None
     device: torch.device
     dtype: torch.dtype
+    clip_skip: int = 0  # layers of the text encoder that are left out at its end
+
+    def __post_init__(self) -> None:
+        layers = self.text_encoder.config.num_hidden_layers
+        if self.clip_skip >= layers:
+            raise UserError(
+                f"clip_skip: {self.clip_skip}, but the text encoder has {layers} layers in all; "
+                f"use at most {layers - 1}"
+            )
 
     @torch.no_grad()
     def encode_text(self, prompt: str) -> torch.Tensor:
-        """Embedding (1, l, d) of a prompt, cut or padded to the tokenizer's length."""
+        """Embedding (1, l, d) of a prompt, cut or padded to the tokenizer's length.
+
+        A prompt that is cut is logged, with the words that are lost.
+        """
         length = self.tokenizer.model_max_length
-        if len(self.tokenizer(prompt).input_ids) > length:
-            log.warning("only the first %d tokens of the prompt are used: %r", length, prompt)
+        if cut := words_cut(self.tokenizer, prompt):
+            log.warning(
+                "warning: the prompt is longer than %d tokens; this end of it is cut off: %r",
+                length,
+                cut,
+            )
         tokens = self.tokenizer(
             prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
-        return self.text_encoder(tokens.input_ids.to(self.device))[0]
+        encoded = self.text_encoder(tokens.input_ids.to(self.device), output_hidden_states=True)
+        if not self.clip_skip:
+            return encoded.last_hidden_state
+        # As diffusers skips layers: the layer norm that follows the last layer follows an earlier one.
+        skipped_to = encoded.hidden_states[-(self.clip_skip + 1)]
+        return self.text_encoder.final_layer_norm(skipped_to)
 
     @torch.no_grad()
     def encode_frames(self, frames: np.ndarray) -> torch.Tensor:
@@ -120,6 +142,13 @@ class StableDiffusion:
             "down_block_additional_residuals": [scale * residual for residual in down],
             "mid_block_additional_residual": scale * mid,
         }
+
+
+def words_cut(tokenizer: CLIPTokenizer, prompt: str) -> str:
+    """The end of a prompt that is beyond the tokenizer's length; empty if all of it fits."""
+    spans = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+    kept = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
+    return prompt[spans[kept][0] :] if len(spans) > kept else ""
 
 
 def vae_batch_size(height: int, width: int) -> int:

@@ -124,7 +124,8 @@ class EditRun:
         config = self.config
         log.info("loading %s on %s in %s", config.model_id, self.device, self.dtype)
         controlnet = config.controlnet_id if isinstance(config, ControlNetConfig) else None
-        return load(config.model_id, controlnet, self.device, self.dtype, config.cpu_offload)
+        sd = load(config.model_id, controlnet, self.device, self.dtype, config.cpu_offload)
+        return replace(sd, clip_skip=config.clip_skip)
 
     def latents(self, name: str) -> LatentsOf:
         """The function from frames (n,) to the inversion's latents (n, 4, h, w) of that name."""

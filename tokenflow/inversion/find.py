@@ -55,6 +55,7 @@ def preprocess_command(config: EditConfig, like: dict | None = None) -> str:
         "save_dir": config.latents_path,
         "sd_version": config.sd_version,
         "model": config.model,
+        "clip_skip": config.clip_skip or None,
         "controlnet": config.controlnet_id if isinstance(config, ControlNetConfig) else None,
         "inversion_prompt": "what the video shows",
     }
@@ -94,6 +95,11 @@ def _check_fits(config: EditConfig, inversion: Inversion, timesteps: tuple[int, 
     if checkpoint_identity(config.model_id) != manifest.checkpoint:
         raise UserError(
             f"the latents in {folder} are of another model, {inverted['model']}; {remedy}"
+        )
+    if config.clip_skip != (skipped := inverted.get("clip_skip", 0)):
+        raise UserError(
+            f"clip_skip: {config.clip_skip}, but the latents in {folder} were computed with {skipped}; "
+            f"use that, or {remedy}"
         )
     missing = [t for t in timesteps if t not in manifest.timesteps]
     if missing:

@@ -186,7 +186,8 @@ class InversionRun:
         config = self.config
         log.info("loading %s on %s in %s", config.model_id, self.device, self.dtype)
         controlnet = config.controlnet_id
-        return load(config.model_id, controlnet, self.device, self.dtype, config.cpu_offload)
+        sd = load(config.model_id, controlnet, self.device, self.dtype, config.cpu_offload)
+        return replace(sd, clip_skip=config.clip_skip)
 
     def noise_predictor(self, prompt: str) -> VideoNoisePredictor:
         """A predictor of the noise of the video's frames under a prompt."""
