@@ -147,7 +147,7 @@ def loaded(args: argparse.Namespace) -> StableDiffusion:
     """The checkpoint, in a process that has its share of the machine's cores."""
     torch.set_num_threads(max(1, os.cpu_count() // args.workers))
     device, dtype = choose_device(args.device, args.dtype)
-    return load(str(args.model), str(args.model / "controlnet"), device, dtype)
+    return load(str(args.model), [str(args.model / "controlnet")], device, dtype)
 
 
 def mean(rows: list[dict]) -> dict[str, float]:

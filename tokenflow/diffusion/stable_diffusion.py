@@ -2,12 +2,14 @@
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, MultiControlNetModel, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from tokenflow.diffusion.control import Control
@@ -30,10 +32,11 @@ class StableDiffusion:
     text_encoder: CLIPTextModel
     unet: UNet2DConditionModel
     scheduler: DDIMScheduler
-    controlnet: ControlNetModel | None
+    controlnet: MultiControlNetModel | None
     device: torch.device
     dtype: torch.dtype
     clip_skip: int = 0  # layers of the text encoder that are left out at its end
+    adapted: tuple[torch.nn.Module, ...] = ()  # networks that LoRAs change
 
     def __post_init__(self) -> None:
         layers = self.text_encoder.config.num_hidden_layers
@@ -42,6 +45,17 @@ class StableDiffusion:
                 f"clip_skip: {self.clip_skip}, but the text encoder has {layers} layers in all; "
                 f"use at most {layers - 1}"
             )
+
+    @contextmanager
+    def original(self) -> Iterator[None]:
+        """The networks without LoRAs while the block lasts, as the source was inverted."""
+        for network in self.adapted:
+            network.disable_adapters()
+        try:
+            yield
+        finally:
+            for network in self.adapted:
+                network.enable_adapters()
 
     @torch.no_grad()
     def encode_text(self, prompt: str) -> torch.Tensor:
@@ -94,23 +108,35 @@ class StableDiffusion:
         return n_frames, self.vae.config.latent_channels, height // factor, width // factor
 
     @property
+    def takes_depth(self) -> bool:
+        """Whether the UNet takes the depth of each frame beside its latents."""
+        return self.unet.config.in_channels > self.vae.config.latent_channels
+
+    @property
     def _pixels_of_latent(self) -> int:
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def to_images(self, frames: np.ndarray) -> torch.Tensor:
-        """Uint8 frames (n, H, W, 3) as images (n, 3, H, W) in [0, 1], as the networks take them."""
-        images = torch.from_numpy(frames).permute(0, 3, 1, 2)
+        """Uint8 frames (..., H, W, 3) as images (..., 3, H, W) in [0, 1], as the networks take them."""
+        images = torch.from_numpy(frames).movedim(-1, -3)
         return to_device(images, self.device).to(self.dtype) / 255
 
     @torch.no_grad()
     def predict_noise(
-        self, latents: torch.Tensor, t: int, text: torch.Tensor, control: Control | None = None
+        self,
+        latents: torch.Tensor,
+        t: int,
+        text: torch.Tensor,
+        control: Control | None = None,
+        depth: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The noise (n, 4, h, w) that the UNet predicts in `latents` (n, 4, h, w); fp32 on their device.
 
-        text: (n, l, d). control: condition of the ControlNet, whose residuals are added in the UNet.
+        text: (n, l, d). control: condition of the ControlNets, whose residuals are added in the UNet.
+        depth: (n, 1, h, w) in [-1, 1], if `takes_depth`.
         """
-        model_input = to_device(latents, self.device, self.dtype)
+        model_input = latents if depth is None else torch.cat([latents, depth.to(latents)], dim=1)
+        model_input = to_device(model_input, self.device, self.dtype)
         # Created on the device, while a number would be copied there.
         timestep = torch.full((), t, device=self.device)
         residuals = (
@@ -130,18 +156,16 @@ class StableDiffusion:
         text: torch.Tensor,
         control: Control,
     ) -> dict[str, Any]:
-        scale = to_device(control.scale, self.device, self.dtype)[:, None, None, None]
+        scales = to_device(control.scales, self.device, self.dtype)[..., None, None, None]
         down, mid = self.controlnet(
             model_input,
             timestep,
             encoder_hidden_states=text,
             controlnet_cond=control.images,
+            conditioning_scale=scales,
             return_dict=False,
         )
-        return {
-            "down_block_additional_residuals": [scale * residual for residual in down],
-            "mid_block_additional_residual": scale * mid,
-        }
+        return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
 
 
 def words_cut(tokenizer: CLIPTokenizer, prompt: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -15,21 +16,36 @@ from tokenflow.cli import dump
 from tokenflow.config import ControlNetConfig, EditConfig
 from tokenflow.contact_sheet import contact_sheet, moments
 from tokenflow.diffusion.checkpoints import check_checkpoint, choose_device, load, load_scheduler
-from tokenflow.diffusion.control import CannyEdges
+from tokenflow.diffusion.control import Conditions
 from tokenflow.diffusion.ddim import Schedule, check_finite, ddim_step
+from tokenflow.diffusion.lora import lora_identity, with_loras
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.denoiser import Denoiser, Edit, Source, TokenFlowDenoiser, keyframe_schedule
 from tokenflow.editing.techniques import LatentsOf, Technique
 from tokenflow.errors import DamagedError, UserError
 from tokenflow.inversion.files import CLEAN, Inversion, noisy
 from tokenflow.inversion.find import find_inversion, preprocess_command
+from tokenflow.inversion.source_frames import (
+    DEPTH_VIDEO,
+    FrameChoice,
+    check_conditions,
+    control_identity,
+    find_conditions,
+    write_depth_video,
+)
 from tokenflow.runtime.digests import check, seal
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.edit_checkpoint import EditCheckpoint
 from tokenflow.runtime.frame_array import FrameArray
 from tokenflow.runtime.run_folder import locked, partial_path, remove, run_folder, staged
 from tokenflow_utils import SourceFeatures
-from util import load_frames, save_frames, write_image, write_video, write_video_from_folders
+from util import (
+    load_frames,
+    save_frames,
+    write_image,
+    write_video,
+    write_video_from_folders,
+)
 
 log = logging.getLogger("tokenflow")
 
@@ -46,11 +62,16 @@ def open_edit(config: EditConfig, technique: str) -> Iterator["EditRun"]:
     schedule = Schedule.of(load_scheduler(config.model_id), config.n_timesteps)
     inversion, n_frames = find_inversion(config, schedule.timesteps)
     device, dtype = choose_device(config.device, config.dtype)
+    files = [lora_identity(lora) for lora in config.lora]
+    if isinstance(config, ControlNetConfig):
+        check_conditions(config, FrameChoice.of(inversion.manifest.config), n_frames)
+        files += [control_identity(config)] if config.control_path else []
     processes = Processes(device)
 
     name = f"{technique}_{Path(config.data_path).stem}"
     chosen = replace(config, resume=True, overwrite=False)  # these two do not change the edit
     identity = f"{dump(chosen)}# of the inversion {json.dumps(inversion.manifest.identity)}\n"
+    identity += "".join(f"# of the file {identity}\n" for identity in files)
     with ExitStack() as held:
         with processes.main_first():
             folder = held.enter_context(run_folder(Path(config.output_path), name, identity))
@@ -123,9 +144,9 @@ class EditRun:
         """The checkpoint, loaded when it is first needed."""
         config = self.config
         log.info("loading %s on %s in %s", config.model_id, self.device, self.dtype)
-        controlnet = config.controlnet_id if isinstance(config, ControlNetConfig) else None
-        sd = load(config.model_id, controlnet, self.device, self.dtype, config.cpu_offload)
-        return replace(sd, clip_skip=config.clip_skip)
+        controlnets = config.controlnet_ids if isinstance(config, ControlNetConfig) else ()
+        sd = load(config.model_id, controlnets, self.device, self.dtype, config.cpu_offload)
+        return with_loras(replace(sd, clip_skip=config.clip_skip), config.lora, config.lora_scales)
 
     def latents(self, name: str) -> LatentsOf:
         """The function from frames (n,) to the inversion's latents (n, 4, h, w) of that name."""
@@ -139,7 +160,8 @@ class EditRun:
     @property
     def source(self) -> Source:
         """What the inversion knows about the source, with its features if they fit this edit."""
-        alone = Source(self.n_frames, self._source_latents)
+        depth = self.inversion.depth.__getitem__ if self.sd.takes_depth else None
+        alone = Source(self.n_frames, self._source_latents, depth=depth)
         if missed := self._why_no_features():
             log.info("the source is denoised along with the edit: %s", missed)
             return alone
@@ -155,22 +177,28 @@ class EditRun:
             return alone
         return replace(alone, features=self._source_features)
 
-    def find_edges(self) -> None:
-        """Find the Canny edges of all frames, which condition the ControlNet, and show them as a video."""
+    def find_conditions(self) -> None:
+        """Find what the ControlNets are given of each frame, and show it as a video, side by side."""
         if self.processes.is_main:
-            folder, config = self.inversion.source_frames, self.config
-            self._edges.compute(folder, self.n_frames, config.canny_low, config.canny_high)
-            frames = (self._edges[torch.tensor([index])][0] for index in range(self.n_frames))
+            folder, choice = self.inversion.source_frames, self._choice
+            seen = folder, self.n_frames, self._conditions, self.device
+            find_conditions(self.config, choice, *seen)
+            each = (self._conditions[torch.tensor([index])] for index in range(self.n_frames))
+            frames = (np.concatenate(conditions[:, 0], axis=1) for conditions in each)
             write_video(self.folder / "control.mp4", frames, self.inversion.manifest.frame_rate)
         self.processes.wait()
 
     def control_images(self, frames: torch.Tensor) -> torch.Tensor:
-        """The edges of the frames (n,), as networks take them: (n, 3, H, W) in [0, 1]."""
-        return self.sd.to_images(self._edges[frames])
+        """The conditions of the frames (n,), as m networks take them: (m, n, 3, H, W) in [0, 1]."""
+        return self.sd.to_images(self._conditions[frames])
 
     @property
-    def _edges(self) -> CannyEdges:
-        return CannyEdges(self.checkpoints / "edges.npy")
+    def _conditions(self) -> Conditions:
+        return Conditions(self.checkpoints, len(self.config.controlnet_ids))
+
+    @property
+    def _choice(self) -> FrameChoice:
+        return FrameChoice.of(self.inversion.manifest.config)
 
     def _why_no_features(self) -> str:
         """Why the source features in the inversion cannot be used; empty if they can."""
@@ -216,6 +244,9 @@ class EditRun:
         rows = {label: load_frames(f, moments(n_frames)) for label, f in shown.items()}
         write_image(sheet, contact_sheet(rows))
         write_video_from_folders(folder / "vae_reconstruction.mp4", [inversion.vae], n_frames, fps)
+        if depth := inversion.depth:
+            size = self._choice.H, self._choice.W
+            write_depth_video(folder / DEPTH_VIDEO, depth, n_frames, size, fps)
         write_video_from_folders(self.video, [folder / "frames"], n_frames, fps)
         log.info("to compare: %s and %s", comparison, sheet)
 
