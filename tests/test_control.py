@@ -63,7 +63,9 @@ def test_a_missing_detector_says_how_to_install_it(monkeypatch):
     present = {"controlnet_aux", "torchvision", "timm"}
     monkeypatch.setattr(detectors, "find_spec", lambda name: name in present or None)
     for control in ("softedge", "lineart"):
-        with pytest.raises(UserError, match=f"control: {control} needs .* skimage; .* pip install"):
+        with pytest.raises(
+            UserError, match=f"control: {control} needs .* skimage; .* pip install .*-detectors.txt"
+        ):
             detectors.check_detectors(config_of(control=["tile", control]))
     detectors.check_detectors(config_of(control="tile"))
 

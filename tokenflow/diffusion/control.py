@@ -20,7 +20,7 @@ class Control:
     @classmethod
     def of(cls, images: torch.Tensor, scales: Sequence[float]) -> "Control":
         """The condition of images (m, n, 3, H, W) with one factor for each ControlNet."""
-        return cls(images, torch.tensor(scales)[:, None].expand(images.shape[:2]))
+        return cls(images, torch.tensor(scales)[:, None].repeat(1, images.shape[1]))
 
     @classmethod
     def cat(cls, controls: Sequence["Control"]) -> "Control":

@@ -29,7 +29,7 @@ def check_detectors(config: ControlConfig) -> None:
     if needed and (missing := [package for package in AUX_PACKAGES if find_spec(package) is None]):
         raise UserError(
             f"control: {needed[0]} needs the package {missing[0]}; install what it takes with: "
-            "pip install controlnet-aux torchvision timm scikit-image scipy einops"
+            "pip install --no-deps -r requirements-detectors.txt"
         )
 
 
