@@ -71,7 +71,7 @@ def open_edit(config: EditConfig, technique: str) -> Iterator["EditRun"]:
     name = f"{technique}_{Path(config.data_path).stem}"
     chosen = replace(config, resume=True, overwrite=False)  # these two do not change the edit
     identity = f"{dump(chosen)}# of the inversion {json.dumps(inversion.manifest.identity)}\n"
-    identity += "".join(f"# of the file {identity}\n" for identity in files)
+    identity += "".join(f"# of the file {name}\n" for name in files)
     with ExitStack() as held:
         with processes.main_first():
             folder = held.enter_context(run_folder(Path(config.output_path), name, identity))

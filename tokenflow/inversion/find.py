@@ -67,7 +67,7 @@ def preprocess_command(config: EditConfig, like: dict | None = None) -> str:
     }
     if like:
         options |= {key: like[key] for key in ("H", "W", "resize", "start_frame", "stride")}
-        options["inversion_prompt"] = like["inversion_prompt"]
+        options |= {key: like.get(key) for key in ("inversion_prompt", "depth_model")}
     if isinstance(config, ControlNetConfig):
         options["controlnet"] = config.controlnet_ids
         options |= {key: getattr(config, key) for key in CONDITIONS}
