@@ -1,9 +1,10 @@
-"""Edit a video with a Canny ControlNet and TokenFlow.
+"""Edit a video with ControlNets and TokenFlow.
 
     python run_tokenflow_controlnet.py --data_path wolf.mp4 --prompt "a robotic wolf in the snow"
 
-The edges of the source's frames preserve the layout; control.mp4 shows them. An inversion under the
-same ControlNet is used if there is one. Run preprocess.py first.
+What the ControlNets are given of the source's frames, such as their edges or depth (control), preserves the
+layout; control.mp4 shows it. An inversion under the same ControlNets is used if there is one. Run
+preprocess.py first.
 The last line on stdout is the path of the edited video.
 """
 
@@ -22,8 +23,8 @@ def main() -> None:
 
     with open_edit(config, "controlnet") as run:
         if not run.is_finished:
-            run.find_edges()
-            scales = run.inversion.control_scale, config.control_scale
+            run.find_conditions()
+            scales = run.inversion.control_scales, config.control_scales
             technique = controlnet(run.schedule, run.first_latents, run.control_images, *scales)
             run.write(run.edit(technique))
     print(run.video)

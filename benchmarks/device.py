@@ -128,7 +128,9 @@ class TalliedDiffusion(StableDiffusion):
     # Told by what records or edits: the streams of the pass, and whether it leaves nothing behind.
     state: dict = field(default_factory=dict)
 
-    def predict_noise(self, latents: torch.Tensor, t: int, text, control=None) -> torch.Tensor:
+    def predict_noise(
+        self, latents: torch.Tensor, t: int, text, control=None, depth=None
+    ) -> torch.Tensor:
         """As everywhere. A propagation that was seen is not repeated: on fakes it is the same."""
         recorder, flow = self.state.get("recorder"), self.state.get("flow")
         if recorder:
@@ -136,7 +138,7 @@ class TalliedDiffusion(StableDiffusion):
         shape = tuple(latents.shape)
         if flow and flow.joint is None and self.tally.is_repeated(flow.streams, shape):
             return torch.zeros_like(latents)
-        noise = super().predict_noise(latents, t, text, control)
+        noise = super().predict_noise(latents, t, text, control, depth)
         self.tally.end_pass(shape, flow.streams if flow else ())
         return noise
 

@@ -13,8 +13,8 @@ import torch
 from benchmarks.clips import Clip
 from shapes.controlnet import CANNY_THRESHOLDS
 from tokenflow.config import PnPConfig, SDEditConfig
-from tokenflow.diffusion.control import canny
 from tokenflow.diffusion.ddim import Schedule, invert, last, sample
+from tokenflow.diffusion.detectors import canny
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.consensus import DISTANCES, Consensus, consensus_steps
 from tokenflow.editing.denoiser import Denoiser, Edit, Source, TokenFlowDenoiser, keyframe_schedule
@@ -105,8 +105,8 @@ class Job:
     def edit_controlnet(self) -> np.ndarray:
         """Frames (N, H, W, 3) edited with a Canny ControlNet, on an inversion without it."""
         edges = self.sd.to_images(canny(self.clip.frames, *CANNY_THRESHOLDS))
-        inverted, scales = self.first_latents, (0.0, 1.0)
-        return self._edit(controlnet(self.schedule, inverted, edges.__getitem__, *scales))
+        parts = self.first_latents, lambda frames: edges[None, frames], None, [1.0]
+        return self._edit(controlnet(self.schedule, *parts))
 
     def first_latents(self, frames: torch.Tensor) -> torch.Tensor:
         """The inverted latents (n, 4, h, w) of the first editing timestep, of the frames (n,)."""

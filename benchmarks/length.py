@@ -102,7 +102,7 @@ def cost_of(*configs: PreprocessConfig | PnPConfig) -> Cost:
 
 def quality_rows(args: argparse.Namespace, n_frames: int, sizes: list[int]) -> list[dict]:
     """How one long clip fares with windows of these sizes, the last of which holds all keyframes."""
-    sd = load(str(args.model), None, *choose_device(args.device, args.dtype))
+    sd = load(str(args.model), (), *choose_device(args.device, args.dtype))
     judge = Judge.load(args.model / "judge.safetensors")
     config = PnPConfig(data_path="", prompt="unused", n_timesteps=args.steps)
     (clip,) = held_out_clips(1, n_frames)

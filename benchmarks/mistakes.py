@@ -32,6 +32,7 @@ import tokenflow.editing.run  # noqa: F401 (both are slow to import; commands ar
 import tokenflow.inversion.run  # noqa: F401
 from benchmarks.report import markdown
 from shapes.checkpoint import SHAPES, build_random
+from tokenflow.cli import is_list
 from tokenflow.config import ControlNetConfig, PnPConfig, PreprocessConfig, SDEditConfig
 from util import write_video
 
@@ -65,6 +66,7 @@ NO_TEXTS = ("\0", "a\0b", "\udcff", "a\ud800")  # NUL, and halves of surrogate p
 NO_SOURCES = ("none.mp4", "", ".", "/", "/dev/null", "clip.mp4/x", "~", "bad", "tiny", "a\nb", "http://x/y")
 NO_MODELS = ("none", "a/b/c", "clip.mp4", ".", "bad", "/", "https://x/y", "a\nb", "../", "-", " ")
 NO_CONTROLNETS = ("none", "a/b/c", "clip.mp4", ".", "bad", "tiny", "tiny/unet", "tiny/vae", "a\nb")
+NO_LORAS = ("none", "a/b/c", "clip.mp4", ".", "bad", "tiny/unet", "a\nb")
 NO_FOLDERS = ("clip.mp4", "clip.mp4/x", "/proc/none", "/dev/null", "loop/x", "a/" + "n" * 256, *LONG)
 NO_YAMLS = (
     b"", b"\n# nothing\n", b"- a\n- b\n", b"words", b"a: b: c", b"prompt:\n\t- x", b"{", b"a: 'b",
@@ -104,7 +106,9 @@ TOGETHER = {  # what is right alone, but not with the rest; None: the option is 
     ],
 }
 TOGETHER[SDEDIT] = TOGETHER["edit"] + [{"start": "0.1"}, {"start": "0"}]
-TOGETHER[CONTROLNET] = TOGETHER["edit"] + [{"sd_version": "2.1", "controlnet": "None"}]
+TOGETHER[CONTROLNET] = TOGETHER["edit"] + [
+    {"sd_version": "2.0", "controlnet": "None"}, {"control": "path"}, {"control_path": "clip.mp4"},
+]
 # fmt: on
 
 
@@ -132,6 +136,8 @@ def values(command: str) -> dict[str, list[dict[str, str | None]]]:
     if "controlnet" in options:
         paths = (*below("controlnets/*"), *NO_CONTROLNETS, *LONG)
         found["controlnet"] = [{"controlnet": path} for path in paths]
+    if "lora" in options:
+        found["lora"] = [{"lora": path} for path in (*NO_LORAS, *LONG)]
     if command != PREPROCESS:
         paths = (*NO_FOLDERS, "none", "", "tiny", "[*")
         found["folder"] += [{"latents_path": path} for path in paths]
@@ -162,7 +168,8 @@ def wrong_line(command: str, rng: random.Random) -> tuple[str, str]:
         keys = (f"{f.name}s", f"{f.name[1:]}_", "yes", "3", "~", "''", '"a\\nb"', "é")
         return rng.choice(keys), rng.choice(("3", "x", "[]"))
     nothing = ("null", "~", "") if isinstance(f.type, type) else ()  # some options may be null
-    return f.name, rng.choice(NO_VALUES + nothing)
+    wrong = tuple(value for value in NO_VALUES if not (is_list(f) and value == "[]"))
+    return f.name, rng.choice(wrong + nothing)
 
 
 def draw(rng: random.Random, yaml: Path) -> tuple[str, list[str], str]:

@@ -10,7 +10,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 
 from benchmarks.report import markdown
-from tokenflow.cli import TEXTS
+from tokenflow.cli import is_list, spelt
 from tokenflow.config import ControlNetConfig, EditConfig, PnPConfig, PreprocessConfig, SDEditConfig
 from tokenflow.evaluation.config import EvaluateConfig
 
@@ -24,8 +24,9 @@ INTRODUCTION = """\
 
 Every option is a flag, such as `--steps 25`. All commands but `preprocess.py` also read options from a YAML
 file, whose default is named below and which `--config_path` replaces; a flag wins over the file. A flag that
-is true or false may stand alone: `--cpu_offload` means `--cpu_offload true`. `None` is `null` in YAML.
-Unknown keys and values out of range are refused before anything is loaded.
+is true or false may stand alone: `--cpu_offload` means `--cpu_offload true`. An option of several values
+takes them one after another, `--control canny depth`, and in YAML as a list, `control: [canny, depth]`.
+`None` is `null` in YAML. Unknown keys and values out of range are refused before anything is loaded.
 
 The *source* is the video that is edited. An *inversion* is what `preprocess.py` computes from it: latents
 from which Stable Diffusion samples the source again. *Steps* are denoising steps: inversion steps lead from
@@ -70,24 +71,28 @@ def default(f: Field) -> str:
     """A field's default as a user writes it."""
     if f.default is MISSING:
         return "required"
-    if f.default == ():
-        return "none"
-    text = f.metadata["none"] if f.default is None else str(f.default)
+    text = spelt(f.default, f)
     return f"`{text.lower() if f.type is bool else text}`" if text else "empty"
 
 
 def allowed(f: Field) -> str:
     """The values that a field may take."""
-    if f.type == TEXTS:
-        return "strings"
-    kind = typing.get_args(f.type)[0] if isinstance(f.type, types.UnionType) else f.type
+    kind = typing.get_args(f.type)[0] if typing.get_args(f.type) else f.type
     if names := ("true", "false") if kind is bool else f.metadata["choices"]:
-        return ", ".join(f"`{name}`" for name in (*names, *f.metadata["aliases"]))
-    none = "" if kind is f.type else f"`{f.metadata['none']}` or "
+        several = "one or several of " if is_list(f) else ""
+        return several + ", ".join(f"`{name}`" for name in (*names, *f.metadata["aliases"]))
+    takes_none = isinstance(f.type, types.UnionType) or f.default == ()
+    none = f"`{f.metadata['none']}` or " if takes_none else ""
+    if is_list(f):
+        return none + ("strings" if kind is str else f"numbers, {bounds(f)}")
     if kind is str:
         return f"{none}a string"
-    low, high = (readable(f.metadata[bound]) for bound in ("low", "high"))
-    return f"{none}a {'whole ' if kind is int else ''}number, {low} to {high}"
+    return f"{none}a {'whole ' if kind is int else ''}number, {bounds(f)}"
+
+
+def bounds(f: Field) -> str:
+    """The least and the largest number that a field takes."""
+    return " to ".join(readable(f.metadata[bound]) for bound in ("low", "high"))
 
 
 def readable(bound: float) -> str:

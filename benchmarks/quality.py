@@ -199,7 +199,7 @@ def loaded(args: argparse.Namespace) -> StableDiffusion:
     """The checkpoint, in a process that takes its share of the machine's cores and no more than it may."""
     torch.set_num_threads(max(1, min(torch.get_num_threads(), os.cpu_count() // args.workers)))
     device, dtype = choose_device(args.device, args.dtype)
-    return load(str(args.model), str(args.model / "controlnet"), device, dtype)
+    return load(str(args.model), [str(args.model / "controlnet")], device, dtype)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=20)
     parser.add_argument("--steps", type=int, default=20, help="of the inversion and of the edits")
     args = parser.parse_args()
-    sd = load(str(args.model), None, *choose_device(args.device, args.dtype))
+    sd = load(str(args.model), (), *choose_device(args.device, args.dtype))
     judge = Judge.load(args.model / "judge.safetensors")
     config = PnPConfig(data_path="", prompt="unused", n_timesteps=args.steps)
     changes = [{}] + [{key: value} for key, values in VARIED.items() for value in values]

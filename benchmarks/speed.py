@@ -131,7 +131,7 @@ def floor(sd: StableDiffusion, costs: dict[str, Cost], latent_size: int) -> dict
 def shapes_rounds(args: argparse.Namespace) -> tuple[dict, dict]:
     """Costs by method and stage, and qualities by method, a list of one entry for each clip."""
     n_clips, n_frames = (1, 6) if args.quick else (2, 16)
-    sd = load(str(args.model), None, *choose_device(args.device, args.dtype))
+    sd = load(str(args.model), (), *choose_device(args.device, args.dtype))
     judge, meter = Judge.load(args.model / "judge.safetensors"), Meter(sd.device, sd.unet)
     at_defaults = PnPConfig(data_path="", prompt="unused")
     fast = parse(PnPConfig, "", "fast.yaml", [])

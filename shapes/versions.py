@@ -28,6 +28,7 @@ from shapes.checkpoint import TINY, build_scheduler, build_tokenizer, build_vae
 
 NARROW = 160  # channels: the fewest that 32 groups and the 20 heads of versions 2 and XL divide
 NARROWER = 8  # how many times narrower the text is
+LAYERS = 3  # of a text encoder: one is read, one XL leaves out, and one clip_skip may leave out
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Configuration:
         """The same keys at a fraction of the width; heads, blocks and kinds of layers are the version's."""
         levels = len(self.unet["block_out_channels"])
         text = tuple(
-            clip(t["hidden_size"] // NARROWER, 2, t["num_attention_heads"], t["hidden_act"])
+            clip(t["hidden_size"] // NARROWER, LAYERS, t["num_attention_heads"], t["hidden_act"])
             for t in self.texts
         )
         changes = {

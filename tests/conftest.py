@@ -34,14 +34,14 @@ def checkpoint(tmp_path_factory) -> Path:
 def sd(checkpoint) -> StableDiffusion:
     """The tiny checkpoint and its ControlNet, loaded on the CPU in fp32."""
     controlnet = str(checkpoint / "controlnet")
-    return load(str(checkpoint), controlnet, torch.device("cpu"), torch.float32)
+    return load(str(checkpoint), [controlnet], torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture(scope="session")
 def trained() -> StableDiffusion:
     """The shapes checkpoint with its ControlNet."""
     folder, device = str(SHAPES_CHECKPOINT), torch.device("cpu")
-    return load(folder, f"{folder}/controlnet", device, torch.float32)
+    return load(folder, [f"{folder}/controlnet"], device, torch.float32)
 
 
 @pytest.fixture(scope="session")

@@ -359,6 +359,7 @@ def test_preprocess_protects_another_video_of_the_same_name(work, checkpoint, cl
         (["--n_timesteps", 4], ["n_timesteps", "preprocess.py", "--save_steps 4"]),
         (["--n_frames", 8], ["n_frames: 8", "7 frames", "preprocess.py"]),
         (["--model", "copy/tiny"], ["another model", "preprocess.py"]),
+        (["--clip_skip", 1], ["clip_skip: 1", "computed with 0", "preprocess.py", "--clip_skip 1"]),
     ],
 )
 def test_edit_refuses(work, checkpoint, changes, words):

@@ -43,7 +43,7 @@ def test_controlnet_residuals(sd):
     latents = torch.randn(2, 4, 8, 8, generator=generator)
     images = torch.rand(2, 3, 64, 64, generator=generator)
     parts = {"vae": sd.vae, "text_encoder": sd.text_encoder, "tokenizer": sd.tokenizer}
-    parts |= {"unet": sd.unet, "controlnet": sd.controlnet, "scheduler": sd.scheduler}
+    parts |= {"unet": sd.unet, "controlnet": sd.controlnet.nets[0], "scheduler": sd.scheduler}
     pipeline = StableDiffusionControlNetPipeline(
         **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
@@ -61,7 +61,7 @@ def test_controlnet_residuals(sd):
 
     def sampled(scale):
         def predict(x, t, frames):
-            return sd.predict_noise(x, t, text, Control.of(images, scale))
+            return sd.predict_noise(x, t, text, Control.of(images[None], [scale]))
 
         *_, last = sample(latents, torch.arange(2), Schedule.of(sd.scheduler, 4), predict)
         return last

@@ -9,12 +9,13 @@ import torch
 from tokenflow.editing.fusion import Fusion
 from tokenflow.editing.mask import Mask, given, inside_of, relevance, write_relevant
 from tokenflow.errors import UserError
+from tokenflow.inversion.source_frames import FrameChoice
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.frame_array import FrameArray
 from util import save_frames
 
 FRAMES = torch.arange(3)
-INVERTED = {"start_frame": 1, "stride": 2, "H": 64, "W": 64, "resize": "crop"}
+CHOICE = FrameChoice(H=64, W=64, resize="crop", start_frame=1, stride=2)
 
 
 def masks(folder: Path, n_frames: int) -> Path:
@@ -28,7 +29,7 @@ def masks(folder: Path, n_frames: int) -> Path:
 
 
 def test_a_given_mask_is_read_as_the_source_was(tmp_path):
-    found = list(given(masks(tmp_path / "masks", 6), INVERTED, 3, 8, 8))
+    found = list(given(masks(tmp_path / "masks", 6), CHOICE, 3, 8, 8))
     for index, mask in enumerate(found):
         frame = 1 + 2 * index
         expected = torch.zeros(8, 8)
@@ -38,7 +39,7 @@ def test_a_given_mask_is_read_as_the_source_was(tmp_path):
 
 def test_too_short_a_mask_is_refused(tmp_path):
     with pytest.raises(UserError, match="2 frames for the 3"):
-        list(given(masks(tmp_path / "masks", 5), INVERTED, 3, 8, 8))
+        list(given(masks(tmp_path / "masks", 5), CHOICE, 3, 8, 8))
 
 
 def test_relevance_is_where_prompts_differ():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,14 @@ from conftest import SHAPES_CHECKPOINT
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import SlicedAttnProcessor
 from ldm import write_single_file
+from safetensors.torch import save_file
 from test_cli import last_line, refusal, run
 
 import util
 from shapes.versions import CONFIGURATIONS, build_narrow, build_on_meta
 from tokenflow.diffusion.checkpoints import check_checkpoint, load, trained_side
+from tokenflow.diffusion.lora import with_loras
+from tokenflow.errors import UserError
 from tokenflow.inversion.source_features import features_shape, tokens_by_layer
 from tokenflow_utils import JointPass, install_tokenflow
 
@@ -110,7 +114,7 @@ def test_sides_that_versions_were_trained_on(narrow):
 def test_xl_is_told_what_diffusers_tells_it(narrow):
     """Both text encoders, the pooled embedding, sizes, and zeros for no prompt."""
     folder = narrow("XL")
-    sd, pipeline = load(str(folder), None, CPU, torch.float32), None
+    sd, pipeline = load(str(folder), (), CPU, torch.float32), None
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     tokens, nothing, pooled, no_pooled = pipeline.encode_prompt("a red circle")
@@ -118,6 +122,10 @@ def test_xl_is_told_what_diffusers_tells_it(narrow):
     assert torch.equal(text.tokens, tokens) and torch.equal(text.pooled, pooled)
     assert torch.equal(empty.tokens, nothing) and torch.equal(empty.pooled, no_pooled)
     assert not empty.tokens.any() and not empty.pooled.any()
+    skipped, *_ = pipeline.encode_prompt("a red circle", clip_skip=1)
+    assert torch.equal(replace(sd, clip_skip=1).encode_text("a red circle").tokens, skipped)
+    with pytest.raises(UserError, match="clip_skip: 2, .* 3 layers in all; use at most 1"):
+        replace(sd, clip_skip=2)
 
     latents = torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(0))
     sizes = torch.tensor([[64, 96, 0, 0, 64, 96.0]])
@@ -126,12 +134,49 @@ def test_xl_is_told_what_diffusers_tells_it(narrow):
     torch.testing.assert_close(sd.predict_noise(latents, 500, text), theirs)
 
 
+@torch.no_grad()
+def test_xl_with_a_lora(narrow, tmp_path):
+    """One in kohya's format, by the original names of the layers, is a change of three networks' weights."""
+    plain, adapted, merged = (load(str(narrow("XL")), (), CPU, torch.float32) for _ in range(3))
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for name, layer in {
+        "unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k": merged.unet.down_blocks[1]
+        .attentions[0]
+        .transformer_blocks[0]
+        .attn2.to_k,
+        "te1_text_model_encoder_layers_0_mlp_fc1": merged.text_encoder.encoder.layers[0].mlp.fc1,
+        "te2_text_model_encoder_layers_0_mlp_fc1": merged.text_encoder_2.text_model.encoder.layers[
+            0
+        ].mlp.fc1,
+    }.items():
+        width, takes = layer.weight.shape
+        up, down = (torch.randn(s, generator=generator) for s in ((width, 2), (2, takes)))
+        tensors |= {f"lora_{name}.lora_{k}.weight": v for k, v in (("up", up), ("down", down))}
+        tensors[f"lora_{name}.alpha"] = torch.tensor(1.0)
+        layer.weight += 0.3 * 1 / 2 * up @ down
+    save_file(tensors, tmp_path / "lora.safetensors")
+    adapted = with_loras(adapted, [str(tmp_path / "lora.safetensors")], [0.3])
+    assert len(adapted.adapted) == 3
+
+    latents = torch.randn(1, 4, 8, 8, generator=generator)
+
+    def results(sd):
+        text = sd.encode_text("a red circle")
+        return text.tokens, text.pooled, sd.predict_noise(latents, 500, text)
+
+    expected = results(merged)
+    torch.testing.assert_close(results(adapted), expected, atol=1e-4, rtol=1e-4)
+    with adapted.original():
+        torch.testing.assert_close(results(adapted), results(plain), atol=1e-5, rtol=1e-5)
+    assert all((a - b).abs().mean() > 1e-3 for a, b in zip(results(plain), expected, strict=True))
+
+
 def test_xl_vae_in_half_precision(narrow):
     """The VAE of XL overflows in float16; the other networks do not."""
-    sd = load(str(narrow("XL")), None, CPU, torch.float16)
+    sd = load(str(narrow("XL")), (), CPU, torch.float16)
     assert sd.vae.dtype == torch.float32 and sd.unet.dtype == torch.float16
     assert sd.encode_frames(np.zeros((1, 64, 64, 3), np.uint8)).isfinite().all()
-    assert load(str(narrow("2.1")), None, CPU, torch.float16).vae.dtype == torch.float16
+    assert load(str(narrow("2.1")), (), CPU, torch.float16).vae.dtype == torch.float16
 
 
 def linked(checkpoint: Path, folder: Path, **scheduler) -> Path:
@@ -165,7 +210,7 @@ def test_epsilon_and_velocity_give_the_same_frames(clip, tmp_path, monkeypatch, 
     flags = ["--inversion", inversion]
     as_epsilon = edited(SHAPES_CHECKPOINT, clip, tmp_path, *flags, steps=3)
     model = linked(SHAPES_CHECKPOINT, tmp_path / "velocity", prediction_type="v_prediction")
-    alphas = load(str(model), None, CPU, torch.float32).scheduler.alphas_cumprod
+    alphas = load(str(model), (), CPU, torch.float32).scheduler.alphas_cumprod
     forward = UNet2DConditionModel.forward
 
     def velocity(self, sample, timestep, *args, **kwargs):
@@ -212,7 +257,7 @@ def beside(folder: Path, path: Path) -> Path:
 )
 def test_single_file_holds_the_same_networks(narrow, tmp_path, version, suffix):
     file = beside(narrow(version), tmp_path / f"mine{suffix}")
-    ours, theirs = (load(str(p), None, CPU, torch.float32) for p in (file, narrow(version)))
+    ours, theirs = (load(str(p), (), CPU, torch.float32) for p in (file, narrow(version)))
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         if expected := getattr(theirs, part):
             found = getattr(ours, part).state_dict()
@@ -231,7 +276,7 @@ def test_single_file_and_half_variant_edit_like_their_folder(clip, tmp_path):
     half = linked(SHAPES_CHECKPOINT, tmp_path / "half")
     for part in ("unet", "vae", "text_encoder"):
         (half / part).unlink()
-        network = getattr(load(str(SHAPES_CHECKPOINT), None, CPU, torch.float16), part)
+        network = getattr(load(str(SHAPES_CHECKPOINT), (), CPU, torch.float16), part)
         network.save_pretrained(half / part, variant="fp16")
     for ours, theirs in zip(edited(half, clip, tmp_path), expected, strict=True):
         assert np.abs(ours.astype(int) - theirs).mean() < 2

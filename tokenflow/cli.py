@@ -14,7 +14,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import MISSING, Field, asdict, field, fields
 from pathlib import Path
@@ -24,7 +24,7 @@ import yaml
 
 from tokenflow.errors import UserError, is_text
 
-C = TypeVar("C")
+C, N = TypeVar("C"), TypeVar("N")
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -45,10 +45,10 @@ def option(
     aliases: Mapping[str, str] = types.MappingProxyType({}),
     none: str = "None",
 ) -> Any:
-    """A dataclass field that is also a YAML key and a flag.
+    """A dataclass field that is also a YAML key and a flag; of a field that is a tuple, each takes a list.
 
     `low` and `high` are inclusive; `aliases` are other spellings of the choices; `none` is how a user
-    spells None.
+    spells None, or an empty tuple.
     """
     metadata = {"help": help, "low": low, "high": high, "choices": choices, "aliases": aliases}
     return field(default=default, metadata=metadata | {"none": none})
@@ -155,13 +155,14 @@ def _parse_flags(
         if f.metadata["choices"]:
             help += f"; one of {', '.join(f.metadata['choices'])}"
         if f.default is not MISSING:
-            help += f" (default: {f.metadata['none'] if f.default is None else f.default})"
+            help += f" (default: {spelt(f.default, f)})"
+        several = {"nargs": "+"} if is_list(f) else {}
         parser.add_argument(
             f"--{f.name}",
             default=argparse.SUPPRESS,
             metavar="X",
             help=help.replace("%", "%%"),
-            **_NARGS.get(f.type, {}),
+            **({"nargs": "?", "const": "true"} if f.type is bool else several),
         )
     flags, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -189,21 +190,48 @@ def _nearest(key: str, known: Collection[str]) -> str:
     return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(known)}"
 
 
+def is_list(f: Field) -> bool:
+    """Whether field `f` takes one or several values."""
+    return typing.get_origin(f.type) is tuple
+
+
+def spelt(value: Any, f: Field) -> str:
+    """A value of field `f` as a user writes it in a flag."""
+    if value is None or value == ():
+        return f.metadata["none"]
+    return " ".join(map(str, value)) if is_list(f) else str(value)
+
+
+def for_each(name: str, numbers: Sequence[N], of: str, items: Sequence) -> tuple[N, ...]:
+    """The option `name` for each of the `items` of the option `of`: one number serves all of them.
+
+    Raises UserError if there are neither one nor as many as items.
+    """
+    if len(numbers) not in (1, len(items)):
+        raise UserError(
+            f"{name}: {len(numbers)} numbers for {len(items)} of {of}; give one for all, or one for each"
+        )
+    return tuple(numbers) * len(items) if len(numbers) == 1 else tuple(numbers)
+
+
 def _convert(f: Field, value: Any) -> Any:
     """Convert a value from YAML, or the text of a flag, to the type of field `f`."""
-    kind = f.type
-    if isinstance(kind, types.UnionType):
-        if value is None or value in ("", "None", "null", f.metadata["none"]):
-            return None
-        kind = typing.get_args(kind)[0]
-    if kind == TEXTS:
-        return tuple(
-            _convert_one(f, str, v) for v in (value if isinstance(value, list) else [value])
-        )
-    return _convert_one(f, kind, value)
+
+    def is_none(value: Any) -> bool:
+        return value is None or value in ("", "None", "null", f.metadata["none"])
+
+    if is_list(f):
+        values = value if isinstance(value, list) else [value]
+        if len(values) == 1 and is_none(values[0]):
+            return ()
+        return tuple(_convert_one(f, typing.get_args(f.type)[0], item) for item in values)
+    if isinstance(f.type, types.UnionType):
+        return None if is_none(value) else _convert_one(f, typing.get_args(f.type)[0], value)
+    return _convert_one(f, f.type, value)
 
 
 def _convert_one(f: Field, kind: type, value: Any) -> Any:
+    """Convert one value of field `f` to `kind`."""
     wrong = UserError(f"{f.name}: {value!r} is not {_KINDS[kind]}")
     if kind is bool:
         if str(value).lower() not in ("true", "false"):
@@ -232,6 +260,4 @@ def _convert_one(f: Field, kind: type, value: Any) -> Any:
     return converted
 
 
-TEXTS = tuple[str, ...]
-_NARGS = {bool: {"nargs": "?", "const": "true"}, TEXTS: {"nargs": "+"}}
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tokenflow.cli import option
+from tokenflow.cli import for_each, option
+from tokenflow.config_control import ControlConfig
 from tokenflow.errors import UserError
 from tokenflow.versions import VERSIONS
 
@@ -21,7 +22,6 @@ HOW = ("batch_size", "device", "cpu_offload", "resume", "overwrite")
 frames_option = partial(option, low=1, high=MAX_FRAMES)
 steps_option = partial(option, low=1, high=999)
 share_option = partial(option, low=0, high=1)
-level_option = partial(option, low=0, high=10_000)  # grey levels of a gradient
 
 
 def check_device(device: str) -> None:
@@ -36,7 +36,8 @@ class ModelConfig:
 
     sd_version: str = option(
         "version of Stable Diffusion, downloaded from the Hugging Face hub at first use; -768: those for "
-        "frames of 768 x 768 pixels, ControlNet: version 1.5 with its Canny ControlNet",
+        "frames of 768 x 768 pixels, depth: one that takes the frames' depth too, ControlNet: version 1.5 "
+        "with its ControlNets",
         "2.1",
         choices=tuple(VERSIONS),
     )
@@ -62,6 +63,13 @@ class ModelConfig:
         "device, and the others are in main memory",
         False,
     )
+    clip_skip: int = option(
+        "layers of the text encoder that are left out at its end; edits need the clip_skip of their "
+        "inversion (the web interfaces count one more: their clip skip 2 is 1 here)",
+        0,
+        low=0,
+        high=22,
+    )
     seed: int = option(
         "seed of all random draws: which frames are keyframes, and the noise of SDEdit without "
         "use_ddim_noise; kept source features serve only edits with the seed of preprocess.py",
@@ -84,37 +92,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CannyConfig:
-    """How a ControlNet is conditioned: the same keys for the inversion and for the edit."""
-
-    controlnet: str | None = option(
-        "ControlNet to use instead of the one of sd_version, if that has one: a hub id, or a folder in "
-        "diffusers layout",
-        None,
-    )
-    control: str = option(
-        "what the ControlNet is given; canny: the Canny edges of the source's frames",
-        "canny",
-        choices=("canny",),
-    )
-    canny_low: int = level_option(
-        "lower threshold of the Canny edges: a weaker gradient, in grey levels, is no edge", 100
-    )
-    canny_high: int = level_option(
-        "upper threshold of the Canny edges: a stronger gradient, in grey levels, is an edge; one "
-        "between both thresholds is an edge if it continues one",
-        200,
-    )
-    control_scale: float = option(
-        "strength of the ControlNet: factor on what it adds to the UNet; 0: it has no effect",
-        1.0,
-        low=0,
-        high=2,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreprocessConfig(ModelConfig, CannyConfig):
+class PreprocessConfig(ModelConfig, ControlConfig):
     """Options of `preprocess.py`."""
 
     data_path: str = option(
@@ -188,6 +166,12 @@ class PreprocessConfig(ModelConfig, CannyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_controls()
+        if not self.controlnet_ids and self.control != ("canny",):
+            raise UserError(
+                f"control: {' '.join(self.control)} needs ControlNets; name them (controlnet), or use "
+                "sd_version ControlNet"
+            )
         if self.steps < self.save_steps:
             raise UserError(
                 f"steps: {self.steps} inversion steps cannot visit {self.save_steps} editing "
@@ -200,10 +184,10 @@ class PreprocessConfig(ModelConfig, CannyConfig):
         return self.batch_size or 16
 
     @property
-    def controlnet_id(self) -> str | None:
-        """Hub id or folder of the ControlNet that conditions the inversion, if one does."""
-        version = VERSIONS[self.sd_version]
-        return self.controlnet or (version.canny if version.conditioned else None)
+    def controlnet_ids(self) -> tuple[str, ...]:
+        """Hub ids or folders of the ControlNets that condition the inversion, if any do."""
+        conditioned = VERSIONS[self.sd_version].conditioned
+        return self.controlnet or (self.known_controlnets(self.sd_version) if conditioned else ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +206,17 @@ class EditConfig(ModelConfig):
     )
     prompt: str = option("what the whole edited video shows, in words, not just what changes")
     negative_prompt: str = option("what the edit is guided away from, in words", "")
+    lora: tuple[str, ...] = option(
+        "LoRAs that change the model for the edit alone: .safetensors files in kohya's or diffusers' format, "
+        "folders that hold one, or hub ids; the source's inversion serves edits with and without them",
+        (),
+    )
+    lora_scale: tuple[float, ...] = option(
+        "strength of the LoRAs: one number for all, or one for each; 0: no effect",
+        (1.0,),
+        low=-10,
+        high=10,
+    )
     n_inversion_steps: int = steps_option(
         "number of inversion steps of the inversion to use (steps of preprocess.py)", 50
     )
@@ -291,11 +286,17 @@ class EditConfig(ModelConfig):
             raise UserError("prompt: it is empty; say what the edited video shows")
         if self.mask_path and not self.mask_path.exists():
             raise UserError(f"mask: {self.mask} is neither none, auto, nor a file or folder")
+        for_each("lora_scale", self.lora_scale, "lora", self.lora)
 
     @property
     def frames_at_once(self) -> int:
         """Frames in one UNet pass, if they fit in memory."""
         return self.batch_size or 8
+
+    @property
+    def lora_scales(self) -> tuple[float, ...]:
+        """The strength of each LoRA."""
+        return for_each("lora_scale", self.lora_scale, "lora", self.lora)
 
     @property
     def interval(self) -> int:
@@ -359,32 +360,30 @@ class SDEditConfig(EditConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ControlNetConfig(EditConfig, CannyConfig):
+class ControlNetConfig(EditConfig, ControlConfig):
     """Options of `run_tokenflow_controlnet.py`."""
 
     sd_version: str = option(
-        "version of Stable Diffusion; ControlNet: version 1.5 with its Canny ControlNet, on an inversion "
-        "under the same ControlNet if there is one",
+        "version of Stable Diffusion; ControlNet: version 1.5, on an inversion under the same ControlNets "
+        "if there is one",
         "ControlNet",
         choices=tuple(VERSIONS),
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.controlnet_id is None:
-            raise UserError(
-                f"controlnet: none is known for sd_version {self.sd_version}; name one, "
-                "or use sd_version ControlNet"
-            )
+        self.check_controls()
+        if not self.controlnet:
+            self.known_controlnets(self.sd_version)
 
     @property
-    def controlnet_id(self) -> str | None:
-        """Hub id or folder of the ControlNet that conditions the edit."""
-        return self.controlnet or VERSIONS[self.sd_version].canny
+    def controlnet_ids(self) -> tuple[str, ...]:
+        """Hub ids or folders of the ControlNets that condition the edit."""
+        return self.controlnet or self.known_controlnets(self.sd_version)
 
     @property
     def inversions(self) -> tuple[str, ...]:
-        """As for all edits; an inversion under the ControlNet is preferred to one without it."""
+        """As for all edits; an inversion under ControlNets is preferred to one without it."""
         plain = "1.5" if self.sd_version == "ControlNet" else self.sd_version
         return (
             inversion_name(self.model, self.sd_version, conditioned=True),

@@ -1,10 +1,17 @@
 """Checkpoints: from a hub id, a folder or a file to networks on a device, in a precision that suits it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from accelerate import cpu_offload_with_hook
-from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DDIMScheduler,
+    MultiControlNetModel,
+    UNet2DConditionModel,
+)
 from diffusers.configuration_utils import ConfigMixin
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -34,7 +41,7 @@ def check_checkpoint(
 
     version: see `SingleFile.find`.
     """
-    where = _configuration(model_id, version)
+    where = configuration_of(model_id, version)
     unet = load_config(UNet2DConditionModel, where, "unet", "block_out_channels")
     try:
         layout_of(unet)
@@ -58,7 +65,7 @@ def check_checkpoint(
 
 def trained_side(model_id: str, version: str | None = None) -> int:
     """The larger side of the frames that a checkpoint was trained on, in pixels: 512, 768 or 1024."""
-    where = _configuration(model_id, version)
+    where = configuration_of(model_id, version)
     unet = load_config(UNet2DConditionModel, where, "unet", "block_out_channels")
     vae = load_config(AutoencoderKL, where, "vae", "block_out_channels")
     found = unet.get("sample_size") or 0
@@ -79,7 +86,7 @@ def checkpoint_identity(model_id: str, version: str | None = None) -> str:
     return fingerprint(weights[0]) if weights else model_id
 
 
-def _configuration(model_id: str, version: str | None) -> str:
+def configuration_of(model_id: str, version: str | None) -> str:
     """The hub id or folder in diffusers layout that a checkpoint's configuration is in."""
     file = SingleFile.find(model_id, version)
     return file.configuration if file else model_id
@@ -87,7 +94,7 @@ def _configuration(model_id: str, version: str | None) -> str:
 
 def load_scheduler(model_id: str, version: str | None = None) -> DDIMScheduler:
     """The checkpoint's noise schedule with DDIM's steps."""
-    config = load_config(DDIMScheduler, _configuration(model_id, version), "scheduler")
+    config = load_config(DDIMScheduler, configuration_of(model_id, version), "scheduler")
     try:
         scheduler = DDIMScheduler.from_config(config)
         Schedule.of(scheduler, 1)  # checks most of the configuration
@@ -104,25 +111,26 @@ def load_scheduler(model_id: str, version: str | None = None) -> DDIMScheduler:
 
 def load(
     model_id: str,
-    controlnet_id: str | None,
+    controlnet_ids: Sequence[str],
     device: torch.device,
     dtype: torch.dtype,
     cpu_offload: bool = False,
     version: str | None = None,
 ) -> StableDiffusion:
-    """Load a checkpoint from a hub id, a folder in diffusers layout or a file, and a ControlNet likewise.
+    """Load a checkpoint from a hub id, a folder in diffusers layout or a file, and ControlNets likewise.
 
     With `cpu_offload` only one of the VAE, the text encoders and the UNet is on the device at a time.
     version: see `SingleFile.find`.
     """
-    if controlnet_id:
+    for controlnet_id in controlnet_ids:
         load_config(ControlNetModel, controlnet_id, None, "block_out_channels")
     file = SingleFile.find(model_id, version)
     where = file.configuration if file else model_id
     weights = read_weights(file.path) if file else None
 
-    def network(cls: type, subfolder: str | None, dtype: torch.dtype = dtype) -> torch.nn.Module:
-        model = controlnet_id if subfolder is None else model_id
+    def network(
+        cls: type, subfolder: str | None, dtype: torch.dtype = dtype, model: str = model_id
+    ) -> torch.nn.Module:
         if file and subfolder:
             loaded = file.network(weights, cls, subfolder, dtype).eval()
         else:
@@ -147,18 +155,19 @@ def load(
         }
     # XL's VAE overflows in float16; its configuration says so, by diffusers' default.
     upcast = is_xl and dtype == torch.float16 and vae_config.get("force_upcast", True)
+    controlnets = [network(ControlNetModel, None, model=name) for name in controlnet_ids]
     sd = StableDiffusion(
         vae=network(AutoencoderKL, "vae", torch.float32 if upcast else dtype),
         tokenizer=tokenizer("tokenizer"),
         text_encoder=network(CLIPTextModel, "text_encoder"),
         unet=unet,
         scheduler=load_scheduler(model_id, version),
-        controlnet=network(ControlNetModel, None).to(device) if controlnet_id else None,
+        controlnet=MultiControlNetModel(controlnets).to(device) if controlnets else None,
         device=device,
         dtype=dtype,
         **second,
     )
-    _check_parts(sd, model_id, controlnet_id)
+    _check_parts(sd, model_id, controlnet_ids)
     networks = [part for part in (sd.vae, sd.text_encoder, sd.text_encoder_2, sd.unet) if part]
     if cpu_offload:
         hooks = [cpu_offload_with_hook(part, device)[1] for part in networks]
@@ -179,7 +188,7 @@ def _zero_if_empty(where: str) -> bool:
     return bool(index.get("force_zeros_for_empty_prompt", True))
 
 
-def _check_parts(sd: StableDiffusion, model_id: str, controlnet_id: str | None) -> None:
+def _check_parts(sd: StableDiffusion, model_id: str, controlnet_ids: Sequence[str]) -> None:
     """Raise UserError for parts that do not fit each other, such as a ControlNet of another version."""
     unet = sd.unet.config
     texts = [(sd.tokenizer, sd.text_encoder.config)]
@@ -208,12 +217,15 @@ def _check_parts(sd: StableDiffusion, model_id: str, controlnet_id: str | None) 
             raise UserError(
                 f"model: {model_id}: its tokenizer knows no words; copy or download the checkpoint again"
             )
-    for key in ("cross_attention_dim", "block_out_channels", "in_channels"):
-        if sd.controlnet and (found := as_json(sd.controlnet.config[key])) != as_json(unet[key]):
-            raise UserError(
-                f"controlnet: {controlnet_id} does not fit the model {model_id}: its {key} is "
-                f"{found}, not {as_json(unet[key])}; name one of the same version"
-            )
+    for controlnet_id, controlnet in zip(
+        controlnet_ids, sd.controlnet.nets if sd.controlnet else (), strict=True
+    ):
+        for key in ("cross_attention_dim", "block_out_channels", "in_channels"):
+            if (found := as_json(controlnet.config[key])) != as_json(unet[key]):
+                raise UserError(
+                    f"controlnet: {controlnet_id} does not fit the model {model_id}: its {key} is "
+                    f"{found}, not {as_json(unet[key])}; name one of the same version"
+                )
 
 
 def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:

@@ -1,59 +1,48 @@
-"""What conditions a ControlNet: the Canny edges of a video's frames, found once and kept as a file."""
+"""What conditions ControlNets: images of each frame of a video, found once and kept in files."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 
 from tokenflow.runtime.frame_array import FrameArray
-from util import load_frames
 
 
 @dataclass(frozen=True)
 class Control:
-    """What conditions a ControlNet: images (n, 3, H, W) in [0, 1] and a factor (n,) on its residuals."""
+    """What conditions m ControlNets: images (m, n, 3, H, W) in [0, 1] and factors (m, n)."""
 
     images: torch.Tensor
-    scale: torch.Tensor
+    scales: torch.Tensor
 
     @classmethod
-    def of(cls, images: torch.Tensor, scale: float) -> "Control":
-        """The condition of images (n, 3, H, W) with one factor for all."""
-        return cls(images, torch.full((len(images),), scale))
+    def of(cls, images: torch.Tensor, scales: Sequence[float]) -> "Control":
+        """The condition of images (m, n, 3, H, W) with one factor for each ControlNet."""
+        return cls(images, torch.tensor(scales)[:, None].repeat(1, images.shape[1]))
 
     @classmethod
     def cat(cls, controls: Sequence["Control"]) -> "Control":
         """Concatenate the conditions of several batches."""
-        images, scales = zip(*((c.images, c.scale) for c in controls), strict=True)
-        return cls(torch.cat(images), torch.cat(scales))
+        images, scales = zip(*((c.images, c.scales) for c in controls), strict=True)
+        return cls(torch.cat(images, dim=1), torch.cat(scales, dim=1))
 
 
-def canny(frames: np.ndarray, low: int, high: int) -> np.ndarray:
-    """Canny edges of uint8 RGB frames (n, H, W, 3) as uint8 RGB (n, H, W, 3), white on black.
+class Conditions:
+    """What m ControlNets are given of each frame: files `condition_<i>.npy`, uint8 RGB (N, H, W, 3)."""
 
-    `low` and `high` are the hysteresis thresholds on the gradient, in grey levels.
-    """
-    edges = np.stack([cv2.Canny(frame, low, high) for frame in frames])
-    return np.repeat(edges[..., None], 3, axis=-1)
+    def __init__(self, folder: Path, count: int) -> None:
+        self.files = [FrameArray(folder / f"condition_{index}.npy") for index in range(count)]
 
-
-class CannyEdges:
-    """The Canny edges of a video's frames in one `.npy` file, uint8 (N, H, W)."""
-
-    def __init__(self, path: Path) -> None:
-        self.rows = FrameArray(path)
-
-    def compute(self, folder: Path, n_frames: int, low: int, high: int) -> None:
-        """Find the edges of the first `n_frames` frames in `folder`, one frame at a time."""
-        for index in range(n_frames):
-            edges = canny(load_frames(folder, [index]), low, high)[..., 0]
-            if index == 0:
-                FrameArray.create(self.rows.path, (n_frames, *edges.shape[1:]), torch.uint8)
-            self.rows[torch.tensor([index])] = torch.from_numpy(edges)
+    def write(self, n_frames: int, found: Sequence[Iterable[np.ndarray]]) -> None:
+        """Write what was `found` of each frame, uint8 RGB (H, W, 3), for each ControlNet."""
+        for file, frames in zip(self.files, found, strict=True):
+            for index, frame in enumerate(frames):
+                if index == 0:
+                    FrameArray.create(file.path, (n_frames, *frame.shape), torch.uint8)
+                file[torch.tensor([index])] = torch.from_numpy(frame)[None]
 
     def __getitem__(self, frames: torch.Tensor) -> np.ndarray:
-        """The edges of the frames (n,), as `canny` gives them: (n, H, W, 3)."""
-        return np.repeat(self.rows[frames].numpy()[..., None], 3, axis=-1)
+        """The conditions (m, n, H, W, 3) of the frames (n,)."""
+        return np.stack([file[frames].numpy() for file in self.files])

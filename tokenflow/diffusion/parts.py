@@ -56,9 +56,13 @@ def find(
     model_id: str,
     subfolder: str | None,
     variants: Sequence[dict[str, Any]] = ({},),
+    option: str | None = None,
     **options: Any,
 ) -> Any:
-    """Call `get` on a checkpoint's part: first on what is on disk, then, if that fails, on the hub."""
+    """Call `get` on a checkpoint's part: first on what is on disk, then, if that fails, on the hub.
+
+    option: the one that named it, if that is neither the model nor a ControlNet.
+    """
     for local_only in (True, False):
         if not local_only and not on_hub(model_id):
             break
@@ -70,7 +74,7 @@ def find(
                 raise
             except Exception as error:  # each loader reports a missing file in its own way
                 failure = error
-    option = option_of(subfolder)
+    option = option or option_of(subfolder)
     _refuse_broken(option, _local_folder(model_id, subfolder or ""), failure)
     part = f" (its {subfolder})" if subfolder else ""
     if os.path.isdir(model_id):

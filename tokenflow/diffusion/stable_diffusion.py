@@ -2,17 +2,19 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, MultiControlNetModel, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from tokenflow.diffusion.control import Control
 from tokenflow.diffusion.ddim import check_finite
+from tokenflow.errors import UserError
 from tokenflow.runtime.transfer import to_device
 
 # Of several frames in one pass of the VAE, which works at full resolution and needs the most memory.
@@ -52,6 +54,7 @@ class StableDiffusion:
 
     tokenizer_2, text_encoder_2: Stable Diffusion XL's others. zero_if_empty: whether its embeddings of an
     empty prompt are zeros, which is how it was trained to denoise without a prompt.
+    clip_skip: layers that are left out at the end of the text encoders. adapted: networks that LoRAs change.
     """
 
     vae: AutoencoderKL
@@ -59,29 +62,66 @@ class StableDiffusion:
     text_encoder: CLIPTextModel
     unet: UNet2DConditionModel
     scheduler: DDIMScheduler
-    controlnet: ControlNetModel | None
+    controlnet: MultiControlNetModel | None
     device: torch.device
     dtype: torch.dtype
     tokenizer_2: CLIPTokenizer | None = None
     text_encoder_2: CLIPTextModelWithProjection | None = None
     zero_if_empty: bool = False
+    clip_skip: int = 0
+    adapted: tuple[torch.nn.Module, ...] = ()
+
+    def __post_init__(self) -> None:
+        encoders = [part for part in (self.text_encoder, self.text_encoder_2) if part]
+        layers = min(encoder.config.num_hidden_layers for encoder in encoders)
+        most = layers - len(encoders)  # XL takes the last layer but one even so
+        if self.clip_skip > most:
+            raise UserError(
+                f"clip_skip: {self.clip_skip}, but the text encoder has {layers} layers in all; "
+                f"use at most {most}"
+            )
+
+    @contextmanager
+    def original(self) -> Iterator[None]:
+        """The networks without LoRAs while the block lasts, as the source was inverted."""
+        for network in self.adapted:
+            network.disable_adapters()
+        try:
+            yield
+        finally:
+            for network in self.adapted:
+                network.enable_adapters()
 
     @torch.no_grad()
     def encode_text(self, prompt: str) -> Text:
-        """What the UNet is told of a prompt, cut or padded to the tokenizer's length; n is 1."""
+        """What the UNet is told of a prompt, cut or padded to the tokenizer's length; n is 1.
+
+        A prompt that is cut is logged, with the words that are lost.
+        """
+        if cut := words_cut(self.tokenizer, prompt):
+            log.warning(
+                "warning: the prompt is longer than %d tokens; this end of it is cut off: %r",
+                self.tokenizer.model_max_length,
+                cut,
+            )
         first = self._encode(self.tokenizer, self.text_encoder, prompt)
         if self.text_encoder_2 is None:
-            return Text(first.last_hidden_state)
+            if not self.clip_skip:
+                return Text(first.last_hidden_state)
+            # As diffusers skips layers: the layer norm that follows the last layer follows an earlier one.
+            skipped_to = first.hidden_states[-(self.clip_skip + 1)]
+            return Text(self.text_encoder.final_layer_norm(skipped_to))
         # XL takes the last layer but one of both encoders (Podell et al., arXiv 2307.01952, section 2.1).
-        second = self._encode(self.tokenizer_2, self.text_encoder_2, prompt)
-        tokens = torch.cat([encoded.hidden_states[-2] for encoded in (first, second)], dim=-1)
+        second, layer = (
+            self._encode(self.tokenizer_2, self.text_encoder_2, prompt),
+            self.clip_skip + 2,
+        )
+        tokens = torch.cat([encoded.hidden_states[-layer] for encoded in (first, second)], dim=-1)
         is_zero = self.zero_if_empty and not prompt
         return Text(tokens * (not is_zero), second.text_embeds * (not is_zero))
 
     def _encode(self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, prompt: str) -> Any:
         length = tokenizer.model_max_length
-        if len(tokenizer(prompt).input_ids) > length:
-            log.warning("only the first %d tokens of the prompt are used: %r", length, prompt)
         tokens = tokenizer(
             prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
@@ -115,25 +155,37 @@ class StableDiffusion:
         return n_frames, self.vae.config.latent_channels, height // factor, width // factor
 
     @property
+    def takes_depth(self) -> bool:
+        """Whether the UNet takes the depth of each frame beside its latents."""
+        return self.unet.config.in_channels > self.vae.config.latent_channels
+
+    @property
     def _pixels_of_latent(self) -> int:
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def to_images(self, frames: np.ndarray) -> torch.Tensor:
-        """Uint8 frames (n, H, W, 3) as images (n, 3, H, W) in [0, 1], as the networks take them."""
-        images = torch.from_numpy(frames).permute(0, 3, 1, 2)
+        """Uint8 frames (..., H, W, 3) as images (..., 3, H, W) in [0, 1], as the networks take them."""
+        images = torch.from_numpy(frames).movedim(-1, -3)
         return to_device(images, self.device).to(self.dtype) / 255
 
     @torch.no_grad()
     def predict_noise(
-        self, latents: torch.Tensor, t: int, text: Text, control: Control | None = None
+        self,
+        latents: torch.Tensor,
+        t: int,
+        text: Text,
+        control: Control | None = None,
+        depth: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The noise (n, 4, h, w) that the UNet predicts in `latents` (n, 4, h, w); fp32 on their device.
 
         Where a zero-terminal-SNR schedule ends in pure noise, the latents are the noise: there the velocity
         is given instead, the negative of the clean latents, as `ddim_step` expects it.
-        text: of n prompts. control: condition of the ControlNet, whose residuals are added in the UNet.
+        text: of n prompts. control: condition of the ControlNets, whose residuals are added in the UNet.
+        depth: (n, 1, h, w) in [-1, 1], if `takes_depth`.
         """
-        model_input = to_device(latents, self.device, self.dtype)
+        model_input = latents if depth is None else torch.cat([latents, depth.to(latents)], dim=1)
+        model_input = to_device(model_input, self.device, self.dtype)
         # Created on the device, while a number would be copied there.
         timestep = torch.full((), t, device=self.device)
         told = self._told(text, latents.shape)
@@ -163,18 +215,23 @@ class StableDiffusion:
         told: dict[str, Any],
         control: Control,
     ) -> dict[str, Any]:
-        scale = to_device(control.scale, self.device, self.dtype)[:, None, None, None]
+        scales = to_device(control.scales, self.device, self.dtype)[..., None, None, None]
         down, mid = self.controlnet(
             model_input,
             timestep,
             controlnet_cond=control.images,
+            conditioning_scale=scales,
             **told,
             return_dict=False,
         )
-        return {
-            "down_block_additional_residuals": [scale * residual for residual in down],
-            "mid_block_additional_residual": scale * mid,
-        }
+        return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+
+
+def words_cut(tokenizer: CLIPTokenizer, prompt: str) -> str:
+    """The end of a prompt that is beyond the tokenizer's length; empty if all of it fits."""
+    spans = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+    kept = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
+    return prompt[spans[kept][0] :] if len(spans) > kept else ""
 
 
 def vae_batch_size(height: int, width: int) -> int:

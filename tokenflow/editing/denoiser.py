@@ -1,11 +1,11 @@
 """One step of an edit: joint passes over the keyframes, then propagation to every frame.
 
 A technique gives the initial latents, the schedule, the number of steps that inject the source, and the
-ControlNet's condition. Nothing here depends on which technique it is.
+ControlNets' conditions. Nothing here depends on which technique it is.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import groupby
@@ -53,11 +53,13 @@ class Source:
     latents: maps a timestep and frames (n,) to their inverted latents (n, 4, h, w).
     features: maps a timestep, frames (n,) that are not keyframes, and whether Plug-and-Play injects, to
     their source features. Without it, the source stream is denoised along with the edit.
+    depth: maps frames (n,) to their depth (n, 1, h, w), which all streams share, if the UNet takes it.
     """
 
     n_frames: int
     latents: Callable[[int, torch.Tensor], torch.Tensor]
     features: Callable[[int, torch.Tensor, bool], SourceFeatures] | None = None
+    depth: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,11 @@ class Denoiser:
         self.sd, self.config, self.flow = edit.sd, edit.config, flow
         self.technique, self.source = edit.technique, edit.source
         self.batches = Batches(self.config.frames_at_once, adapts=self.config.batch_size is None)
-        self.text = [self.sd.encode_text(prompt) for prompt in edit.prompts]  # by stream
+        prompts = edit.prompts
+        with self.sd.original():
+            source = self.sd.encode_text(prompts[SOURCE])
+        edited = (self.sd.encode_text(prompts[stream]) for stream in (UNCOND, COND))
+        self.text = [source, *edited]  # by stream
         timesteps = self.technique.schedule.timesteps
         self.attention_timesteps = frozenset(timesteps[: self.technique.attention_steps])
         self.feature_timesteps = frozenset(timesteps[: self.technique.feature_steps])
@@ -127,9 +133,13 @@ class Denoiser:
     ) -> torch.Tensor:
         """Guided noise (n, 4, h, w) of the frames (n,).
 
-        passes: the streams of each UNet pass; SOURCE may be left out.
+        passes: the streams of each UNet pass; SOURCE may be left out. With LoRAs, which do not concern the
+        source, it passes alone.
         """
+        if self.sd.adapted:
+            passes = tuple(part for streams in passes for part in source_apart(streams))
         controls = self.technique.control(frames) if self.technique.control else None
+        depth = self.source.depth(frames) if self.source.depth else None
         edited, noise = latents[frames], {}
         for streams in passes:
             self.flow.streams = streams
@@ -137,7 +147,9 @@ class Denoiser:
             samples = torch.cat([source if stream == SOURCE else edited for stream in streams])
             text = Text.cat([self.text[stream].expand(len(frames)) for stream in streams])
             control = Control.cat([controls[stream] for stream in streams]) if controls else None
-            predicted = self.sd.predict_noise(samples, t, text, control)
+            seen = None if depth is None else depth.repeat(len(streams), 1, 1, 1)
+            with self.sd.original() if SOURCE in streams else nullcontext():
+                predicted = self.sd.predict_noise(samples, t, text, control, seen)
             noise |= zip(streams, predicted.chunk(len(streams)), strict=True)
         return noise[UNCOND] + self.config.guidance_scale * (noise[COND] - noise[UNCOND])
 
@@ -229,6 +241,12 @@ class TokenFlowDenoiser(Denoiser):
 def filling_pixels(device: torch.device) -> int:
     """Latent pixels that fill the device: a larger pass takes more memory and is hardly more efficient."""
     return FILLED_CPU if device.type == "cpu" else FILLED_GPU
+
+
+def source_apart(streams: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The streams of one UNet pass as those of two: the source, if it is there, and the rest."""
+    rest = tuple(stream for stream in streams if stream != SOURCE)
+    return [part for part in ((SOURCE,) if SOURCE in streams else (), rest) if part]
 
 
 def done_with_joint_edit(keyframes: torch.Tensor, blend: Blend) -> torch.Tensor:

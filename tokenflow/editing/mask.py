@@ -1,10 +1,8 @@
 """Masks: where an edit may change the video, and where the video stays."""
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -14,8 +12,8 @@ from tqdm import tqdm
 
 from tokenflow.editing.fusion import Fusion
 from tokenflow.errors import UserError
+from tokenflow.inversion.source_frames import FrameChoice
 from tokenflow.runtime.frame_array import FrameArray
-from util import decode_frames, fit_frame
 
 # Where in the schedule two prompts are compared, as shares of its steps.
 COMPARED = (0.35, 0.5, 0.65, 0.8)
@@ -95,19 +93,17 @@ def write_relevant(
 
 
 def given(
-    path: Path, inverted: Mapping[str, Any], n_frames: int, height: int, width: int
+    path: Path, choice: FrameChoice, n_frames: int, height: int, width: int
 ) -> Iterator[torch.Tensor]:
     """Yield for each frame where a user's mask is white, in latent pixels: 0 or 1, (height, width).
 
-    path: a video or folder of images of the source's whole length, white inside. inverted: the options of the
-    inversion, whose frames are used and fitted alike. Raises UserError if there are too few frames.
+    path: a video or folder of images of the source's whole length, white inside. choice: which frames the
+    inversion used of the source. Raises UserError if there are too few frames.
     """
-    start, stride, count = inverted["start_frame"], inverted["stride"], 0
-    used = itertools.islice(decode_frames(path), start, start + n_frames * stride, stride)
-    for frame in used:
+    count = 0
+    for frame in choice.fitted(path, n_frames):
         count += 1
-        fitted = fit_frame(frame, inverted["H"], inverted["W"], inverted["resize"])
-        grey = cv2.cvtColor(fitted, cv2.COLOR_RGB2GRAY)
+        grey = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
         yield (reduced(grey, height, width) >= 0.5).float()
     if count < n_frames:
         raise UserError(

@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
@@ -17,8 +17,9 @@ from tokenflow.cli import dump
 from tokenflow.config import HOW, ControlNetConfig, EditConfig
 from tokenflow.contact_sheet import contact_sheet, moments
 from tokenflow.diffusion.checkpoints import check_checkpoint, choose_device, load, load_scheduler
-from tokenflow.diffusion.control import CannyEdges
+from tokenflow.diffusion.control import Conditions
 from tokenflow.diffusion.ddim import Schedule, check_finite, ddim_step, predicted_clean
+from tokenflow.diffusion.lora import lora_identity, with_loras
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.consensus import DISTANCES, Consensus, consensus_steps
 from tokenflow.editing.denoiser import Denoiser, Edit, Source, TokenFlowDenoiser, keyframe_schedule
@@ -30,6 +31,14 @@ from tokenflow.evaluation.report import discard_report
 from tokenflow.inversion.files import CLEAN, Inversion, noisy
 from tokenflow.inversion.find import find_inversion, preprocess_command
 from tokenflow.inversion.predictor import VideoNoisePredictor
+from tokenflow.inversion.source_frames import (
+    DEPTH_VIDEO,
+    FrameChoice,
+    check_conditions,
+    control_identity,
+    find_conditions,
+    write_depth_video,
+)
 from tokenflow.runtime.batching import Batches
 from tokenflow.runtime.digests import check, seal
 from tokenflow.runtime.distributed import Processes
@@ -63,13 +72,17 @@ def open_edit(config: EditConfig, technique: str) -> Iterator["EditRun"]:
     schedule = Schedule.of(scheduler, config.n_timesteps)
     inversion, n_frames = find_inversion(config, schedule.timesteps)
     device, dtype = choose_device(config.device, config.dtype)
+    files = [lora_identity(lora) for lora in config.lora]
+    if isinstance(config, ControlNetConfig):
+        check_conditions(config, FrameChoice.of(inversion.manifest.config), n_frames)
+        files += [control_identity(config)] if config.control_path else []
+    files += [fingerprint(config.mask_path)] if config.mask_path else []
     processes = Processes(device)
 
     name = f"{technique}_{Path(config.data_path).stem}"
-    identity = json.dumps(inversion.manifest.identity)
-    identity = f"{dump(without_how(config))}# of the inversion {identity}\n"
-    if config.mask_path:
-        identity += f"# with the mask {fingerprint(config.mask_path)}\n"
+    inverted = json.dumps(inversion.manifest.identity)
+    identity = f"{dump(without_how(config))}# of the inversion {inverted}\n"
+    identity += "".join(f"# of the file {name}\n" for name in files)
     with ExitStack() as held:
         with processes.main_first():
             folder = held.enter_context(run_folder(Path(config.output_path), name, identity))
@@ -156,9 +169,10 @@ class EditRun:
         """The checkpoint, loaded when it is first needed."""
         config = self.config
         log.info("loading %s on %s in %s", config.model_id, self.device, self.dtype)
-        controlnet = config.controlnet_id if isinstance(config, ControlNetConfig) else None
+        controlnets = config.controlnet_ids if isinstance(config, ControlNetConfig) else ()
         options = {"cpu_offload": config.cpu_offload, "version": config.sd_version}
-        return load(config.model_id, controlnet, self.device, self.dtype, **options)
+        sd = load(config.model_id, controlnets, self.device, self.dtype, **options)
+        return with_loras(replace(sd, clip_skip=config.clip_skip), config.lora, config.lora_scales)
 
     def latents(self, name: str) -> LatentsOf:
         """The function from frames (n,) to the inversion's latents (n, 4, h, w) of that name."""
@@ -172,7 +186,7 @@ class EditRun:
     @property
     def source(self) -> Source:
         """What the inversion knows about the source, with its features if they fit this edit."""
-        alone = Source(self.n_frames, self.inversion.noisy_latents)
+        alone = Source(self.n_frames, self.inversion.noisy_latents, depth=self._depth)
         if missed := self._why_no_features():
             log.info("the source is denoised along with the edit: %s", missed)
             return alone
@@ -189,22 +203,33 @@ class EditRun:
         read = partial(self.inversion.source_features.read, device=self.sd.device)
         return replace(alone, features=read)
 
-    def find_edges(self) -> None:
-        """Find the Canny edges of all frames, which condition the ControlNet, and show them as a video."""
+    def find_conditions(self) -> None:
+        """Find what the ControlNets are given of each frame, and show it as a video, side by side."""
         if self.processes.is_main:
-            folder, config = self.inversion.source_frames, self.config
-            self._edges.compute(folder, self.n_frames, config.canny_low, config.canny_high)
-            frames = (self._edges[torch.tensor([index])][0] for index in range(self.n_frames))
+            folder, choice = self.inversion.source_frames, self._choice
+            seen = folder, self.n_frames, self._conditions, self.device
+            find_conditions(self.config, choice, *seen)
+            each = (self._conditions[torch.tensor([index])] for index in range(self.n_frames))
+            frames = (np.concatenate(conditions[:, 0], axis=1) for conditions in each)
             write_video(self.folder / "control.mp4", frames, self.inversion.manifest.frame_rate)
         self.processes.wait()
 
     def control_images(self, frames: torch.Tensor) -> torch.Tensor:
-        """The edges of the frames (n,), as networks take them: (n, 3, H, W) in [0, 1]."""
-        return self.sd.to_images(self._edges[frames])
+        """The conditions of the frames (n,), as m networks take them: (m, n, 3, H, W) in [0, 1]."""
+        return self.sd.to_images(self._conditions[frames])
 
     @property
-    def _edges(self) -> CannyEdges:
-        return CannyEdges(self.checkpoints / "edges.npy")
+    def _conditions(self) -> Conditions:
+        return Conditions(self.checkpoints, len(self.config.controlnet_ids))
+
+    @property
+    def _depth(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """The function from frames (n,) to their depth (n, 1, h, w), if the UNet takes it."""
+        return self.inversion.depth.__getitem__ if self.sd.takes_depth else None
+
+    @property
+    def _choice(self) -> FrameChoice:
+        return FrameChoice.of(self.inversion.manifest.config)
 
     def _why_no_features(self) -> str:
         """Why the source features in the inversion cannot be used; empty if they can."""
@@ -239,14 +264,16 @@ class EditRun:
         if self.config.mask == "auto":
             batches = Batches(self.config.frames_at_once, adapts=self.config.batch_size is None)
             prompts = self.inversion.prompt, self.config.prompt
-            noises = tuple(VideoNoisePredictor(self.sd, prompt, batches) for prompt in prompts)
+            noises = tuple(
+                VideoNoisePredictor(self.sd, prompt, batches, depth=self._depth)
+                for prompt in prompts
+            )
             relevant = partial(
                 relevance, self._source_latents, compared(self.schedule.timesteps), noises
             )
             write_relevant(inside, self._near_and_far, relevant, self.sd.device)
         elif self.processes.is_main:
-            inverted = self.inversion.manifest.config
-            masks = given(Path(self.config.mask), inverted, self.n_frames, height, width)
+            masks = given(self.config.mask_path, self._choice, self.n_frames, height, width)
             for index, mask in enumerate(masks):
                 inside[torch.tensor([index])] = mask[None, None]
         self.processes.wait()
@@ -301,6 +328,9 @@ class EditRun:
         rows = {label: load_frames(f, moments(n_frames)) for label, f in shown.items()}
         write_image(sheet, contact_sheet(rows))
         write_video_from_folders(folder / "vae_reconstruction.mp4", [inversion.vae], n_frames, fps)
+        if depth := inversion.depth:
+            size = self._choice.H, self._choice.W
+            write_depth_video(folder / DEPTH_VIDEO, depth, n_frames, size, fps)
         write_video_from_folders(self.video, [folder / "frames"], n_frames, fps)
         log.info("to compare: %s and %s", comparison, sheet)
 

@@ -1,6 +1,6 @@
 """Plug-and-Play, SDEdit and ControlNet, each reduced to what the denoiser needs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ class Technique:
     initial: maps frame indices (n,) to latents (n, 4, h, w) at the schedule's first timestep.
     attention_steps, feature_steps: how many steps, from the first, inject the source's attention
     and features.
-    control: maps frame indices (n,) to the conditions of the ControlNet, one for each stream.
+    control: maps frame indices (n,) to the conditions of the ControlNets, one for each stream.
     """
 
     initial: LatentsOf
@@ -76,20 +76,21 @@ def controlnet(
     schedule: Schedule,
     inverted: LatentsOf,
     images: Callable[[torch.Tensor], torch.Tensor],
-    source_scale: float,
-    edit_scale: float,
+    source_scales: Sequence[float] | None,
+    edit_scales: Sequence[float],
 ) -> Technique:
-    """Zhang et al., arXiv 2302.05543: an image of each frame conditions a ControlNet.
+    """Zhang et al., arXiv 2302.05543: images of each frame condition m ControlNets.
 
     inverted: the inverted latents at the schedule's first timestep.
-    images: maps frame indices (n,) to the conditions (n, 3, H, W) in [0, 1].
-    source_scale, edit_scale: factors on the residuals. The source stream needs the inversion's factor, which
-    is 0 if the inversion had no ControlNet.
+    images: maps frame indices (n,) to the conditions (m, n, 3, H, W) in [0, 1].
+    source_scales, edit_scales: m factors on the residuals. The source stream needs the inversion's factors,
+    which are 0 if the inversion had no ControlNets (None).
     """
+    source_scales = source_scales or [0.0] * len(edit_scales)
 
     def control(frames: torch.Tensor) -> tuple[Control, Control, Control]:
         shown = images(frames)
-        source, edited = (Control.of(shown, scale) for scale in (source_scale, edit_scale))
+        source, edited = (Control.of(shown, scales) for scales in (source_scales, edit_scales))
         return source, edited, edited
 
     return Technique(inverted, schedule, control=control)

@@ -7,6 +7,7 @@
 - `latents/inverted_latents.npy`: where the inversion ended, if not at an editing timestep; of the same shape;
 - `source/`, `vae/`, `frames/`: the frames before encoding, after the VAE's round trip, and reconstructed from
   the noisiest latents; `inverted.mp4`: the reconstructed frames as a video;
+- `depth.npy`, (N, 1, h, w) fp32, and `depth.mp4`: the frames' depth, if the UNet takes it;
 - `source_features/`: what edits need from the source stream, if it was kept;
 - `inversion_prompt.txt`, `manifest.json`, `digests.json`: the prompt, all that the files were computed from,
   and digests that reveal damage to any of these files.
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from tokenflow.cli import for_each
 from tokenflow.config import HOW, PreprocessConfig, inversion_name
 from tokenflow.inversion.source_features import SourceFeatureFiles
 from tokenflow.runtime.digests import check
@@ -65,7 +67,7 @@ class Inversion:
     @classmethod
     def of(cls, config: PreprocessConfig, n_frames: int) -> "Inversion":
         """Where `preprocess.py` puts the inversion of `n_frames` frames."""
-        conditioned = config.controlnet_id is not None
+        conditioned = bool(config.controlnet_ids)
         name = inversion_name(config.model, config.sd_version, conditioned)
         video = Path(config.save_dir) / name / Path(config.data_path).stem
         return cls(video / f"steps_{config.steps}" / f"nframes_{n_frames}")
@@ -111,10 +113,24 @@ class Inversion:
         return (self.folder / "inversion_prompt.txt").read_text(encoding="utf-8")
 
     @property
-    def control_scale(self) -> float:
-        """Factor on the ControlNet's residuals while the video was inverted; 0 without one."""
+    def control_scales(self) -> tuple[float, ...] | None:
+        """Factors on the ControlNets' residuals while the video was inverted; None without ControlNets."""
         config = self.manifest.config
-        return config["control_scale"] if config["conditioned"] else 0.0
+        if not config["conditioned"]:
+            return None
+        control, scale = config["control"], config["control_scale"]
+        return for_each("control_scale", scale, "control", control)
+
+    @property
+    def depth(self) -> FrameArray | None:
+        """The frames' depth (N, 1, h, w) in [-1, 1], if the UNet takes it."""
+        array = FrameArray(self.folder / "depth.npy")
+        return array if array.path.is_file() else None
+
+    def create_depth(self, shape: tuple[int, ...]) -> FrameArray:
+        """Create the file of the frames' depth (N, 1, h, w), unless it exists."""
+        FrameArray(self.folder / "depth.npy").ensure(shape, torch.float32)
+        return self.depth
 
     def write_manifest(self, manifest: Manifest) -> None:
         """Write the prompt and the manifest, which marks the inversion as finished."""
@@ -130,7 +146,7 @@ class Inversion:
         """
         manifest = self.manifest
         names = {CLEAN, manifest.inverted, *map(noisy, timesteps)}
-        read = {"inversion_prompt.txt", *(f"latents/{name}.npy" for name in names)}
+        read = {"inversion_prompt.txt", "depth.npy", *(f"latents/{name}.npy" for name in names)}
         check(self.folder, lambda name: name in read or name.endswith(".png"))
 
     def check_source_features(self) -> None:

@@ -1,14 +1,21 @@
 """Which inversion an edit uses, and the command that computes one that is missing."""
 
 import itertools
+import json
 import shlex
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from tokenflow.config import ControlNetConfig, EditConfig
 from tokenflow.diffusion.checkpoints import checkpoint_identity
 from tokenflow.errors import DamagedError, UserError
 from tokenflow.inversion.files import Inversion
+from tokenflow.inversion.source_frames import control_identity
 from util import fingerprint
+
+# Options of the edit that an inversion under ControlNets must share.
+CONDITIONS = ("control", "control_path", "canny_low", "canny_high", "depth_model")
 
 
 def find_inversion(config: EditConfig, timesteps: tuple[int, ...]) -> tuple[Inversion, int]:
@@ -55,13 +62,20 @@ def preprocess_command(config: EditConfig, like: dict | None = None) -> str:
         "save_dir": config.latents_path,
         "sd_version": config.sd_version,
         "model": config.model,
-        "controlnet": config.controlnet_id if isinstance(config, ControlNetConfig) else None,
+        "clip_skip": config.clip_skip or None,
         "inversion_prompt": "what the video shows",
     }
     if like:
         options |= {key: like[key] for key in ("H", "W", "resize", "start_frame", "stride")}
-        options["inversion_prompt"] = like["inversion_prompt"]
-    flags = [(f"--{key}", str(value)) for key, value in options.items() if value is not None]
+        options |= {key: like.get(key) for key in ("inversion_prompt", "depth_model")}
+    if isinstance(config, ControlNetConfig):
+        options["controlnet"] = config.controlnet_ids
+        options |= {key: getattr(config, key) for key in CONDITIONS}
+    flags = [
+        (f"--{key}", *map(str, value if isinstance(value, tuple) else [value]))
+        for key, value in options.items()
+        if value is not None
+    ]
     return shlex.join(["python", "preprocess.py", *itertools.chain(*flags)])
 
 
@@ -95,6 +109,11 @@ def _check_fits(config: EditConfig, inversion: Inversion, timesteps: tuple[int, 
         raise UserError(
             f"the latents in {folder} are of another model, {inverted['model']}; {remedy}"
         )
+    if config.clip_skip != (skipped := inverted.get("clip_skip", 0)):
+        raise UserError(
+            f"clip_skip: {config.clip_skip}, but the latents in {folder} were computed with {skipped}; "
+            f"use that, or {remedy}"
+        )
     missing = [t for t in timesteps if t not in manifest.timesteps]
     if missing:
         raise UserError(
@@ -102,9 +121,20 @@ def _check_fits(config: EditConfig, inversion: Inversion, timesteps: tuple[int, 
             f"are not among the {len(manifest.timesteps)} saved in {folder}; {remedy}"
         )
     if isinstance(config, ControlNetConfig) and inverted["conditioned"]:
-        for key in ("control", "canny_low", "canny_high"):
-            if getattr(config, key) != inverted[key]:
+        conditions = json.loads(json.dumps(asdict(config)))  # as the manifest has them
+        for key in CONDITIONS:
+            if conditions[key] != inverted.get(key):
                 raise UserError(
-                    f"{key}: {getattr(config, key)}, but the inversion was conditioned with "
-                    f"{inverted[key]}; use that, or {remedy} --{key} {getattr(config, key)}"
+                    f"{key}: {spelt(conditions[key])}, but the inversion was conditioned with "
+                    f"{spelt(inverted.get(key))}; use that, or {remedy}"
                 )
+        if control_identity(config) != inverted["control_frames"]:
+            raise UserError(
+                f"control_path: the frames in {config.control_path} have changed since the inversion was "
+                f"conditioned with them; {remedy}"
+            )
+
+
+def spelt(value: Any) -> str:
+    """A value of a configuration as a user writes it."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -13,7 +13,8 @@ from tokenflow.runtime.batching import Batches
 class VideoNoisePredictor:
     """Predicts the noise of a video's frames in batches, throughout a run.
 
-    control: maps frame indices (n,) to the condition of the ControlNet.
+    control: maps frame indices (n,) to the condition of the ControlNets.
+    depth: maps them to their depth (n, 1, h, w), if the UNet takes it.
     """
 
     def __init__(
@@ -22,8 +23,9 @@ class VideoNoisePredictor:
         prompt: str,
         batches: Batches,
         control: Callable[[torch.Tensor], Control] | None = None,
+        depth: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
-        self.sd, self.batches, self.control = sd, batches, control
+        self.sd, self.batches, self.control, self.depth = sd, batches, control, depth
         self.text = sd.encode_text(prompt)
 
     def __call__(self, latents: torch.Tensor, t: int, frames: torch.Tensor) -> torch.Tensor:
@@ -33,4 +35,5 @@ class VideoNoisePredictor:
     def predict_batch(self, t: int, latents: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
         """The noise of one batch, in one UNet pass."""
         control = self.control(frames) if self.control else None
-        return self.sd.predict_noise(latents, t, self.text.expand(len(frames)), control)
+        depth = self.depth(frames) if self.depth else None
+        return self.sd.predict_noise(latents, t, self.text.expand(len(frames)), control, depth)

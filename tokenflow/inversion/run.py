@@ -4,17 +4,14 @@ Frames are inverted and reconstructed in independent segments. Processes can div
 run is resumed with the missing segments, and memory does not grow with the length of the video.
 """
 
-import itertools
 import json
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -23,32 +20,40 @@ from tokenflow.diffusion.checkpoints import (
     check_checkpoint,
     checkpoint_identity,
     choose_device,
+    configuration_of,
     load,
     load_scheduler,
     trained_side,
 )
-from tokenflow.diffusion.control import CannyEdges, Control
+from tokenflow.diffusion.control import Conditions, Control
 from tokenflow.diffusion.ddim import NoisePredictor, Schedule, invert, sample
+from tokenflow.diffusion.depth import load_depth_model
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.errors import DamagedError, UserError
 from tokenflow.inversion.files import CLEAN, INVERTED, Inversion, Manifest, noisy
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.report import report_reconstruction
-from tokenflow.inversion.source_features import MAX_TOKENS, RecordingPredictor, bytes_needed
+from tokenflow.inversion.source_features import RecordingPredictor, can_keep_source_features
+from tokenflow.inversion.source_frames import (
+    DEPTH_VIDEO,
+    FrameChoice,
+    check_conditions,
+    control_identity,
+    find_conditions,
+    find_depth,
+    write_depth_video,
+)
 from tokenflow.runtime.batching import Batches, balanced
 from tokenflow.runtime.digests import check, seal
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.run_folder import Progress, locked, partial_path, remove, resumable
 from tokenflow_utils import KeyframeSchedule
 from util import (
-    decode_frames,
     fingerprint,
-    fit_frame,
     frame_path,
     frame_rate,
     load_frames,
     save_frames,
-    write_image,
     write_video_from_folders,
 )
 
@@ -69,6 +74,8 @@ def open_inversion(config: PreprocessConfig) -> Iterator["InversionRun"]:
     schedule, editing = schedules(config)
     device, dtype = choose_device(config.device, config.dtype)
     manifest = new_manifest(config, schedule, editing)
+    if config.controlnet_ids:
+        check_conditions(config, FrameChoice.of(asdict(config)), manifest.n_frames)
     final = Inversion.of(config, manifest.n_frames)
     processes = Processes(device)
     inversion = Inversion(partial_path(final.folder))
@@ -116,7 +123,7 @@ class InversionRun:
         if self.processes.is_main and not progress.is_done(
             "read", written=pictures(folder, frames)
         ):
-            write_source_frames(self.config, folder, n_frames)
+            self._choice.write(Path(self.config.data_path), folder, n_frames)
             progress.done("read", written=pictures(folder, frames))
 
     def invert(self) -> None:
@@ -124,9 +131,7 @@ class InversionRun:
         config, inversion = self.config, self.inversion
         if self.processes.is_main:
             self._create_files()
-            if config.controlnet_id:
-                low, high = config.canny_low, config.canny_high
-                self._edges.compute(inversion.source_frames, self.manifest.n_frames, low, high)
+            self._see()
         self.processes.wait()
         predictor = self._predictor
         stage = "Inverting", len(self.schedule.timesteps), self._inverted
@@ -185,15 +190,16 @@ class InversionRun:
         """The checkpoint, loaded when it is first needed."""
         config = self.config
         log.info("loading %s on %s in %s", config.model_id, self.device, self.dtype)
-        controlnet = config.controlnet_id
         options = {"cpu_offload": config.cpu_offload, "version": config.sd_version}
-        return load(config.model_id, controlnet, self.device, self.dtype, **options)
+        sd = load(config.model_id, config.controlnet_ids, self.device, self.dtype, **options)
+        return replace(sd, clip_skip=config.clip_skip)
 
     def noise_predictor(self, prompt: str) -> VideoNoisePredictor:
         """A predictor of the noise of the video's frames under a prompt."""
         batches = Batches(self.config.frames_at_once, adapts=self.config.batch_size is None)
         control = self._control if self.sd.controlnet else None
-        return VideoNoisePredictor(self.sd, prompt, batches, control)
+        depth = self.inversion.depth.__getitem__ if self.sd.takes_depth else None
+        return VideoNoisePredictor(self.sd, prompt, batches, control, depth)
 
     @cached_property
     def _predictor(self) -> VideoNoisePredictor:
@@ -201,11 +207,34 @@ class InversionRun:
         return self.noise_predictor(self.config.inversion_prompt)
 
     def _control(self, frames: torch.Tensor) -> Control:
-        return Control.of(self.sd.to_images(self._edges[frames]), self.config.control_scale)
+        images = self.sd.to_images(self._conditions[frames])
+        return Control.of(images, self.config.control_scales)
 
     @property
-    def _edges(self) -> CannyEdges:
-        return CannyEdges(Progress(self.inversion.folder).folder / "edges.npy")
+    def _conditions(self) -> Conditions:
+        folder = Progress(self.inversion.folder).folder
+        return Conditions(folder, len(self.config.controlnet_ids))
+
+    @property
+    def _choice(self) -> FrameChoice:
+        return FrameChoice.of(asdict(self.config))
+
+    def _see(self) -> None:
+        """Find what the ControlNets are given of the frames, and the depth that the UNet takes."""
+        config, inversion, n_frames = self.config, self.inversion, self.manifest.n_frames
+        seen = inversion.source_frames, n_frames, self._conditions, self.device
+        if config.controlnet_ids:
+            find_conditions(config, self._choice, *seen)
+        if not self.sd.takes_depth:
+            return
+        parts = (None, None) if config.depth_model else ("depth_estimator", "feature_extractor")
+        where = config.depth_model or configuration_of(config.model_id, config.sd_version)
+        model = load_depth_model(where, self.device, parts)
+        shape = self.sd.latent_shape(n_frames, config.H, config.W)
+        depth = inversion.create_depth((n_frames, 1, *shape[2:]))
+        find_depth(model, inversion.source_frames, depth)
+        video, fps = inversion.folder / DEPTH_VIDEO, self.manifest.frame_rate
+        write_depth_video(video, depth, n_frames, (config.H, config.W), fps)
 
     def _recording_predictor(self) -> AbstractContextManager[NoisePredictor]:
         """A predictor for the block, which also records the source features if they are kept."""
@@ -302,11 +331,12 @@ def new_manifest(config: PreprocessConfig, schedule: Schedule, editing: Schedule
     noisiest, video = schedule.timesteps[0], Path(config.data_path)
     fps = frame_rate(video) / config.stride  # first, because it refuses a missing video
     return Manifest(
-        config=asdict(config) | {"conditioned": config.controlnet_id is not None},
+        config=asdict(config)
+        | {"conditioned": bool(config.controlnet_ids), "control_frames": control_identity(config)},
         source=fingerprint(video),
         checkpoint=checkpoint_identity(config.model_id, config.sd_version),
         fps=str(fps),
-        n_frames=config.n_frames or sum(1 for _ in used_frames(config)),
+        n_frames=config.n_frames or FrameChoice.of(asdict(config)).count(video),
         timesteps=editing.timesteps,
         inverted=noisy(noisiest) if noisiest in editing.timesteps else INVERTED,
         inverted_timestep=noisiest,
@@ -332,57 +362,6 @@ def is_there(final: Inversion, manifest: Manifest, overwrite: bool) -> bool:
             return False
         raise UserError(f"{damage}; --overwrite recomputes the inversion") from damage
     return True
-
-
-def can_keep_source_features(
-    sd: StableDiffusion,
-    folder: Path,
-    config: PreprocessConfig,
-    latent_shape: tuple[int, ...],
-    editing: Schedule,
-) -> bool:
-    """Whether source features are wanted and fit on the disk of `folder`; logs the space that they take."""
-    if not config.keep_source or config.inversion != "fixed_point":
-        return False  # sampling does not retrace the latents of a naive inversion
-    needed = bytes_needed(sd.unet, latent_shape, len(editing.timesteps))
-    if latent_shape[-2] * latent_shape[-1] > MAX_TOKENS:
-        log.warning(
-            "source features of frames this large cannot be kept: edits will denoise the source too"
-        )
-        return False
-    if needed > shutil.disk_usage(folder).free:
-        log.warning(
-            "source features are not kept, because they take %.0f MB, more disk than is free: "
-            "edits will denoise the source too",
-            needed / 1e6,
-        )
-        return False
-    log.info("source features, which make edits faster, take %.0f MB of disk", needed / 1e6)
-    return True
-
-
-def write_source_frames(config: PreprocessConfig, folder: Path, n_frames: int) -> None:
-    """Write the `n_frames` frames to invert, fitted to the configured size, as PNG into `folder`."""
-    folder.mkdir(exist_ok=True)
-    count = 0
-    for frame in tqdm(used_frames(config), "Reading", n_frames, unit="frame"):
-        write_image(frame_path(folder, count), fit_frame(frame, config.H, config.W, config.resize))
-        count += 1
-    used = f"{config.data_path} from start_frame {config.start_frame} with stride {config.stride}"
-    if count == 0:
-        raise UserError(f"start_frame: there are no frames in {used}")
-    if count < n_frames:
-        raise UserError(
-            f"n_frames: {n_frames} were asked for, but there are only {count} frames in {used}; "
-            f"use --n_frames {count}, or 0 for all"
-        )
-
-
-def used_frames(config: PreprocessConfig) -> Iterator[np.ndarray]:
-    """The frames of the video to invert, uint8 RGB (H, W, 3), one by one."""
-    stop = config.start_frame + config.n_frames * config.stride if config.n_frames else None
-    frames = decode_frames(Path(config.data_path))
-    return itertools.islice(frames, config.start_frame, stop, config.stride)
 
 
 def pictures(folder: Path, frames: torch.Tensor) -> Iterator[bytes]:

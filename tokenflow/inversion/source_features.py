@@ -5,8 +5,10 @@ or the features that Plug-and-Play injects. An edit that reads them denoises two
 """
 
 import json
+import logging
 import math
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +21,9 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
+from tokenflow.config import PreprocessConfig
+from tokenflow.diffusion.ddim import Schedule
+from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.keyframe_cache import BlendedRows, KeyframeCache
 from tokenflow.layouts import layout_of
@@ -33,6 +38,8 @@ from tokenflow_utils import (
     frame_self_attention,
     self_attentions_replaced,
 )
+
+log = logging.getLogger("tokenflow")
 
 MAX_TOKENS = 1 << 15  # of a frame, as indices have 16 bits
 LEVEL = re.compile(r"(down|up)_blocks\.(\d)|mid_block")
@@ -211,3 +218,30 @@ def bytes_needed(unet: UNet2DConditionModel, latent_shape: tuple[int, ...], n_st
     tokens = sum(tokens_by_layer(unet, latent_shape).values())
     features = math.prod(features_shape(unet, latent_shape))
     return 2 * latent_shape[0] * n_steps * (2 * tokens + features)
+
+
+def can_keep_source_features(
+    sd: StableDiffusion,
+    folder: Path,
+    config: PreprocessConfig,
+    latent_shape: tuple[int, ...],
+    editing: Schedule,
+) -> bool:
+    """Whether source features are wanted and fit on the disk of `folder`; logs the space that they take."""
+    if not config.keep_source or config.inversion != "fixed_point":
+        return False  # sampling does not retrace the latents of a naive inversion
+    needed = bytes_needed(sd.unet, latent_shape, len(editing.timesteps))
+    if latent_shape[-2] * latent_shape[-1] > MAX_TOKENS:
+        log.warning(
+            "source features of frames this large cannot be kept: edits will denoise the source too"
+        )
+        return False
+    if needed > shutil.disk_usage(folder).free:
+        log.warning(
+            "source features are not kept, because they take %.0f MB, more disk than is free: "
+            "edits will denoise the source too",
+            needed / 1e6,
+        )
+        return False
+    log.info("source features, which make edits faster, take %.0f MB of disk", needed / 1e6)
+    return True

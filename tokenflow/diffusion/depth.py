@@ -1,0 +1,71 @@
+"""The depth of a video's frames, for ControlNets and as the fifth channel of Stable Diffusion 2 depth."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from transformers import AutoImageProcessor, AutoModelForDepthEstimation
+
+from tokenflow.diffusion.parts import find
+
+# MiDaS, the model whose depth Stable Diffusion 2 depth and the depth ControlNets were trained with.
+DEPTH_MODEL = "Intel/dpt-hybrid-midas"
+
+
+@dataclass(frozen=True)
+class DepthModel:
+    """Finds the relative inverse depth of frames: the nearer, the larger."""
+
+    network: torch.nn.Module
+    processor: Callable
+    device: torch.device
+
+    @torch.no_grad()
+    def __call__(self, frame: np.ndarray, height: int, width: int) -> np.ndarray:
+        """The depth, fp32 (height, width), of a frame, uint8 RGB (H, W, 3)."""
+        pixels = self.processor(images=frame, return_tensors="pt").pixel_values.to(self.device)
+        depth = self.network(pixels).predicted_depth.float()  # 1 h w
+        size = (height, width)
+        return (
+            torch.nn.functional.interpolate(depth[None], size, mode="bicubic")[0, 0].cpu().numpy()
+        )
+
+    def of_video(
+        self, frames: Callable[[], Iterable[np.ndarray]], height: int, width: int
+    ) -> Iterator[np.ndarray]:
+        """The depth of each frame, fp32 (height, width), from -1 at the farthest to 1 at the nearest.
+
+        The farthest and the nearest are those of the whole video. With those of each frame by itself, as
+        diffusers' pipeline for single images has it, the depth of everything would jump when something
+        near enters. The frames pass twice, so that only one is in memory.
+        """
+        bounds = [(d.min(), d.max()) for d in (self(frame, height, width) for frame in frames())]
+        least, most = min(low for low, _ in bounds), max(high for _, high in bounds)
+        range_ = (most - least) or 1  # nothing is near or far in a video of one colour
+        for frame in frames():
+            yield 2 * (self(frame, height, width) - least) / range_ - 1
+
+    def pictures(self, frames: Callable[[], Iterable[np.ndarray]]) -> Iterator[np.ndarray]:
+        """The depth of each frame as a picture, uint8 RGB (H, W, 3): white is the nearest."""
+        height, width = next(iter(frames())).shape[:2]
+        for depth in self.of_video(frames, height, width):
+            yield depth_picture(depth, height, width)
+
+
+def depth_picture(depth: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Depth (h, w) in [-1, 1] as a picture, uint8 RGB (height, width, 3): white is the nearest."""
+    grey = np.round((depth + 1) * 127.5).clip(0, 255).astype(np.uint8)
+    grey = cv2.resize(grey, (width, height), interpolation=cv2.INTER_NEAREST)
+    return np.repeat(grey[..., None], 3, axis=-1)
+
+
+def load_depth_model(
+    model: str, device: torch.device, parts: tuple[str | None, str | None] = (None, None)
+) -> DepthModel:
+    """A depth model from a hub id or a folder. parts: the sub-folders of its network and its processor."""
+    option = "depth_model" if parts[0] is None else None
+    network = find(AutoModelForDepthEstimation.from_pretrained, model, parts[0], option=option)
+    processor = find(AutoImageProcessor.from_pretrained, model, parts[1], option=option)
+    return DepthModel(network.float().eval().to(device), processor, device)
