@@ -1,8 +1,7 @@
 """What figures say in words: what is good, what is poor, and which option to change.
 
-The thresholds are rules of thumb, chosen with the figures of docs/benchmarks.md in view, and not measurements.
-A floor that is poor itself, such as a noisy source, never makes an
-edit poor.
+The thresholds are rules of thumb, chosen with the figures of docs/benchmarks.md in view. They have not been
+measured. A floor that is poor itself, such as a noisy source, never makes an edit poor.
 """
 
 from collections.abc import Iterator
