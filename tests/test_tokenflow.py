@@ -236,7 +236,7 @@ def test_unet_is_restored(sd, video):
 def test_refuses_other_networks(sd):
     with (
         pytest.raises(ValueError, match="up_block_types is None"),
-        install_tokenflow(sd.controlnet),
+        install_tokenflow(sd.controlnet.nets[0]),
     ):
         pass
     with install_tokenflow(sd.unet):

@@ -43,6 +43,7 @@ from tokenflow.inversion.source_frames import (
     find_depth,
     write_depth_video,
 )
+from tokenflow.layouts import as_json
 from tokenflow.runtime.batching import Batches, balanced
 from tokenflow.runtime.digests import check, seal
 from tokenflow.runtime.distributed import Processes
@@ -330,8 +331,9 @@ def new_manifest(config: PreprocessConfig, schedule: Schedule, editing: Schedule
     """The manifest of the inversion that is to be computed, as yet without keyframes."""
     noisiest, video = schedule.timesteps[0], Path(config.data_path)
     fps = frame_rate(video) / config.stride  # first, because it refuses a missing video
+    options = {key: as_json(value) for key, value in asdict(config).items()}
     return Manifest(
-        config=asdict(config)
+        config=options
         | {"conditioned": bool(config.controlnet_ids), "control_frames": control_identity(config)},
         source=fingerprint(video),
         checkpoint=checkpoint_identity(config.model_id, config.sd_version),
