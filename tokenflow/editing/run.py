@@ -71,6 +71,11 @@ def open_edit(config: EditConfig, technique: str) -> Iterator["EditRun"]:
     scheduler = load_scheduler(config.model_id, config.sd_version)
     schedule = Schedule.of(scheduler, config.n_timesteps)
     inversion, n_frames = find_inversion(config, schedule.timesteps)
+    if config.mask == "auto" and not inversion.prompt.strip():
+        raise UserError(
+            "mask: auto compares prompt with inversion_prompt, which is empty; recompute the inversion with: "
+            f'{preprocess_command(config, inversion.manifest.config)} --inversion_prompt "what it shows"'
+        )
     device, dtype = choose_device(config.device, config.dtype)
     files = [lora_identity(lora) for lora in config.lora]
     if isinstance(config, ControlNetConfig):
