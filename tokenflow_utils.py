@@ -23,6 +23,7 @@ Indices: a *frame* of the video, a *position* among a timestep's keyframes, a *r
 """
 
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -189,8 +190,8 @@ class JointPass:
     attended_later: bool = False
 
 
-class TokenFlow:
-    """What the layers of one UNet do in its next pass, and what they remember between passes.
+class TokenFlow(threading.local):
+    """What the layers of one UNet do in this thread's next pass, and what they remember between passes.
 
     A pass takes all streams or some of them. If streams pass one by one, the source comes first.
     propagated: the streams whose outputs are propagated. The authors' code propagates in the source too;
@@ -198,16 +199,18 @@ class TokenFlow:
     finds_correspondences: whether the keyframes' source tokens are remembered, to be searched.
     """
 
-    def __init__(self, propagated: Sequence[int], finds_correspondences: bool) -> None:
+    def __init__(
+        self, propagated: Sequence[int], finds_correspondences: bool, cache: KeyframeCache
+    ) -> None:
         self.propagated, self.finds_correspondences = propagated, finds_correspondences
-        self.cache = KeyframeCache()
+        self.cache = cache  # of all threads
         self.streams: tuple[int, ...] = STREAMS  # of the next pass, ascending
         self.joint: JointPass | None = None  # None during propagation
-        self.inject_attention = self.inject_features = False
-        self.extended = True
+        self.inject_attention, self.inject_features, self.extended = False, False, True
         self.blended: BlendedRows | None = None  # by the frames of a propagation
         self.source: SourceFeatures | None = None  # if an inversion kept them
         self.features: torch.Tensor | None = None  # n c h w, if the source passed alone
+        self.injection: dict[str, list[torch.Tensor]] = {}  # of layers, too: query and key, n s d
 
     def begin_joint_edit(
         self,
@@ -215,13 +218,15 @@ class TokenFlow:
         inject_attention: bool = False,
         inject_features: bool = False,
         extended: bool = True,
+        gather: Callable[[torch.Tensor], torch.Tensor] = lambda edited: edited,
     ) -> None:
         """Edit keyframes jointly in the next passes, and keep them in the cache.
 
         Without `extended` attention each keyframe is edited by itself, as a baseline for comparisons.
+        gather: adds the keys or values of keyframes that pass in turns with these, in other threads.
         """
-        self.cache.positions += joint.edited
-        self.joint, self.source, self.extended = joint, None, extended
+        self.cache.add(joint.edited)
+        self.joint, self.source, self.extended, self.gather = joint, None, extended, gather
         self.inject_attention, self.inject_features = inject_attention, inject_features
 
     def begin_propagation(
@@ -231,7 +236,7 @@ class TokenFlow:
 
         With the features of the `source`, the passes need no source stream.
         """
-        self.blended, self.joint, self.source = blended, None, source
+        self.blended, self.joint, self.source, self.injection = blended, None, source, {}
         self.inject_features = inject_features
 
     def _feature_hook(self, module, args, output: torch.Tensor) -> torch.Tensor | None:
@@ -262,9 +267,7 @@ class TokenFlowAttention(LayerProcessor):
         super().__init__(name)
         self.flow = flow
         self.injected = bool(INJECTED_ATTENTION.match(name))
-        # Kept from the source's pass, if the other streams pass later:
-        self.injection: tuple[torch.Tensor, ...] = ()  # query and key (n, s, d)
-        self.nearest: torch.Tensor | None = None  # n 2 s
+        self.nearest: torch.Tensor | None = None  # n 2 s, kept if the source passes alone
 
     def __call__(
         self, attn: Attention, hidden_states: torch.Tensor, *args, **kwargs
@@ -283,8 +286,9 @@ class TokenFlowAttention(LayerProcessor):
             tokens = F.normalize(self._by_stream(hidden_states)[SOURCE].float(), dim=-1)
             cache.write((self.name, "tokens"), edited, tokens)
         if self.injected and self.flow.inject_attention:
-            source = (query[SOURCE], key[SOURCE]) if SOURCE in streams else self.injection
-            self.injection = source if len(streams) < len(STREAMS) else ()
+            kept = self.flow.injection
+            source = [query[SOURCE], key[SOURCE]] if SOURCE in streams else kept[self.name]
+            kept[self.name] = source if len(streams) < len(STREAMS) else []
             for stream in streams:
                 query[stream], key[stream] = source
         outputs = []
@@ -307,11 +311,11 @@ class TokenFlowAttention(LayerProcessor):
         attended = cache.read(name, joint.attended)
         if joint.attended_later:
             cache.write(name, joint.edited, new)
+        new = self.flow.gather(new)
         return torch.stack([*attended, *new]) if attended else new
 
     def _propagation(self, attn: Attention, hidden_states: torch.Tensor) -> torch.Tensor:
         flow, tokens = self.flow, self._by_stream(hidden_states)
-        self.injection = ()
         if flow.source is not None:
             self.nearest = flow.source.nearest[self.name]
         elif SOURCE in tokens:
@@ -355,7 +359,7 @@ def install_tokenflow(
     Yields the `TokenFlow` that controls the next pass; its class explains the arguments. A pass takes
     its streams concatenated: (streams x n, 4, h, w). Raises the errors of `self_attentions_replaced`.
     """
-    flow = TokenFlow(propagated, finds_correspondences)
+    flow = TokenFlow(propagated, finds_correspondences, KeyframeCache())
     with self_attentions_replaced(
         unet, lambda name: TokenFlowAttention(flow, name), flow._feature_hook
     ):

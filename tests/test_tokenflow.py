@@ -1,5 +1,7 @@
 """The algorithm against its slow reference, and properties that must hold."""
 
+import dataclasses
+
 import pytest
 import torch
 from reference import Reference
@@ -19,7 +21,7 @@ from tokenflow.inversion.source_features import (
 )
 from tokenflow.keyframe_cache import BlendedRows, KeyframeCache
 from tokenflow.nearest import nearest_in_blocks, nearest_tokens
-from tokenflow.runtime.batching import Batches
+from tokenflow.runtime.batching import Batches, Limits
 from tokenflow_utils import (
     JointPass,
     KeyframeSchedule,
@@ -104,6 +106,36 @@ def test_windows_equal_the_reference(sd, monkeypatch, propagation, window, toget
     keyframes = KeyframeSchedule(21, 2, schedule.timesteps, SEED).draw()[t].tolist()
     reference = Reference(sd.unet, 2, propagation, INJECTED_LAYERS, window=window)
     assert_same_noise(ours, reference, sd, source, latents, t, keyframes, (True, True))
+
+
+@pytest.mark.parametrize("window, most", [(8, 10), (8, 3), (7, 3)])
+@torch.no_grad()
+def test_a_joint_edit_that_does_not_fit_is_divided(sd, monkeypatch, window, most):
+    """First by streams, then by keyframes, which attend to all the same: the noise is equal."""
+    source, latents = video_of(16)
+    config = config_of(keyframe_interval=2, keyframe_window=window)
+    technique = Technique(latents.__getitem__, Schedule.of(sd.scheduler, 10), 1, 1)
+
+    def noise(sd):
+        edit = Edit(sd, technique, source_of(source), PROMPTS, config)
+        with TokenFlowDenoiser.installed(edit) as denoiser:
+            return denoiser.predict_noise(latents, technique.schedule.timesteps[0])
+
+    expected, seen, forward = noise(sd), [], sd.unet.forward
+
+    def fits_few(latents, *args, **kwargs):
+        seen.append(len(latents))
+        if len(latents) > most:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")
+        return forward(latents, *args, **kwargs)
+
+    monkeypatch.setattr(sd.unet, "forward", fits_few)
+    limited = dataclasses.replace(sd, limits=Limits())
+    torch.testing.assert_close(noise(limited), expected, atol=1e-4, rtol=1e-4)
+    assert seen[0] > most and limited.limits.of("joint") <= most
+    seen.clear()
+    noise(limited)
+    assert max(seen) <= most  # what failed is not tried again
 
 
 @pytest.mark.parametrize("n_keyframes, size", [(1, 8), (8, 8), (9, 8), (15, 8), (50, 12), (7, 6)])

@@ -46,6 +46,10 @@ class KeyframeCache:
         self._tensors = {name: torch.stack(rows) for name, rows in kept.items()}
         self.positions = list(positions)
 
+    def add(self, positions: Sequence[int]) -> None:
+        """Make rows for the keyframes at `positions`, unless they have one."""
+        self.positions += [position for position in positions if position not in self.positions]
+
     def write(self, name: Hashable, positions: Sequence[int], values: torch.Tensor) -> None:
         """Set the rows (k, ...) of keyframes at `positions`, which must have neighbouring rows."""
         first = self.positions.index(positions[0])

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from tokenflow.diffusion.control import Control
 from tokenflow.diffusion.ddim import check_finite
+from tokenflow.runtime.batching import Batches, Limits
 from tokenflow.runtime.transfer import to_device
 
 # Of several frames in one pass of the VAE, which works at full resolution and needs the most memory.
@@ -22,7 +23,7 @@ log = logging.getLogger("tokenflow")
 
 @dataclass(frozen=True)
 class StableDiffusion:
-    """The networks of one checkpoint on one device, and its noise schedule."""
+    """The networks of one checkpoint on one device, its noise schedule, and how much fits at once."""
 
     vae: AutoencoderKL
     tokenizer: CLIPTokenizer
@@ -32,6 +33,7 @@ class StableDiffusion:
     controlnet: ControlNetModel | None
     device: torch.device
     dtype: torch.dtype
+    limits: Limits = field(default_factory=Limits, kw_only=True)
 
     @torch.no_grad()
     def encode_text(self, prompt: str) -> torch.Tensor:
@@ -47,24 +49,27 @@ class StableDiffusion:
     @torch.no_grad()
     def encode_frames(self, frames: np.ndarray) -> torch.Tensor:
         """Latents (n, 4, h, w), fp32 on the CPU, of uint8 RGB frames (n, H, W, 3): posterior means."""
-        latents = []
-        height, width = frames.shape[1:3]
-        for start in range(0, len(frames), size := vae_batch_size(height, width)):
-            images = self.to_images(frames[start : start + size])
-            posterior = self.vae.encode(2 * images - 1).latent_dist
-            latents.append(posterior.mean.float().cpu() * self.vae.config.scaling_factor)
-        return torch.cat(latents)
+
+        def encoded(batch: torch.Tensor) -> torch.Tensor:
+            posterior = self.vae.encode(2 * self.to_images(batch.numpy()) - 1).latent_dist
+            return posterior.mean.float().cpu() * self.vae.config.scaling_factor
+
+        batches = Batches(vae_batch_size(*frames.shape[1:3]), limits=self.limits, kind="encoding")
+        return batches.map(encoded, torch.from_numpy(frames))
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor) -> np.ndarray:
         """Uint8 RGB frames (n, H, W, 3) of latents (n, 4, h, w)."""
-        frames = []
-        size = vae_batch_size(*(self._pixels_of_latent * n for n in latents.shape[2:]))
-        for batch in (latents / self.vae.config.scaling_factor).split(size):
+
+        def decoded(batch: torch.Tensor) -> torch.Tensor:
             images = self.vae.decode(to_device(batch, self.device, self.dtype)).sample.float()
             check_finite(images, "the VAE's decoded frames")
-            frames.append((images / 2 + 0.5).clamp(0, 1).mul(255).round().byte().cpu())
-        return torch.cat(frames).permute(0, 2, 3, 1).numpy()
+            return (images / 2 + 0.5).clamp(0, 1).mul(255).round().byte().cpu()
+
+        size = vae_batch_size(*(self._pixels_of_latent * n for n in latents.shape[2:]))
+        batches = Batches(size, limits=self.limits, kind="decoding")
+        frames = batches.map(decoded, latents / self.vae.config.scaling_factor)
+        return frames.permute(0, 2, 3, 1).numpy()
 
     def latent_shape(self, n_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Shape (N, 4, h, w) of the latents of N frames of that size in pixels."""

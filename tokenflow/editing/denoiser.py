@@ -4,6 +4,7 @@ A technique gives the initial latents, the schedule, the number of steps that in
 ControlNet's condition. Nothing here depends on which technique it is.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from tokenflow.editing.techniques import Technique
 from tokenflow.editing.windows import Window, joint_passes, seen_by_all, windows
 from tokenflow.runtime.batching import Batches, balanced
 from tokenflow.runtime.frame_array import FrameArray
+from tokenflow.runtime.turns import Gather, in_turns
 from tokenflow_utils import (
     COND,
     SOURCE,
@@ -75,7 +77,8 @@ class Denoiser:
     def __init__(self, edit: Edit, flow: TokenFlow) -> None:
         self.sd, self.config, self.flow = edit.sd, edit.config, flow
         self.technique, self.source = edit.technique, edit.source
-        self.batches = Batches(self.config.frames_at_once, adapts=self.config.batch_size is None)
+        at_once, adapts = self.config.frames_at_once, self.config.batch_size is None
+        self.batches = Batches(at_once, adapts, self.sd.limits, "propagation")
         self.text = torch.cat([self.sd.encode_text(prompt) for prompt in edit.prompts])  # 3 l d
         timesteps = self.technique.schedule.timesteps
         self.attention_timesteps = frozenset(timesteps[: self.technique.attention_steps])
@@ -169,10 +172,28 @@ class TokenFlowDenoiser(Denoiser):
     def _edit_jointly(
         self, latents: Latents, t: int, frames: torch.Tensor, joint: JointPass
     ) -> None:
-        """Edit the frames (k,), which are keyframes, and put their guided noise into the cache."""
+        """Edit the frames (k,), which are keyframes, and put their guided noise into the cache.
+
+        Where memory runs out, the streams pass one by one, and then the keyframes in parts, which give each
+        other their keys and values.
+        """
         injects = t in self.attention_timesteps, t in self.feature_timesteps
-        self.flow.begin_joint_edit(joint, *injects)
-        noise = self.guided_noise(latents, t, frames, self._passes(frames, latents, STREAMS))
+        self.flow.cache.add(joint.edited)  # all of them, before any part
+
+        def edited(n_samples: int) -> torch.Tensor:
+            is_whole = n_samples >= len(STREAMS) * len(frames)
+            passes = (STREAMS,) if is_whole else one_by_one(STREAMS)
+
+            def of_part(places: torch.Tensor, gather: Gather) -> torch.Tensor:
+                part = replace(joint, edited=[joint.edited[place] for place in places])
+                self.flow.begin_joint_edit(part, *injects, gather=gather)
+                return self.guided_noise(latents, t, frames[places], passes)
+
+            return torch.cat(in_turns(of_part, balanced(torch.arange(len(frames)), n_samples)))
+
+        streams = self._passes(frames, latents, STREAMS)[0]
+        batches = Batches(sys.maxsize, limits=self.sd.limits, kind="joint")
+        noise = batches.fitted(edited, len(streams) * len(frames))
         self.flow.cache.write("noise", joint.edited, noise)
 
     def _propagate(
@@ -197,7 +218,7 @@ class TokenFlowDenoiser(Denoiser):
         """The streams one by one if a single one fills the device, else all together."""
         pixels = len(frames) * latents.shape[-2] * latents.shape[-1]
         large = pixels >= filling_pixels(self.sd.device)
-        return tuple((stream,) for stream in streams) if large else (streams,)
+        return one_by_one(streams) if large else (streams,)
 
     def _keyframes_and_blend(self, t: int) -> tuple[torch.Tensor, Blend]:
         """The keyframes (k,) of a timestep, and which of them each frame of the video blends."""
@@ -212,6 +233,11 @@ class TokenFlowDenoiser(Denoiser):
         if self.config.propagation == "previous":  # the authors' code draws none for skipped steps
             schedule = replace(schedule, timesteps=self.technique.schedule.timesteps)
         return schedule.draw()
+
+
+def one_by_one(streams: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """The streams of UNet passes that take one stream each."""
+    return tuple((stream,) for stream in streams)
 
 
 def filling_pixels(device: torch.device) -> int:

@@ -23,6 +23,7 @@ from tokenflow.editing.techniques import LatentsOf, Technique
 from tokenflow.errors import DamagedError, UserError
 from tokenflow.inversion.files import CLEAN, Inversion, noisy
 from tokenflow.inversion.find import find_inversion, preprocess_command
+from tokenflow.runtime.batching import Limits
 from tokenflow.runtime.digests import check, seal
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.edit_checkpoint import EditCheckpoint
@@ -124,7 +125,8 @@ class EditRun:
         config = self.config
         log.info("loading %s on %s in %s", config.model_id, self.device, self.dtype)
         controlnet = config.controlnet_id if isinstance(config, ControlNetConfig) else None
-        return load(config.model_id, controlnet, self.device, self.dtype, config.cpu_offload)
+        sd = load(config.model_id, controlnet, self.device, self.dtype, config.cpu_offload)
+        return replace(sd, limits=Limits(self.checkpoints))
 
     def latents(self, name: str) -> LatentsOf:
         """The function from frames (n,) to the inversion's latents (n, 4, h, w) of that name."""

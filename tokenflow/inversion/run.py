@@ -39,7 +39,7 @@ from tokenflow.inversion.source_features import (
     bytes_needed,
     install_recorder,
 )
-from tokenflow.runtime.batching import Batches, balanced
+from tokenflow.runtime.batching import Batches, Limits, balanced
 from tokenflow.runtime.digests import check, seal
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.run_folder import Progress, locked, partial_path, remove, resumable
@@ -186,11 +186,13 @@ class InversionRun:
         config = self.config
         log.info("loading %s on %s in %s", config.model_id, self.device, self.dtype)
         controlnet = config.controlnet_id
-        return load(config.model_id, controlnet, self.device, self.dtype, config.cpu_offload)
+        sd = load(config.model_id, controlnet, self.device, self.dtype, config.cpu_offload)
+        return replace(sd, limits=Limits(Progress(self.inversion.folder).folder))
 
     def noise_predictor(self, prompt: str) -> VideoNoisePredictor:
         """A predictor of the noise of the video's frames under a prompt."""
-        batches = Batches(self.config.frames_at_once, adapts=self.config.batch_size is None)
+        at_once, adapts = self.config.frames_at_once, self.config.batch_size is None
+        batches = Batches(at_once, adapts, self.sd.limits, "inversion")
         control = self._control if self.sd.controlnet else None
         return VideoNoisePredictor(self.sd, prompt, batches, control)
 
