@@ -137,8 +137,8 @@ def correspondences(
 ) -> torch.Tensor:
     """The index of each token's nearest token in both keyframes of a blend (equation 3): (n, 2, s).
 
-    tokens: (n, s, d), source tokens of the frames. key_tokens: (k, s, d), source tokens of the keyframes,
-    of unit length. blended: the blend of their rows. Where a weight is 0, the indices are 0.
+    tokens: (n, s, d), source tokens of the frames. key_tokens: (k, s, d), source tokens of the keyframes.
+    blended: the blend of their rows. Where a weight is 0, the indices are 0.
     """
     n_frames, n_tokens, _ = tokens.shape
     nearest = torch.zeros(n_frames * 2, n_tokens, dtype=torch.long, device=tokens.device)
@@ -163,7 +163,7 @@ def propagate(
         .unflatten(0, (-1, n_tokens))
         for side in (0, 1)
     )  # n s d
-    return first.lerp_(second, blended.weights[:, 1].to(key_outputs)[:, None, None])
+    return first.lerp_(second, blended.weights[:, 1, None, None])
 
 
 @dataclass(frozen=True)
@@ -283,8 +283,7 @@ class TokenFlowAttention(LayerProcessor):
             self._by_stream(project(hidden_states)) for project in (attn.to_q, attn.to_k, attn.to_v)
         )  # each n s d, by stream
         if SOURCE in streams and self.flow.finds_correspondences:
-            tokens = F.normalize(self._by_stream(hidden_states)[SOURCE].float(), dim=-1)
-            cache.write((self.name, "tokens"), edited, tokens)
+            cache.write((self.name, "tokens"), edited, self._by_stream(hidden_states)[SOURCE])
         if self.injected and self.flow.inject_attention:
             kept = self.flow.injection
             source = [query[SOURCE], key[SOURCE]] if SOURCE in streams else kept[self.name]

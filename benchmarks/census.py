@@ -199,9 +199,9 @@ class FusedNearest:
     def __init__(self, census: Census, kernel: ModuleType | None) -> None:
         self.census, self.kernel = census, kernel
 
-    def runs_on(self, device: torch.device) -> bool:
+    def runs_on(self, device: torch.device, dtype: torch.dtype) -> bool:
         """On a fake device it does, as on every GPU that triton knows."""
-        return self.kernel is None or self.kernel.runs_on(device)
+        return self.kernel is None or self.kernel.runs_on(device, dtype)
 
     def nearest_fused(self, tokens: torch.Tensor, key_tokens: torch.Tensor) -> torch.Tensor:
         """As `nearest_triton.nearest_fused`, with its copies: indices (n, s)."""
@@ -209,7 +209,9 @@ class FusedNearest:
         self.census.launch(2 * n_frames * n_tokens * len(key_tokens) * depth)
         if self.kernel:
             return self.kernel.nearest_fused(tokens, key_tokens)
-        tokens, key_tokens = tokens.contiguous(), key_tokens.float().contiguous()
+        tokens, key_tokens = tokens.contiguous(), key_tokens.contiguous()
+        lengths = 1 / key_tokens.float().norm(dim=-1).clamp(min=1e-12)
+        del lengths
         nearest = torch.empty(n_frames * n_tokens, dtype=torch.int32, device=tokens.device)
         return nearest.view(n_frames, n_tokens).long()
 

@@ -207,7 +207,7 @@ class TokenFlowDenoiser(Denoiser):
         """Guided noise (n, 4, h, w) of the frames (n,), propagated from keyframes in the cache."""
         injects = t in self.feature_timesteps
         source = self.source.features(t, frames, injects) if self.source.features else None
-        blended = self.flow.cache.blended(positions, weights, self.sd.device)
+        blended = self.flow.cache.blended(positions, weights, self.sd.device, self.sd.dtype)
         self.flow.begin_propagation(blended, injects, source)
         passes = self._passes(frames, latents, (UNCOND, COND) if source else STREAMS)
         return self.guided_noise(latents, t, frames, passes)
