@@ -1,9 +1,7 @@
 """What a person should know about a reconstruction: how good it is and, if it is poor, why."""
 
 from collections.abc import Callable
-from pathlib import Path
 
-import numpy as np
 import torch
 
 from tokenflow.config import PreprocessConfig
@@ -12,36 +10,55 @@ from tokenflow.inversion.files import CLEAN, Inversion
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.metrics import frame_psnr, frame_ssim
 from tokenflow.runtime.batching import balanced
+from tokenflow.runtime.distributed import Processes
+from tokenflow.runtime.frame_array import FrameArray
+from tokenflow.runtime.run_folder import Progress
 from util import load_frames
 
 # Below this PSNR (dB) textures and small objects of the source are lost, also in an edit.
 POOR_PSNR = 20.0
 
 
+def measure(
+    inversion: Inversion, config: PreprocessConfig, processes: Processes, device: torch.device
+) -> FrameArray:
+    """PSNR and SSIM of each frame of the VAE's round trip against the source and, if there is one, of the
+    reconstruction against the source and against the round trip: (N, 1 or 3, 2). Processes divide the frames.
+    """
+    source, vae, whole = inversion.source_frames, inversion.vae, inversion.reconstruction
+    pairs = [(vae, source), (whole, source), (whole, vae)][: 1 if config.no_reconstruction else 3]
+    scores = FrameArray(Progress(inversion.folder).folder / "scores.npy")
+    all_frames = torch.arange(len(inversion.latents(CLEAN)))
+    if processes.is_main:
+        FrameArray.create(scores.path, (len(all_frames), len(pairs), 2), torch.float64)
+    processes.wait()
+    for frames in processes.share(balanced(all_frames, config.frames_at_once)):
+        shown = {folder: load_frames(folder, frames.tolist()) for folder in set(sum(pairs, ()))}
+        of_pairs = [
+            [kind(shown[a], shown[b], device) for kind in (frame_psnr, frame_ssim)]
+            for a, b in pairs
+        ]
+        scores[frames] = torch.tensor(of_pairs, dtype=torch.float64).permute(2, 0, 1)
+    processes.wait()
+    return scores
+
+
 def reconstruction_report(
     sd: StableDiffusion,
     inversion: Inversion,
     config: PreprocessConfig,
+    scores: FrameArray,
     noise_predictor: Callable[[str], VideoNoisePredictor],
 ) -> str:
     """How close the reconstruction and the VAE's round trip are to the source, in a sentence or two.
 
-    noise_predictor: maps a prompt to a predictor of the noise of the video's frames.
+    scores: from `measure`. noise_predictor: maps a prompt to a predictor of the noise of the video's frames.
     """
     clean = inversion.latents(CLEAN)
-
-    def compare(a: Path, b: Path) -> tuple[float, float]:
-        scores = []
-        for frames in balanced(torch.arange(len(clean)), config.frames_at_once):
-            pair = [load_frames(folder, frames.tolist()) for folder in (a, b)]
-            scores += zip(frame_psnr(*pair), frame_ssim(*pair), strict=True)
-        return tuple(np.mean(scores, axis=0))
-
-    vae = compare(inversion.vae, inversion.source_frames)
-    if not inversion.reconstruction.exists():
+    vae, *of_reconstruction = scores[torch.arange(len(clean))].mean(0).tolist()
+    if not of_reconstruction:
         return f"the VAE's round trip: PSNR {vae[0]:.2f} dB, SSIM {vae[1]:.3f} against the source"
-    whole = compare(inversion.reconstruction, inversion.source_frames)
-    inverted = compare(inversion.reconstruction, inversion.vae)
+    whole, inverted = of_reconstruction
     text = (
         f"reconstruction: PSNR {whole[0]:.2f} dB, SSIM {whole[1]:.3f} against the source; "
         f"PSNR {inverted[0]:.2f} dB, SSIM {inverted[1]:.3f} against the VAE's round trip, "
