@@ -269,6 +269,7 @@ class TokenFlowAttention(LayerProcessor):
         self.injected = bool(INJECTED_ATTENTION.match(name))
         self.nearest: torch.Tensor | None = None  # n 2 s, kept if the source passes alone
 
+    @torch.compiler.disable  # it depends on what passed before
     def __call__(
         self, attn: Attention, hidden_states: torch.Tensor, *args, **kwargs
     ) -> torch.Tensor:
@@ -390,7 +391,7 @@ def self_attentions_replaced(
         convolution = unet.up_blocks[block].resnets[resnet].conv2
     except (AttributeError, IndexError) as error:
         raise ValueError("no residual block of Stable Diffusion's decoder in this UNet") from error
-    hook = convolution.register_forward_hook(feature_hook)
+    hook = convolution.register_forward_hook(torch.compiler.disable(feature_hook))
     try:
         unet.set_attn_processor(dict(processors))  # a copy, because the setter empties its argument
         yield

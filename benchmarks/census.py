@@ -4,6 +4,7 @@ Without a GPU its tensors are fakes: they have a shape, a precision and a device
 the CPU stay real, so that what decides about passes runs as it is; what comes from the device is zeros.
 """
 
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, ValuesView
 from contextlib import ExitStack, contextmanager
@@ -22,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from tokenflow import nearest
+from tokenflow.runtime import ahead
 from tokenflow.runtime.frame_array import FrameArray
 
 aten = torch.ops.aten
@@ -114,6 +116,7 @@ class Census(TorchDispatchMode):
                 noticed = FusedNearest(self, kernel)
                 stack.enter_context(patch.object(nearest, "nearest_triton", noticed))
             if self.is_fake:
+                stack.enter_context(patch.object(ahead, "ThreadPoolExecutor", Unhurried))
                 stack.enter_context(_PythonSide(self))
                 stack.enter_context(self.fake)
             super().__enter__()
@@ -193,6 +196,25 @@ class Census(TorchDispatchMode):
         self.counts.disk_bytes += rows.nbytes
 
 
+class Unhurried:
+    """In place of a thread, in which nothing would be counted: works when its result is asked for."""
+
+    def __init__(self, n_threads: int) -> None:
+        pass
+
+    def __enter__(self) -> "Unhurried":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        pass
+
+    def submit(self, function: Callable, *arguments: Any) -> "Unhurried":
+        """The future of a result."""
+        self = Unhurried(1)
+        self.result = functools.cache(functools.partial(function, *arguments))
+        return self
+
+
 class FusedNearest:
     """Counts the kernel of `nearest_triton`, and stands in for it on fakes, where `kernel` is None."""
 
@@ -210,8 +232,7 @@ class FusedNearest:
         if self.kernel:
             return self.kernel.nearest_fused(tokens, key_tokens)
         tokens, key_tokens = tokens.contiguous(), key_tokens.contiguous()
-        lengths = 1 / key_tokens.float().norm(dim=-1).clamp(min=1e-12)
-        del lengths
+        torch.linalg.vector_norm(key_tokens, dim=-1, dtype=torch.float32)
         nearest = torch.empty(n_frames * n_tokens, dtype=torch.int32, device=tokens.device)
         return nearest.view(n_frames, n_tokens).long()
 

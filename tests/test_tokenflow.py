@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from test_cli import ROOT
 
 from benchmarks.published import Published, PublishedAttention
 from tokenflow.config import PnPConfig
+from tokenflow.diffusion.checkpoints import load
 from tokenflow.diffusion.ddim import Schedule
 from tokenflow.editing.denoiser import Edit, Source, TokenFlowDenoiser
 from tokenflow.editing.techniques import Technique
@@ -25,6 +27,7 @@ from tokenflow.inversion.source_features import (
 )
 from tokenflow.keyframe_cache import BlendedRows, KeyframeCache
 from tokenflow.nearest import nearest_in_blocks, nearest_tokens
+from tokenflow.runtime.ahead import WriteBehind, read_ahead
 from tokenflow.runtime.batching import Batches, Limits
 from tokenflow_utils import (
     JointPass,
@@ -240,6 +243,29 @@ def test_the_reference_tells_the_modes_apart(sd, video):
 
 
 @torch.no_grad()
+def test_a_compiled_unet_predicts_the_same(sd, checkpoint, video, monkeypatch):
+    """With TokenFlow's layers and hook in it. The graphs that torch found are run as they are, since a
+    compiler would take minutes."""
+    source, latents = video
+    technique = Technique(latents.__getitem__, Schedule.of(sd.scheduler, 10), 1, 2)
+    config = config_of(batch_size=BATCH_SIZE)
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda unet: compile(unet, backend="eager"))
+    compiled = load(str(checkpoint), None, torch.device("cpu"), torch.float32, compiled=True)
+    torch._dynamo.utils.counters.clear()
+    noises = []
+    for one in (sd, compiled):
+        edit = Edit(one, technique, source_of(source), PROMPTS, config)
+        with TokenFlowDenoiser.installed(edit) as denoiser:
+            noises.append(
+                [denoiser.predict_noise(latents, t) for t in technique.schedule.timesteps[:3]]
+            )
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 10
+    torch.testing.assert_close(noises[1], noises[0], atol=1e-4, rtol=1e-4)
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
 def test_single_frame_is_the_untouched_unet(sd, video):
     source, latents = video
     text = sd.encode_text("a red circle")
@@ -449,13 +475,41 @@ for arch, shared in {75: 64, 80: 163, 86: 99, 89: 99, 90: 227}.items():
         options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
         compiled = triton.compile(source, GPUTarget("cuda", arch, 32), options)
         assert compiled.asm["cubin"] and compiled.metadata.shared <= shared * 1024
-        print(arch, spelt, compiled.metadata.shared, "mma" in compiled.asm["ptx"])
+        assert ("mma" in compiled.asm["ptx"]) == (arch >= 80)  # the tensor cores are used
 """
     env = os.environ | {"TRITON_INTERPRET": "0"}
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    print(result.stdout)
+
+
+def test_reading_ahead():
+    """What is read is the same, at most one item ahead, and errors reach whoever asks for the result."""
+    read_so_far, used = [], []
+
+    def read(item):
+        read_so_far.append(item)
+        return 1 // (item - 4)
+
+    with pytest.raises(ZeroDivisionError):
+        for item, coming in read_ahead(read, [7, 6, 5, 4, 3]):
+            used.append((item, coming.result()))
+            assert len(read_so_far) <= len(used) + 1
+    assert used == [(7, 0), (6, 0), (5, 1)] and read_so_far[:4] == [7, 6, 5, 4]
+
+
+def test_writing_behind():
+    """All is written in order at the end, and an error ends the block that writes."""
+    written = []
+    with WriteBehind() as writer:
+        for item in range(5):
+            writer.later(written.append, item)
+        writer.flush()
+        assert written == [0, 1, 2, 3, 4]
+        writer.later(written.append, 5)
+    assert written[-1] == 5
+    with pytest.raises(OSError), WriteBehind() as writer:
+        writer.later(Path("no/such/folder/file").write_text, "x")
 
 
 def test_keyframes_are_one_an_interval_and_repeatable():

@@ -60,6 +60,10 @@ class ModelConfig:
         "device, and the others are in main memory",
         False,
     )
+    compile: bool = option(
+        "compile the UNet with torch.compile, which takes minutes and makes each pass after that faster",
+        False,
+    )
     seed: int = option(
         "seed of all random draws: which frames are keyframes, and the noise of SDEdit without "
         "use_ddim_noise; kept source features serve only edits with the seed of preprocess.py",

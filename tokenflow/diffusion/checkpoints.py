@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DCondi
 from huggingface_hub import constants, model_info, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import safe_open
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from tokenflow.diffusion.ddim import Schedule
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
@@ -104,10 +105,12 @@ def load(
     device: torch.device,
     dtype: torch.dtype,
     cpu_offload: bool = False,
+    compiled: bool = False,
 ) -> StableDiffusion:
     """Load a checkpoint, and a ControlNet, from a hub id or a folder in diffusers layout.
 
-    With `cpu_offload` only one of the VAE, the text encoder and the UNet is on the device at a time.
+    With `cpu_offload` only one of the VAE, the text encoder and the UNet is on the device at a time. If it is
+    `compiled`, the UNet's first passes take long.
     """
     if controlnet_id:
         _load_config(ControlNetModel, controlnet_id, None, "block_out_channels")
@@ -143,7 +146,9 @@ def load(
     else:
         for part in networks:
             part.to(device)
-    return sd
+    if compiled:
+        sd.unet.compile()
+    return replace(sd, compiled=compiled)
 
 
 def _check_parts(sd: StableDiffusion, model_id: str, controlnet_id: str | None) -> None:
@@ -170,6 +175,16 @@ def _check_parts(sd: StableDiffusion, model_id: str, controlnet_id: str | None) 
                 f"controlnet: {controlnet_id} does not fit the model {model_id}: its {key} is "
                 f"{found}, not {_plain(unet[key])}; name one of the same version"
             )
+
+
+def networks_on_meta(model_id: str, controlnet_id: str | None) -> list[torch.nn.Module]:
+    """UNet, VAE, text encoder and, if there is one, ControlNet of a checkpoint, without their weights."""
+    text = _find(CLIPTextConfig.from_pretrained, model_id, "text_encoder")
+    parts = [(UNet2DConditionModel, model_id, "unet"), (AutoencoderKL, model_id, "vae")]
+    parts += [(ControlNetModel, controlnet_id, None)] if controlnet_id else []
+    with torch.device("meta"):
+        unet, vae, *control = (cls.from_config(_load_config(cls, *part)) for cls, *part in parts)
+        return [unet, vae, CLIPTextModel(text), *control]
 
 
 def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:

@@ -34,6 +34,12 @@ class StableDiffusion:
     device: torch.device
     dtype: torch.dtype
     limits: Limits = field(default_factory=Limits, kw_only=True)
+    compiled: bool = field(default=False, kw_only=True)
+
+    @property
+    def plans_by_shape(self) -> bool:
+        """Whether each shape of a pass that was not seen before costs time to plan."""
+        return self.compiled or self.device.type == "cuda"
 
     @torch.no_grad()
     def encode_text(self, prompt: str) -> torch.Tensor:

@@ -6,6 +6,7 @@ ControlNet's condition. Nothing here depends on which technique it is.
 
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -19,9 +20,11 @@ from diffusers import DDIMScheduler
 from tokenflow.config import EditConfig
 from tokenflow.diffusion.control import Control
 from tokenflow.diffusion.ddim import Schedule
+from tokenflow.diffusion.memory import frames_at_once, samples_in_pass
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.techniques import Technique
 from tokenflow.editing.windows import Window, joint_passes, seen_by_all, windows
+from tokenflow.runtime.ahead import read_ahead
 from tokenflow.runtime.batching import Batches, balanced
 from tokenflow.runtime.frame_array import FrameArray
 from tokenflow.runtime.turns import Gather, in_turns
@@ -40,7 +43,7 @@ from tokenflow_utils import (
     previous_blend,
 )
 
-FILLED_CPU, FILLED_GPU = 1 << 12, 1 << 15  # latent pixels
+FILLED_CPU = 1 << 12  # latent pixels: a larger pass takes more memory and is hardly more efficient
 
 # The latents of all frames, in memory or in a file; frames (n,) index them: (n, 4, h, w).
 Latents = torch.Tensor | FrameArray
@@ -77,8 +80,11 @@ class Denoiser:
     def __init__(self, edit: Edit, flow: TokenFlow) -> None:
         self.sd, self.config, self.flow = edit.sd, edit.config, flow
         self.technique, self.source = edit.technique, edit.source
-        at_once, adapts = self.config.frames_at_once, self.config.batch_size is None
-        self.batches = Batches(at_once, adapts, self.sd.limits, "propagation")
+        n_streams = len(STREAMS) if self.source.features is None else len(STREAMS) - 1
+        self.on_gpu = self.sd.device.type == "cuda"
+        self.at_once = frames_at_once(self.config, n_streams, self.on_gpu)
+        adapts = self.config.batch_size is None
+        self.batches = Batches(self.at_once, adapts, self.sd.limits, "propagation")
         self.text = torch.cat([self.sd.encode_text(prompt) for prompt in edit.prompts])  # 3 l d
         timesteps = self.technique.schedule.timesteps
         self.attention_timesteps = frozenset(timesteps[: self.technique.attention_steps])
@@ -94,7 +100,7 @@ class Denoiser:
 
     def chunks(self, t: int) -> list:
         """The video's frames in chunks, which the processes divide; each takes neighbouring chunks."""
-        return list(balanced(torch.arange(self.source.n_frames), self.config.frames_at_once))
+        return list(balanced(torch.arange(self.source.n_frames), self.at_once))
 
     def noise(
         self, latents: Latents, t: int, chunks: list
@@ -145,7 +151,7 @@ class TokenFlowDenoiser(Denoiser):
         done, chunks = done_with_joint_edit(keyframes, blend), []
         for window in windows(blend, len(keyframes), self.config.keyframe_window):
             frames, is_done = window.frames, done[window.frames]
-            parts = frames[is_done], *balanced(frames[~is_done], self.config.frames_at_once)
+            parts = frames[is_done], *balanced(frames[~is_done], self.at_once)
             chunks += [(window, part) for part in parts if len(part)]
         return chunks
 
@@ -161,12 +167,19 @@ class TokenFlowDenoiser(Denoiser):
             cache.keep([position for position in cache.positions if position in seen])
             for joint in joint_passes(window, len(keyframes), cache.positions):
                 self._edit_jointly(latents, t, keyframes[joint.edited], joint)
-            for _, frames in of_window:
+
+            def read(frames: torch.Tensor) -> SourceFeatures | None:
+                if self.source.features is None or done[frames].all():
+                    return None
+                return self.source.features(t, frames, t in self.feature_timesteps)
+
+            for frames, coming in read_ahead(read, [frames for _, frames in of_window]):
                 if done[frames].all():
                     yield frames, torch.stack(cache.read("noise", blend.whole[frames].tolist()))
                 else:
-                    propagated = partial(self._propagate, latents, t)
-                    parts = frames, blend.positions[frames], blend.weights[frames]
+                    propagated = partial(self._propagate, latents, t, coming)
+                    places = torch.arange(len(frames))
+                    parts = places, frames, blend.positions[frames], blend.weights[frames]
                     yield frames, self.batches.map(propagated, *parts)
 
     def _edit_jointly(
@@ -200,13 +213,18 @@ class TokenFlowDenoiser(Denoiser):
         self,
         latents: Latents,
         t: int,
+        coming: Future[SourceFeatures | None],
+        places: torch.Tensor,
         frames: torch.Tensor,
         positions: torch.Tensor,
         weights: torch.Tensor,
     ) -> torch.Tensor:
-        """Guided noise (n, 4, h, w) of the frames (n,), propagated from keyframes in the cache."""
-        injects = t in self.feature_timesteps
-        source = self.source.features(t, frames, injects) if self.source.features else None
+        """Guided noise (n, 4, h, w) of the frames (n,), propagated from keyframes in the cache.
+
+        coming: source features of a chunk, if they are kept, in which the frames have these places (n,).
+        """
+        injects, source = t in self.feature_timesteps, coming.result()
+        source = source and features_of(source, slice(places[0], places[-1] + 1))
         blended = self.flow.cache.blended(positions, weights, self.sd.device, self.sd.dtype)
         self.flow.begin_propagation(blended, injects, source)
         passes = self._passes(frames, latents, (UNCOND, COND) if source else STREAMS)
@@ -215,10 +233,12 @@ class TokenFlowDenoiser(Denoiser):
     def _passes(
         self, frames: torch.Tensor, latents: Latents, streams: tuple[int, ...]
     ) -> tuple[tuple[int, ...], ...]:
-        """The streams one by one if a single one fills the device, else all together."""
-        pixels = len(frames) * latents.shape[-2] * latents.shape[-1]
-        large = pixels >= filling_pixels(self.sd.device)
-        return one_by_one(streams) if large else (streams,)
+        """The streams one by one if a single one fills a CPU or all are too many for a GPU, else together."""
+        if self.on_gpu:
+            together = samples_in_pass(len(frames), len(streams)) > len(frames)
+        else:
+            together = len(frames) * latents.shape[-2] * latents.shape[-1] < FILLED_CPU
+        return (streams,) if together else one_by_one(streams)
 
     def _keyframes_and_blend(self, t: int) -> tuple[torch.Tensor, Blend]:
         """The keyframes (k,) of a timestep, and which of them each frame of the video blends."""
@@ -235,14 +255,15 @@ class TokenFlowDenoiser(Denoiser):
         return schedule.draw()
 
 
+def features_of(source: SourceFeatures, places: slice) -> SourceFeatures:
+    """The source features of some of their frames, as views."""
+    nearest = {name: of_layer[places] for name, of_layer in source.nearest.items()}
+    return SourceFeatures(nearest, None if source.features is None else source.features[places])
+
+
 def one_by_one(streams: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     """The streams of UNet passes that take one stream each."""
     return tuple((stream,) for stream in streams)
-
-
-def filling_pixels(device: torch.device) -> int:
-    """Latent pixels that fill the device: a larger pass takes more memory and is hardly more efficient."""
-    return FILLED_CPU if device.type == "cpu" else FILLED_GPU
 
 
 def done_with_joint_edit(keyframes: torch.Tensor, blend: Blend) -> torch.Tensor:

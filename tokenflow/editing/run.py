@@ -17,6 +17,7 @@ from tokenflow.contact_sheet import contact_sheet, moments
 from tokenflow.diffusion.checkpoints import check_checkpoint, choose_device, load, load_scheduler
 from tokenflow.diffusion.control import CannyEdges
 from tokenflow.diffusion.ddim import Schedule, check_finite, ddim_step
+from tokenflow.diffusion.memory import plan_memory
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.denoiser import Denoiser, Edit, Source, TokenFlowDenoiser, keyframe_schedule
 from tokenflow.editing.techniques import LatentsOf, Technique
@@ -123,10 +124,13 @@ class EditRun:
     def sd(self) -> StableDiffusion:
         """The checkpoint, loaded when it is first needed."""
         config = self.config
-        log.info("loading %s on %s in %s", config.model_id, self.device, self.dtype)
+        made = self.inversion.manifest.config
+        where, pixels = (self.device, self.dtype), made["H"] * made["W"]
+        fits = plan_memory(config, *where, pixels, self.n_frames)
+        log.info("loading %s on %s in %s", config.model_id, *where)
         controlnet = config.controlnet_id if isinstance(config, ControlNetConfig) else None
-        sd = load(config.model_id, controlnet, self.device, self.dtype, config.cpu_offload)
-        return replace(sd, limits=Limits(self.checkpoints))
+        sd = load(config.model_id, controlnet, *where, config.cpu_offload, config.compile)
+        return replace(sd, limits=Limits(self.checkpoints, fits))
 
     def latents(self, name: str) -> LatentsOf:
         """The function from frames (n,) to the inversion's latents (n, 4, h, w) of that name."""

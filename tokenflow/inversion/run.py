@@ -7,7 +7,6 @@ run is resumed with the missing segments, and memory does not grow with the leng
 import itertools
 import json
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -28,17 +27,18 @@ from tokenflow.diffusion.checkpoints import (
 )
 from tokenflow.diffusion.control import CannyEdges, Control
 from tokenflow.diffusion.ddim import NoisePredictor, Schedule, invert, sample
+from tokenflow.diffusion.memory import frames_at_once, plan_memory
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.errors import DamagedError, UserError
 from tokenflow.inversion.files import CLEAN, INVERTED, Inversion, Manifest, noisy
 from tokenflow.inversion.predictor import VideoNoisePredictor
-from tokenflow.inversion.report import reconstruction_report
+from tokenflow.inversion.report import measure, reconstruction_report
 from tokenflow.inversion.source_features import (
-    MAX_TOKENS,
     RecordingPredictor,
-    bytes_needed,
+    can_keep_source_features,
     install_recorder,
 )
+from tokenflow.runtime.ahead import WriteBehind
 from tokenflow.runtime.batching import Batches, Limits, balanced
 from tokenflow.runtime.digests import check, seal
 from tokenflow.runtime.distributed import Processes
@@ -150,22 +150,24 @@ class InversionRun:
         if self.config.no_reconstruction and not self._keeps_source_features:
             return
         stage = "Reconstructing", len(self.editing.timesteps), self._reconstructed
-        with self._recording_predictor() as predict_noise:
+        with WriteBehind() as writer, self._recording_predictor(writer) as predict_noise:
             for frames, bar in self._missing_segments(*stage):
                 if self.config.no_reconstruction:
                     for t in self.editing.timesteps:
                         predict_noise(self._saved_latents(t, frames), t, frames)
                         bar.update()
-                    continue
-                latents = self._saved_latents(self.editing.timesteps[0], frames)
-                for sampled in sample(latents, frames, self.editing, predict_noise):
-                    latents = sampled
-                    bar.update()
-                folder = self.inversion.reconstruction
-                save_frames(folder, frames[0].item(), self.sd.decode_latents(latents))
+                else:
+                    latents = self._saved_latents(self.editing.timesteps[0], frames)
+                    for sampled in sample(latents, frames, self.editing, predict_noise):
+                        latents = sampled
+                        bar.update()
+                    folder = self.inversion.reconstruction
+                    save_frames(folder, frames[0].item(), self.sd.decode_latents(latents))
+                writer.flush()  # before the segment counts as done
 
     def finish(self) -> None:
         """Write the video and the manifest, and say how good the reconstruction is."""
+        scores = measure(self.inversion, self.config, self.processes, self.device)
         if not self.processes.is_main:
             return
         inversion, n_frames = self.inversion, self.manifest.n_frames
@@ -176,7 +178,8 @@ class InversionRun:
             write_video_from_folders(inversion.folder / VIDEO, folders, n_frames, fps)
         kept = self._keyframe_schedule if self._keeps_source_features else None
         inversion.write_manifest(replace(self.manifest, keyframes=kept))
-        log.info(reconstruction_report(self.sd, inversion, self.config, self.noise_predictor))
+        predictor = self.noise_predictor
+        log.info(reconstruction_report(self.sd, inversion, self.config, scores, predictor))
         seal(inversion.folder)
         Progress(inversion.folder).remove()
 
@@ -184,17 +187,23 @@ class InversionRun:
     def sd(self) -> StableDiffusion:
         """The checkpoint, loaded when it is first needed."""
         config = self.config
-        log.info("loading %s on %s in %s", config.model_id, self.device, self.dtype)
+        where, pixels = (self.device, self.dtype), config.H * config.W
+        fits = plan_memory(config, *where, pixels, self.manifest.n_frames)
+        log.info("loading %s on %s in %s", config.model_id, *where)
         controlnet = config.controlnet_id
-        sd = load(config.model_id, controlnet, self.device, self.dtype, config.cpu_offload)
-        return replace(sd, limits=Limits(Progress(self.inversion.folder).folder))
+        sd = load(config.model_id, controlnet, *where, config.cpu_offload, config.compile)
+        return replace(sd, limits=Limits(Progress(self.inversion.folder).folder, fits))
 
     def noise_predictor(self, prompt: str) -> VideoNoisePredictor:
         """A predictor of the noise of the video's frames under a prompt."""
-        at_once, adapts = self.config.frames_at_once, self.config.batch_size is None
-        batches = Batches(at_once, adapts, self.sd.limits, "inversion")
+        adapts = self.config.batch_size is None
+        batches = Batches(self._frames_at_once, adapts, self.sd.limits, "inversion")
         control = self._control if self.sd.controlnet else None
         return VideoNoisePredictor(self.sd, prompt, batches, control)
+
+    @property
+    def _frames_at_once(self) -> int:
+        return frames_at_once(self.config, 1, self.device.type == "cuda")
 
     @cached_property
     def _predictor(self) -> VideoNoisePredictor:
@@ -209,16 +218,15 @@ class InversionRun:
         return CannyEdges(Progress(self.inversion.folder).folder / "edges.npy")
 
     @contextmanager
-    def _recording_predictor(self) -> Iterator[NoisePredictor]:
+    def _recording_predictor(self, writer: WriteBehind) -> Iterator[NoisePredictor]:
         """Yield a predictor, which also records the source features if they are kept."""
         if not self._keeps_source_features:
             yield self._predictor
             return
         files, saved = self.inversion.source_features, self._saved_latents
         with install_recorder(self.sd.unet) as recorder:
-            yield RecordingPredictor(
-                self._predictor, recorder, self._keyframe_schedule, saved, files
-            )
+            schedule, later = self._keyframe_schedule, writer.later
+            yield RecordingPredictor(self._predictor, recorder, schedule, saved, files, later)
 
     def _saved_latents(self, t: int, frames: torch.Tensor) -> torch.Tensor:
         return self.inversion.latents(noisy(t))[frames]
@@ -232,7 +240,7 @@ class InversionRun:
         for each other. written: maps a segment's frames to the bytes that the stage writes for them.
         """
         progress = Progress(self.inversion.folder)
-        segments = balanced(torch.arange(self.manifest.n_frames), self.config.frames_at_once)
+        segments = balanced(torch.arange(self.manifest.n_frames), self._frames_at_once)
         missing = [
             frames
             for frames in self.processes.share(segments)
@@ -340,33 +348,6 @@ def is_there(final: Inversion, manifest: Manifest, overwrite: bool) -> bool:
         if overwrite:
             return False
         raise UserError(f"{damage}; --overwrite recomputes the inversion") from damage
-    return True
-
-
-def can_keep_source_features(
-    sd: StableDiffusion,
-    folder: Path,
-    config: PreprocessConfig,
-    latent_shape: tuple[int, ...],
-    editing: Schedule,
-) -> bool:
-    """Whether source features are wanted and fit on the disk of `folder`; logs the space that they take."""
-    if not config.keep_source or config.inversion != "fixed_point":
-        return False  # sampling does not retrace the latents of a naive inversion
-    needed = bytes_needed(sd.unet, latent_shape, len(editing.timesteps))
-    if latent_shape[-2] * latent_shape[-1] > MAX_TOKENS:
-        log.warning(
-            "source features of frames this large cannot be kept: edits will denoise the source too"
-        )
-        return False
-    if needed > shutil.disk_usage(folder).free:
-        log.warning(
-            "source features are not kept, because they take %.0f MB, more disk than is free: "
-            "edits will denoise the source too",
-            needed / 1e6,
-        )
-        return False
-    log.info("source features, which make edits faster, take %.0f MB of disk", needed / 1e6)
     return True
 
 

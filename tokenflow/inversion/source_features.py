@@ -5,18 +5,22 @@ or the features that Plug-and-Play injects. An edit that reads them denoises two
 """
 
 import json
+import logging
 import math
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
+from tokenflow.config import PreprocessConfig
+from tokenflow.diffusion.ddim import Schedule
+from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.keyframe_cache import BlendedRows, KeyframeCache
 from tokenflow.runtime.frame_array import FrameArray
@@ -31,6 +35,8 @@ from tokenflow_utils import (
     frame_self_attention,
     self_attentions_replaced,
 )
+
+log = logging.getLogger("tokenflow")
 
 MAX_TOKENS = 1 << 15  # of a frame, as indices have 16 bits
 LEVELS = 4  # resolutions of the UNet, each half the one before
@@ -72,14 +78,14 @@ class RecordingAttention(LayerProcessor):
         super().__init__(name)
         self.recorder = recorder
 
+    @torch.compiler.disable
     def __call__(
         self, attn: Attention, hidden_states: torch.Tensor, *args, **kwargs
     ) -> torch.Tensor:
         """The layer's output for its input; both (n, s, d)."""
         recorder, cache = self.recorder, self.recorder.cache
         if recorder.positions is not None:
-            tokens = F.normalize(hidden_states.float(), dim=-1)
-            cache.write(self.name, recorder.positions, tokens)
+            cache.write(self.name, recorder.positions, hidden_states)
         elif recorder.blended is not None:
             key_tokens = cache.tensor(self.name)
             found = correspondences(hidden_states, key_tokens, recorder.blended)
@@ -105,6 +111,7 @@ class RecordingPredictor:
 
     Its frames may blend keyframes outside the segment, one on each side, which then pass the UNet too.
     saved: maps a timestep and frame indices (n,) to the latents (n, 4, h, w) that the inversion found.
+    later: calls a function that writes, now or while later passes are computed.
     """
 
     def __init__(
@@ -114,7 +121,9 @@ class RecordingPredictor:
         schedule: KeyframeSchedule,
         saved: Callable[[int, torch.Tensor], torch.Tensor],
         files: "SourceFeatureFiles",
+        later: Callable[..., None] = lambda write, *arguments: write(*arguments),
     ) -> None:
+        self.later = later
         self.predictor, self.recorder = predictor, recorder
         self.keyframes, self.saved, self.files = schedule.draw(), saved, files
 
@@ -133,12 +142,13 @@ class RecordingPredictor:
                 return self.predictor.predict_batch(samples, t, keyframes[positions])
 
         def of_other(samples: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-            blend, device = flanking_blend(others, keyframes), self.predictor.sd.device
-            blended = self.recorder.cache.blended(blend.positions, blend.weights, device)
+            blend, sd = flanking_blend(others, keyframes), self.predictor.sd
+            where = sd.device, sd.dtype
+            blended = self.recorder.cache.blended(blend.positions, blend.weights, *where)
             with self.recorder.noting(blended=blended):
                 noise = self.predictor.predict_batch(samples, t, others)
-            features = SourceFeatures(self.recorder.nearest, self.recorder.features)
-            self.files.write(t, others, features)
+            features = SourceFeatures(dict(self.recorder.nearest), self.recorder.features)
+            self.later(self.files.write, t, others, features)
             return noise
 
         noise, batches = torch.empty_like(latents), self.predictor.batches
@@ -204,6 +214,33 @@ class SourceFeatureFiles:
 
     def _file(self, kind: str, t: int) -> Path:
         return self.folder / f"{kind}_{t}.npy"
+
+
+def can_keep_source_features(
+    sd: StableDiffusion,
+    folder: Path,
+    config: PreprocessConfig,
+    latent_shape: tuple[int, ...],
+    editing: Schedule,
+) -> bool:
+    """Whether source features are wanted and fit on the disk of `folder`; logs the space that they take."""
+    if not config.keep_source or config.inversion != "fixed_point":
+        return False  # sampling does not retrace the latents of a naive inversion
+    needed = bytes_needed(sd.unet, latent_shape, len(editing.timesteps))
+    if latent_shape[-2] * latent_shape[-1] > MAX_TOKENS:
+        log.warning(
+            "source features of frames this large cannot be kept: edits will denoise the source too"
+        )
+        return False
+    if needed > shutil.disk_usage(folder).free:
+        log.warning(
+            "source features are not kept, because they take %.0f MB, more disk than is free: "
+            "edits will denoise the source too",
+            needed / 1e6,
+        )
+        return False
+    log.info("source features, which make edits faster, take %.0f MB of disk", needed / 1e6)
+    return True
 
 
 def tokens_by_layer(unet: UNet2DConditionModel, latent_shape: tuple[int, ...]) -> dict[str, int]:

@@ -3,7 +3,7 @@
 import gc
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -35,17 +35,18 @@ class Limits:
     """How many items fit in memory at once, by the kind of pass, as far as failures have taught.
 
     folder: of a run's progress files, where a resumed run finds them; without it they end with the process.
+    fits: how many should fit, by the kind of pass, as far as is known before any has failed.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder, self._known = folder, {}
+    def __init__(self, folder: Path | None = None, fits: Mapping[str, int] | None = None) -> None:
+        self.folder, self._fits, self._known = folder, fits or {}, {}
 
     def of(self, kind: str) -> int:
         """The most items that a pass of that kind may take."""
         if kind not in self._known and self.folder:
             with suppress(OSError, ValueError):  # no pass has failed, or the file is damaged
                 self._known[kind] = max(1, int(self._file(kind).read_bytes()))
-        return self._known.get(kind, sys.maxsize)
+        return min(known.get(kind, sys.maxsize) for known in (self._known, self._fits))
 
     def lower(self, kind: str, size: int) -> None:
         """Passes of that kind take at most `size` items from now on."""
