@@ -63,7 +63,7 @@ def test_few_copies_are_waited_for():
     assert all(blocking[key] <= most for key, most in MOST_BLOCKING.items()), blocking
     for row in rows:
         assert row["dependent"] == (row["stage"] == "decoding")
-        assert row["launches"] < 1200 and row["shapes"] == 1 and row["flops"] > 1e7
+        assert row["launches"] < 1300 and row["shapes"] == 1 and row["flops"] > 1e6
         assert row["peak_bytes"] > 2 * sum(p.numel() for p in build_unet(TINY).parameters())
     kept, three = (
         {r["kind"]: r for r in rows}[f"propagation, {x}"]

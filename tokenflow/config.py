@@ -183,8 +183,8 @@ class PreprocessConfig(ModelConfig, CannyConfig):
         False,
     )
     batch_size: int | None = option(
-        "frames in one UNet pass, which changes memory and speed only; auto: 16, halved while the device "
-        "is out of memory",
+        "frames in one UNet pass, which changes memory and speed only; auto: 16, or 32 on a GPU, halved "
+        "while the device is out of memory",
         None,
         low=1,
         high=MAX_FRAMES,
@@ -247,8 +247,8 @@ class EditConfig(ModelConfig):
         high=MAX_FRAMES,
     )
     batch_size: int | None = option(
-        "frames in one UNet pass, which changes memory and speed; auto: 8, halved while the device is "
-        "out of memory",
+        "frames in one UNet pass, which changes memory and speed; auto: 8, or 10 to 16 on a GPU, halved "
+        "while the device is out of memory",
         None,
         low=1,
         high=MAX_FRAMES,

@@ -26,7 +26,7 @@ from tokenflow.runtime.frame_array import FrameArray
 from tokenflow_utils import KeyframeSchedule
 
 # Options that change how an inversion is computed, but not its result.
-HOW = ("batch_size", "device", "cpu_offload", "resume", "overwrite")
+HOW = ("batch_size", "device", "cpu_offload", "compile", "resume", "overwrite")
 
 CLEAN = "clean_latents"
 INVERTED = "inverted_latents"
