@@ -19,7 +19,7 @@ INTRODUCTION = """\
 # Options
 
 *Written by `python -m benchmarks.options` from the dataclasses of
-[tokenflow/config.py](../tokenflow/config.py) and
+[tokenflow/config.py](../tokenflow/config.py), [tokenflow/config_model.py](../tokenflow/config_model.py) and
 [tokenflow/evaluation/config.py](../tokenflow/evaluation/config.py); change the text there.*
 
 Every option is a flag, such as `--steps 25`. All commands but `preprocess.py` also read options from a YAML

@@ -19,6 +19,7 @@ from tokenflow.contact_sheet import contact_sheet, moments
 from tokenflow.diffusion.checkpoints import check_checkpoint, choose_device, load, load_scheduler
 from tokenflow.diffusion.control import CannyEdges
 from tokenflow.diffusion.ddim import Schedule, check_finite, ddim_step, predicted_clean
+from tokenflow.diffusion.memory import plan_memory
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.consensus import DISTANCES, Consensus, consensus_steps
 from tokenflow.editing.denoiser import Denoiser, Edit, Source, TokenFlowDenoiser, keyframe_schedule
@@ -30,7 +31,7 @@ from tokenflow.evaluation.report import discard_report
 from tokenflow.inversion.files import CLEAN, Inversion, noisy
 from tokenflow.inversion.find import find_inversion, preprocess_command
 from tokenflow.inversion.predictor import VideoNoisePredictor
-from tokenflow.runtime.batching import Batches
+from tokenflow.runtime.batching import Batches, Limits
 from tokenflow.runtime.digests import check, seal
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.edit_checkpoint import EditCheckpoint
@@ -155,10 +156,14 @@ class EditRun:
     def sd(self) -> StableDiffusion:
         """The checkpoint, loaded when it is first needed."""
         config = self.config
-        log.info("loading %s on %s in %s", config.model_id, self.device, self.dtype)
+        made = self.inversion.manifest.config
+        where, pixels = (self.device, self.dtype), made["H"] * made["W"]
+        fits = plan_memory(config, *where, pixels, self.n_frames)
+        log.info("loading %s on %s in %s", config.model_id, *where)
         controlnet = config.controlnet_id if isinstance(config, ControlNetConfig) else None
         options = {"cpu_offload": config.cpu_offload, "version": config.sd_version}
-        return load(config.model_id, controlnet, self.device, self.dtype, **options)
+        sd = load(config.model_id, controlnet, *where, **options, compiled=config.compile)
+        return replace(sd, limits=Limits(self.checkpoints, fits))
 
     def latents(self, name: str) -> LatentsOf:
         """The function from frames (n,) to the inversion's latents (n, 4, h, w) of that name."""
@@ -237,7 +242,8 @@ class EditRun:
             FrameArray.create(inside.path, (self.n_frames, 1, height, width), torch.float32)
         self.processes.wait()
         if self.config.mask == "auto":
-            batches = Batches(self.config.frames_at_once, adapts=self.config.batch_size is None)
+            adapts = self.config.batch_size is None
+            batches = Batches(self.config.frames_at_once, adapts, self.sd.limits, "inversion")
             prompts = self.inversion.prompt, self.config.prompt
             noises = tuple(VideoNoisePredictor(self.sd, prompt, batches) for prompt in prompts)
             relevant = partial(

@@ -7,7 +7,6 @@ run is resumed with the missing segments, and memory does not grow with the leng
 import itertools
 import json
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -29,13 +28,15 @@ from tokenflow.diffusion.checkpoints import (
 )
 from tokenflow.diffusion.control import CannyEdges, Control
 from tokenflow.diffusion.ddim import NoisePredictor, Schedule, invert, sample
+from tokenflow.diffusion.memory import frames_at_once, plan_memory
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.errors import DamagedError, UserError
 from tokenflow.inversion.files import CLEAN, INVERTED, Inversion, Manifest, noisy
 from tokenflow.inversion.predictor import VideoNoisePredictor
-from tokenflow.inversion.report import report_reconstruction
-from tokenflow.inversion.source_features import MAX_TOKENS, RecordingPredictor, bytes_needed
-from tokenflow.runtime.batching import Batches, balanced
+from tokenflow.inversion.report import compare, report_reconstruction
+from tokenflow.inversion.source_features import RecordingPredictor, can_keep_source_features
+from tokenflow.runtime.ahead import WriteBehind
+from tokenflow.runtime.batching import Batches, Limits, balanced
 from tokenflow.runtime.digests import check, seal
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.run_folder import Progress, locked, partial_path, remove, resumable
@@ -149,22 +150,24 @@ class InversionRun:
             return
         stage = "Reconstructing", len(self.editing.timesteps), self._reconstructed
         saved = self.inversion.noisy_latents
-        with self._recording_predictor() as predict_noise:
+        with WriteBehind() as writer, self._recording_predictor(writer) as predict_noise:
             for frames, bar in self._missing_segments(*stage):
                 if self.config.no_reconstruction:
                     for t in self.editing.timesteps:
                         predict_noise(saved(t, frames), t, frames)
                         bar.update()
-                    continue
-                latents = saved(self.editing.timesteps[0], frames)
-                for sampled in sample(latents, frames, self.editing, predict_noise):
-                    latents = sampled
-                    bar.update()
-                folder = self.inversion.reconstruction
-                save_frames(folder, frames[0].item(), self.sd.decode_latents(latents))
+                else:
+                    latents = saved(self.editing.timesteps[0], frames)
+                    for sampled in sample(latents, frames, self.editing, predict_noise):
+                        latents = sampled
+                        bar.update()
+                    folder = self.inversion.reconstruction
+                    save_frames(folder, frames[0].item(), self.sd.decode_latents(latents))
+                writer.flush()  # before the segment counts as done
 
     def finish(self) -> None:
         """Write the video and the manifest, and say how good the reconstruction is."""
+        scores = compare(self.inversion, self.config, self.processes, self.device)
         if not self.processes.is_main:
             return
         inversion, n_frames = self.inversion, self.manifest.n_frames
@@ -175,7 +178,7 @@ class InversionRun:
             write_video_from_folders(inversion.folder / VIDEO, folders, n_frames, fps)
         kept = self._keyframe_schedule if self._keeps_source_features else None
         inversion.write_manifest(replace(self.manifest, keyframes=kept))
-        about = inversion, self.manifest, self.config
+        about = inversion, self.manifest, self.config, scores
         log.info(report_reconstruction(self.sd, *about, self.noise_predictor))
         seal(inversion.folder)
         Progress(inversion.folder).remove()
@@ -184,16 +187,24 @@ class InversionRun:
     def sd(self) -> StableDiffusion:
         """The checkpoint, loaded when it is first needed."""
         config = self.config
-        log.info("loading %s on %s in %s", config.model_id, self.device, self.dtype)
+        where, pixels = (self.device, self.dtype), config.H * config.W
+        fits = plan_memory(config, *where, pixels, self.manifest.n_frames)
+        log.info("loading %s on %s in %s", config.model_id, *where)
         controlnet = config.controlnet_id
         options = {"cpu_offload": config.cpu_offload, "version": config.sd_version}
-        return load(config.model_id, controlnet, self.device, self.dtype, **options)
+        sd = load(config.model_id, controlnet, *where, **options, compiled=config.compile)
+        return replace(sd, limits=Limits(Progress(self.inversion.folder).folder, fits))
 
     def noise_predictor(self, prompt: str) -> VideoNoisePredictor:
         """A predictor of the noise of the video's frames under a prompt."""
-        batches = Batches(self.config.frames_at_once, adapts=self.config.batch_size is None)
+        adapts = self.config.batch_size is None
+        batches = Batches(self._frames_at_once, adapts, self.sd.limits, "inversion")
         control = self._control if self.sd.controlnet else None
         return VideoNoisePredictor(self.sd, prompt, batches, control)
+
+    @property
+    def _frames_at_once(self) -> int:
+        return frames_at_once(self.config, 1, self.device.type == "cuda")
 
     @cached_property
     def _predictor(self) -> VideoNoisePredictor:
@@ -207,13 +218,13 @@ class InversionRun:
     def _edges(self) -> CannyEdges:
         return CannyEdges(Progress(self.inversion.folder).folder / "edges.npy")
 
-    def _recording_predictor(self) -> AbstractContextManager[NoisePredictor]:
+    def _recording_predictor(self, writer: WriteBehind) -> AbstractContextManager[NoisePredictor]:
         """A predictor for the block, which also records the source features if they are kept."""
         if not self._keeps_source_features:
             return nullcontext(self._predictor)
         files, saved = self.inversion.source_features, self.inversion.noisy_latents
-        recording = RecordingPredictor(self._predictor, self._keyframe_schedule, saved, files)
-        return recording.installed()
+        where = self._keyframe_schedule, saved, files, writer.later
+        return RecordingPredictor(self._predictor, *where).installed()
 
     def _missing_segments(
         self, stage: str, n_steps: int, written: Callable[[torch.Tensor], Iterator[bytes]]
@@ -224,7 +235,7 @@ class InversionRun:
         for each other. written: maps a segment's frames to the bytes that the stage writes for them.
         """
         progress = Progress(self.inversion.folder)
-        segments = balanced(torch.arange(self.manifest.n_frames), self.config.frames_at_once)
+        segments = balanced(torch.arange(self.manifest.n_frames), self._frames_at_once)
         missing = [
             frames
             for frames in self.processes.share(segments)
@@ -331,33 +342,6 @@ def is_there(final: Inversion, manifest: Manifest, overwrite: bool) -> bool:
         if overwrite:
             return False
         raise UserError(f"{damage}; --overwrite recomputes the inversion") from damage
-    return True
-
-
-def can_keep_source_features(
-    sd: StableDiffusion,
-    folder: Path,
-    config: PreprocessConfig,
-    latent_shape: tuple[int, ...],
-    editing: Schedule,
-) -> bool:
-    """Whether source features are wanted and fit on the disk of `folder`; logs the space that they take."""
-    if not config.keep_source or config.inversion != "fixed_point":
-        return False  # sampling does not retrace the latents of a naive inversion
-    needed = bytes_needed(sd.unet, latent_shape, len(editing.timesteps))
-    if latent_shape[-2] * latent_shape[-1] > MAX_TOKENS:
-        log.warning(
-            "source features of frames this large cannot be kept: edits will denoise the source too"
-        )
-        return False
-    if needed > shutil.disk_usage(folder).free:
-        log.warning(
-            "source features are not kept, because they take %.0f MB, more disk than is free: "
-            "edits will denoise the source too",
-            needed / 1e6,
-        )
-        return False
-    log.info("source features, which make edits faster, take %.0f MB of disk", needed / 1e6)
     return True
 
 

@@ -5,8 +5,10 @@ or the features that Plug-and-Play injects. An edit that reads them denoises two
 """
 
 import json
+import logging
 import math
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +17,12 @@ from pathlib import Path
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
+from tokenflow.config import PreprocessConfig
+from tokenflow.diffusion.ddim import Schedule
+from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.keyframe_cache import BlendedRows, KeyframeCache
 from tokenflow.layouts import layout_of
@@ -34,6 +38,8 @@ from tokenflow_utils import (
     self_attentions_replaced,
 )
 
+log = logging.getLogger("tokenflow")
+
 MAX_TOKENS = 1 << 15  # of a frame, as indices have 16 bits
 LEVEL = re.compile(r"(down|up)_blocks\.(\d)|mid_block")
 
@@ -45,14 +51,14 @@ class RecordingAttention(LayerProcessor):
         super().__init__(name)
         self.recorder = recorder
 
+    @torch.compiler.disable
     def __call__(
         self, attn: Attention, hidden_states: torch.Tensor, *args, **kwargs
     ) -> torch.Tensor:
         """The layer's output for its input; both (n, s, d)."""
         recorder, cache = self.recorder, self.recorder.cache
         if recorder.blended is None:
-            tokens = F.normalize(hidden_states.float(), dim=-1)
-            cache.write(self.name, recorder.positions, tokens)
+            cache.write(self.name, recorder.positions, hidden_states)
         else:
             found = correspondences(hidden_states, cache.tensor(self.name), recorder.blended)
             recorder.nearest[self.name] = found
@@ -64,6 +70,7 @@ class RecordingPredictor:
 
     Its frames may blend keyframes outside the segment, one on each side, which then pass the UNet too.
     saved: maps a timestep and frame indices (n,) to the latents (n, 4, h, w) that the inversion found.
+    later: calls a function that writes, now or while later passes are computed.
     """
 
     def __init__(
@@ -72,9 +79,10 @@ class RecordingPredictor:
         schedule: KeyframeSchedule,
         saved: Callable[[int, torch.Tensor], torch.Tensor],
         files: "SourceFeatureFiles",
+        later: Callable[..., None] = lambda write, *arguments: write(*arguments),
     ) -> None:
         self.predictor, self.keyframes = predictor, schedule.draw()
-        self.saved, self.files = saved, files
+        self.saved, self.files, self.later = saved, files, later
         self.cache = KeyframeCache()  # of the keyframes that a segment's frames blend
         # The next pass is of keyframes at `positions` or, if `blended` is set, of frames that blend them.
         self.positions: list[int] = []
@@ -108,10 +116,12 @@ class RecordingPredictor:
             return self.predictor.predict_batch(t, samples, keyframes[positions])
 
         def of_other(samples: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-            blend, device = flanking_blend(others, keyframes), self.predictor.sd.device
-            self.blended = self.cache.blended(blend.positions, blend.weights, device)
+            blend, sd = flanking_blend(others, keyframes), self.predictor.sd
+            where = sd.device, sd.dtype
+            self.blended = self.cache.blended(blend.positions, blend.weights, *where)
             noise = self.predictor.predict_batch(t, samples, others)
-            self.files.write(t, others, SourceFeatures(self.nearest, self.features))
+            features = SourceFeatures(dict(self.nearest), self.features)
+            self.later(self.files.write, t, others, features)
             return noise
 
         noise, batches = torch.empty_like(latents), self.predictor.batches
@@ -179,6 +189,33 @@ class SourceFeatureFiles:
 
     def _features(self, t: int) -> FrameArray:
         return FrameArray(self.folder / f"features_{t}.npy")
+
+
+def can_keep_source_features(
+    sd: StableDiffusion,
+    folder: Path,
+    config: PreprocessConfig,
+    latent_shape: tuple[int, ...],
+    editing: Schedule,
+) -> bool:
+    """Whether source features are wanted and fit on the disk of `folder`; logs the space that they take."""
+    if not config.keep_source or config.inversion != "fixed_point":
+        return False  # sampling does not retrace the latents of a naive inversion
+    needed = bytes_needed(sd.unet, latent_shape, len(editing.timesteps))
+    if latent_shape[-2] * latent_shape[-1] > MAX_TOKENS:
+        log.warning(
+            "source features of frames this large cannot be kept: edits will denoise the source too"
+        )
+        return False
+    if needed > shutil.disk_usage(folder).free:
+        log.warning(
+            "source features are not kept, because they take %.0f MB, more disk than is free: "
+            "edits will denoise the source too",
+            needed / 1e6,
+        )
+        return False
+    log.info("source features, which make edits faster, take %.0f MB of disk", needed / 1e6)
+    return True
 
 
 def tokens_by_layer(unet: UNet2DConditionModel, latent_shape: tuple[int, ...]) -> dict[str, int]:
