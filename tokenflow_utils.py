@@ -389,7 +389,7 @@ def self_attentions_replaced(
     convolution = unet.up_blocks[block].resnets[resnet].conv2
     hooks = [
         convolution.register_forward_hook(torch.compiler.disable(feature_hook)),
-        unet.register_forward_pre_hook(check),
+        unet.register_forward_pre_hook(torch.compiler.disable(check)),
     ]
     try:
         unet.set_attn_processor(before | ours)

@@ -234,13 +234,12 @@ def test_a_compiled_unet_predicts_the_same(sd, checkpoint, video, monkeypatch):
     torch._dynamo.utils.counters.clear()
     noises = []
     for one in (sd, compiled):
-        for injects in ((1, 2), (0, 1)):  # installed twice
-            edit = edit_of(one, source_of(source), latents, injects, batch_size=BATCH_SIZE)
-            with TokenFlowDenoiser.installed(edit) as denoiser:
-                timesteps = edit.technique.schedule.timesteps[:3]
-                noises.append([denoiser.predict_noise(latents, t) for t in timesteps])
+        edit = edit_of(one, source_of(source), latents, (1, 2), batch_size=BATCH_SIZE)
+        with TokenFlowDenoiser.installed(edit) as denoiser:
+            timesteps = edit.technique.schedule.timesteps[:3]
+            noises.append([denoiser.predict_noise(latents, t) for t in timesteps])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 10
-    torch.testing.assert_close(noises[2:], noises[:2], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(noises[1], noises[0], atol=1e-4, rtol=1e-4)
     torch._dynamo.reset()
 
 
