@@ -284,6 +284,12 @@ def test_folder_input_with_stride(tmp_path, checkpoint, clip_frames):
     assert video.parent.name == "nframes_3" and video_of(video)[:2] == (3, 12)
     source = util.load_frames(video.parent / "source", range(3))
     assert np.array_equal(source, clip_frames[1::2])
+    # It has no inversion_prompt, which an automatic mask compares the prompt with.
+    edit = ["--data_path", "images", "--model", checkpoint, "--n_inversion_steps", 2]
+    edit += ["--n_timesteps", 2, "--n_frames", 0, "--prompt", "a dog", "--mask", "auto"]
+    result = run("run_tokenflow_pnp.py", *edit, cwd=tmp_path)
+    refusal(result, "mask: auto", "--inversion_prompt", "--overwrite")
+    assert not (tmp_path / "tokenflow-results").exists()
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,7 @@ def test_every_technique(tmp_path, depth_checkpoint, clip):
     common = ["--data_path", clip, "--model", depth_checkpoint, "--n_frames", 3]
     common += ["--sd_version", "depth"]
     size = ["--H", 64, "--W", 64, "--steps", 2, "--save_steps", 2]
+    size += ["--inversion_prompt", "a square"]
     inverted = tmp_path / last_line(run("preprocess.py", *common, *size, cwd=tmp_path)).parent
     assert np.load(inverted / "depth.npy").shape == (3, 1, 8, 8)
     assert video_of(inverted / "depth.mp4") == (3, 12, 64, 64)

@@ -72,9 +72,12 @@ def open_edit(config: EditConfig, technique: str) -> Iterator["EditRun"]:
     schedule = Schedule.of(scheduler, config.n_timesteps)
     inversion, n_frames = find_inversion(config, schedule.timesteps)
     if config.mask == "auto" and not inversion.prompt.strip():
+        recompute = preprocess_command(
+            config, inversion.manifest.config | {"inversion_prompt": "what the video shows"}
+        )
         raise UserError(
             "mask: auto compares prompt with inversion_prompt, which is empty; recompute the inversion with: "
-            f'{preprocess_command(config, inversion.manifest.config)} --inversion_prompt "what it shows"'
+            f"{recompute} --overwrite"
         )
     device, dtype = choose_device(config.device, config.dtype)
     files = [lora_identity(lora) for lora in config.lora]
