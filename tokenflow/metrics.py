@@ -5,6 +5,8 @@ import numpy as np
 import torch
 from kornia.metrics import psnr, ssim
 
+from tokenflow.optical_flow import targets
+
 SSIM_WINDOW = 11  # pixels; the window of the SSIM paper
 LUMINANCE = np.array([0.299, 0.587, 0.114])  # weights of red, green and blue (ITU-R BT.601)
 DRIFT_SIGMA = 8.0  # pixels; one latent is as wide, so that detail and noise are gone
@@ -70,6 +72,5 @@ def drift(frame: np.ndarray, later: np.ndarray, flow: np.ndarray, valid: np.ndar
 
 def _change(frame: np.ndarray, later: np.ndarray, flow: np.ndarray) -> np.ndarray:
     """What is added to each pixel of `frame` along the flow, in grey levels: float64 (H, W, 3)."""
-    y, x = np.mgrid[: flow.shape[0], : flow.shape[1]].astype(np.float32)
-    warped = cv2.remap(later, x + flow[..., 0], y + flow[..., 1], cv2.INTER_LINEAR)
+    warped = cv2.remap(later, *targets(flow), cv2.INTER_LINEAR)
     return warped.astype(np.float64) - frame

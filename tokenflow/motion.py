@@ -5,7 +5,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from tokenflow.optical_flow import consistent
+from tokenflow.optical_flow import consistent, targets
 
 # Grey levels by which two frames of the source may differ where the flow is right: compression, noise, light.
 SOURCE_NOISE = 12.0
@@ -20,9 +20,7 @@ def reliability(
     frame, other: uint8 RGB (H, W, 3). forward, backward: the flows (H, W, 2) between them, in pixels. It is
     0 where the flows disagree, and falls as exp(-d^2 / 2 SOURCE_NOISE^2) where the frames differ by d.
     """
-    y, x = np.mgrid[: forward.shape[0], : forward.shape[1]].astype(np.float32)
-    places = x + forward[..., 0], y + forward[..., 1]
-    moved = cv2.remap(other, *places, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    moved = cv2.remap(other, *targets(forward), cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     squared = np.square(moved.astype(np.float32) - frame).mean(-1)
     squared = cv2.GaussianBlur(squared, (0, 0), SMOOTHING)
     return consistent(forward, backward) * np.exp(-squared / (2 * SOURCE_NOISE**2))

@@ -63,6 +63,12 @@ def flow_of_network(network: torch.nn.Module, device: torch.device) -> Flow:
     return flow
 
 
+def targets(flow: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each pixel leads along a flow (H, W, 2), as OpenCV takes it: x and y, (H, W) each, in pixels."""
+    y, x = np.mgrid[: flow.shape[0], : flow.shape[1]].astype(np.float32)
+    return x + flow[..., 0], y + flow[..., 1]
+
+
 def consistent(forward: np.ndarray, backward: np.ndarray) -> np.ndarray:
     """Where flows (H, W, 2) in both directions agree, and do not leave the frame: bool (H, W).
 
@@ -70,8 +76,7 @@ def consistent(forward: np.ndarray, backward: np.ndarray) -> np.ndarray:
     other one leads back to within a distance whose square is below 1 % of the squared lengths plus 0.5.
     """
     height, width = forward.shape[:2]
-    y, x = np.mgrid[:height, :width].astype(np.float32)
-    x, y = x + forward[..., 0], y + forward[..., 1]
+    x, y = targets(forward)
     back = cv2.remap(backward, x, y, cv2.INTER_LINEAR)
     apart = np.square(forward + back).sum(-1)
     lengths = np.square(forward).sum(-1) + np.square(back).sum(-1)
