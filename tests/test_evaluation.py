@@ -241,14 +241,14 @@ def test_no_option_is_recommended_to_other_programs():
 
 @pytest.fixture(scope="module")
 def edited(tmp_path_factory, checkpoint, clip):
-    """A folder with a clip, its inversion, and two edits of it in `out`."""
+    """A folder with a clip, its inversion, and two edits of it in `out`, the second with a mask."""
     folder = tmp_path_factory.mktemp("evaluated")
     shutil.copy(clip, folder / "clip.mp4")
     flags = ["--data_path", "clip.mp4", "--model", checkpoint, "--H", 64, "--W", 64, "--steps", 5]
     flags += ["--save_steps", 5, "--n_frames", 7, "--keep_source", "false"]
     last_line(run("preprocess.py", *flags, cwd=folder))
-    for prompt in ("a blue circle", "</script><b>a red circle"):
-        edit = [*edit_flags(checkpoint, "pnp"), "--prompt", prompt]
+    for prompt, more in {"a blue circle": [], "</script><b>a red circle": ["--mask", clip]}.items():
+        edit = [*edit_flags(checkpoint, "pnp"), "--prompt", prompt, *more]
         last_line(run("run_tokenflow_pnp.py", *edit, cwd=folder))
     return folder
 

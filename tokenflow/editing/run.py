@@ -1,11 +1,10 @@
 """From an inversion on disk to an edited video on disk, by all processes of a run."""
 
-import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -13,8 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from tokenflow.cli import dump
-from tokenflow.config import HOW, ControlNetConfig, EditConfig
+from tokenflow.config import ControlNetConfig, EditConfig
 from tokenflow.contact_sheet import contact_sheet, moments
 from tokenflow.diffusion.checkpoints import check_checkpoint, choose_device, load, load_scheduler
 from tokenflow.diffusion.control import Conditions
@@ -24,6 +22,7 @@ from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.consensus import DISTANCES, Consensus, consensus_steps
 from tokenflow.editing.denoiser import Denoiser, Edit, Source, TokenFlowDenoiser, keyframe_schedule
 from tokenflow.editing.fusion import Fusion
+from tokenflow.editing.identity import identity_of
 from tokenflow.editing.mask import Mask, compared, given, relevance, write_relevant
 from tokenflow.editing.techniques import LatentsOf, Technique
 from tokenflow.errors import DamagedError, UserError
@@ -88,9 +87,7 @@ def open_edit(config: EditConfig, technique: str) -> Iterator["EditRun"]:
     processes = Processes(device)
 
     name = f"{technique}_{Path(config.data_path).stem}"
-    inverted = json.dumps(inversion.manifest.identity)
-    identity = f"{dump(without_how(config))}# of the inversion {inverted}\n"
-    identity += "".join(f"# of the file {name}\n" for name in files)
+    identity = identity_of(config, inversion, files)
     with ExitStack() as held:
         with processes.main_first():
             folder = held.enter_context(run_folder(Path(config.output_path), name, identity))
@@ -110,18 +107,6 @@ def open_edit(config: EditConfig, technique: str) -> Iterator["EditRun"]:
             run.checkpoints.mkdir(exist_ok=True)
         processes.wait()
         yield run
-
-
-def without_how(config: EditConfig) -> EditConfig:
-    """The configuration that all runs of the same edit share, however they compute it (HOW).
-
-    Without a keyframe_interval, batch_size decides about it, and so about the edit.
-    """
-    shared = {f.name: f.default for f in fields(config) if f.name in (*HOW, "keyframe_interval")}
-    default = replace(config, **shared)
-    if default.interval == config.interval:
-        return default
-    return replace(default, keyframe_interval=config.interval)
 
 
 @dataclass(frozen=True)

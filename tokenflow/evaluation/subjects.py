@@ -1,17 +1,17 @@
 """What `evaluate.py` compares: finished edits with their inversions, or any two videos."""
 
 import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 from glob import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
+from tokenflow.editing.identity import read_identity
 from tokenflow.errors import DamagedError, UserError
 from tokenflow.evaluation.config import EvaluateConfig
 from tokenflow.evaluation.figures import EDIT, PER_FRAME, RECONSTRUCTION, SOURCE, VAE
@@ -21,9 +21,6 @@ from util import decode_frames, fit_frame, frame_rate
 
 # The option that only one technique has.
 TECHNIQUES = {"pnp_attn_t": "pnp", "start": "sdedit", "control_scale": "controlnet"}
-INVERSION_NOTE = (
-    "# of the inversion "  # what run_tokenflow_*.py writes below the options of an edit
-)
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class Subject:
         default_factory=dict
     )  # H.264 videos that exist, by what they are
 
-    @property
+    @cached_property
     def size(self) -> tuple[int, int]:
         """Height and width of all frames: the edit's, made even, as videos need it."""
         height, width = next(decode_frames(self.frames[EDIT])).shape[:2]
@@ -73,9 +70,8 @@ def _edit(folder: Path, config: EvaluateConfig) -> Subject:
         raise UserError(
             f"edits: {damage}; finish or recompute the edit with the command that began it"
         ) from damage
-    options_text, _, identity = text.read_text(encoding="utf-8").partition(INVERSION_NOTE)
-    options = yaml.safe_load(options_text)
-    inversion = _inversion_of(folder, options, json.loads(identity), config.latents_path)
+    options, identity = read_identity(text.read_text(encoding="utf-8"))
+    inversion = _inversion_of(folder, options, identity, config.latents_path)
     frames = {SOURCE: inversion.source_frames, VAE: inversion.vae}
     if inversion.reconstruction.exists():
         frames[RECONSTRUCTION] = inversion.reconstruction

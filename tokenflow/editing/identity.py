@@ -1,0 +1,40 @@
+"""What tells edits apart: the text that is stored as `config.yaml` in the folder of each."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import fields, replace
+from typing import Any
+
+import yaml
+
+from tokenflow.cli import dump
+from tokenflow.config import HOW, EditConfig
+from tokenflow.inversion.files import Inversion
+
+# Comments below the options, so that the file stays one that --config_path accepts.
+INVERSION_NOTE, FILE_NOTE = "# of the inversion ", "# of the file "
+
+
+def identity_of(config: EditConfig, inversion: Inversion, files: Iterable[str]) -> str:
+    """The identity of an edit of an inversion. files: fingerprints of all other files that it reads."""
+    inverted = json.dumps(inversion.manifest.identity)
+    notes = [f"{INVERSION_NOTE}{inverted}\n", *(f"{FILE_NOTE}{name}\n" for name in files)]
+    return dump(without_how(config)) + "".join(notes)
+
+
+def read_identity(text: str) -> tuple[dict[str, Any], dict]:
+    """The options in the identity of an edit, and the identity of its inversion."""
+    _, _, notes = text.partition(INVERSION_NOTE)
+    return yaml.safe_load(text), json.loads(notes.partition("\n")[0])
+
+
+def without_how(config: EditConfig) -> EditConfig:
+    """The configuration that all runs of the same edit share, however they compute it (HOW).
+
+    Without a keyframe_interval, batch_size decides about it, and so about the edit.
+    """
+    shared = {f.name: f.default for f in fields(config) if f.name in (*HOW, "keyframe_interval")}
+    default = replace(config, **shared)
+    if default.interval == config.interval:
+        return default
+    return replace(default, keyframe_interval=config.interval)
