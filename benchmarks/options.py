@@ -19,8 +19,9 @@ INTRODUCTION = """\
 # Options
 
 *Written by `python -m benchmarks.options` from the dataclasses of
-[tokenflow/config.py](../tokenflow/config.py) and
-[tokenflow/evaluation/config.py](../tokenflow/evaluation/config.py); change the text there.*
+[config.py](../tokenflow/config.py), [config_model.py](../tokenflow/config_model.py),
+[config_control.py](../tokenflow/config_control.py) and
+[evaluation/config.py](../tokenflow/evaluation/config.py) of `tokenflow/`; change the text there.*
 
 Every option is a flag, such as `--steps 25`. All commands but `preprocess.py` also read options from a YAML
 file, whose default is named below and which `--config_path` replaces; a flag wins over the file. A flag that

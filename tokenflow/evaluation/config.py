@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from tokenflow.cli import option
-from tokenflow.config import MAX_FRAMES, RESIZE, check_device
+from tokenflow.config import MAX_FRAMES, RESIZE
+from tokenflow.config_model import check_device
 from tokenflow.errors import UserError
 
 
