@@ -22,9 +22,11 @@ Shapes: (n, s, d) = frames, tokens, channels of one stream.
 Indices: a *frame* of the video, a *position* among a timestep's keyframes, a *row* of the cache.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -74,12 +76,8 @@ class KeyframeSchedule:
         generator = torch.Generator().manual_seed(self.seed)  # used for nothing else
         starts = torch.arange(0, self.n_frames, self.interval)
         last = self.n_frames - 1  # a draw may lie beyond a short last interval
-        return {
-            t: (starts + torch.randint(self.interval, starts.shape, generator=generator)).clamp(
-                max=last
-            )
-            for t in self.timesteps
-        }
+        draw = partial(torch.randint, self.interval, starts.shape, generator=generator)
+        return {t: (starts + draw()).clamp(max=last) for t in self.timesteps}
 
 
 @dataclass(frozen=True)
@@ -131,8 +129,8 @@ def correspondences(
 ) -> torch.Tensor:
     """The index of each token's nearest token in both keyframes of a blend (equation 3): (n, 2, s).
 
-    tokens: (n, s, d), source tokens of the frames. key_tokens: (k, s, d), source tokens of the keyframes,
-    of unit length. blended: the blend of their rows. Where a weight is 0, the indices are 0.
+    tokens: (n, s, d), source tokens of the frames. key_tokens: (k, s, d), source tokens of the keyframes.
+    blended: the blend of their rows. Where a weight is 0, the indices are 0.
     """
     n_frames, n_tokens, _ = tokens.shape
     nearest = torch.zeros(n_frames * 2, n_tokens, dtype=torch.long, device=tokens.device)
@@ -157,7 +155,7 @@ def propagate(
         .unflatten(0, (-1, n_tokens))
         for side in (0, 1)
     )  # n s d
-    return first.lerp_(second, blended.weights[:, 1].to(key_outputs)[:, None, None])
+    return first.lerp_(second, blended.weights[:, 1, None, None])
 
 
 @dataclass(frozen=True)
@@ -184,8 +182,8 @@ class JointPass:
     attended_later: bool = False
 
 
-class TokenFlow:
-    """What the layers of one UNet do in its next pass, and what they remember between passes.
+class TokenFlow(threading.local):
+    """What the layers of one UNet do in this thread's next pass, and what they remember between passes.
 
     A pass takes all streams or some of them. If streams pass one by one, the source comes first.
     propagated: the streams whose outputs are propagated. The authors' code propagates in the source too;
@@ -193,16 +191,18 @@ class TokenFlow:
     finds_correspondences: whether the keyframes' source tokens are remembered, to be searched.
     """
 
-    def __init__(self, propagated: Sequence[int], finds_correspondences: bool) -> None:
+    def __init__(
+        self, propagated: Sequence[int], finds_correspondences: bool, cache: KeyframeCache
+    ) -> None:
         self.propagated, self.finds_correspondences = propagated, finds_correspondences
-        self.cache = KeyframeCache()
+        self.cache = cache  # of all threads
         self.streams: tuple[int, ...] = STREAMS  # of the next pass, ascending
         self.joint: JointPass | None = None  # None during propagation
-        self.inject_attention = self.inject_features = False
-        self.extended = True
+        self.inject_attention, self.inject_features, self.extended = False, False, True
         self.blended: BlendedRows | None = None  # by the frames of a propagation
         self.source: SourceFeatures | None = None  # if an inversion kept them
         self.features: torch.Tensor | None = None  # n c h w, if the source passed alone
+        self.injection: dict[str, list[torch.Tensor]] = {}  # of layers, too: query and key, n s d
 
     def begin_joint_edit(
         self,
@@ -210,13 +210,15 @@ class TokenFlow:
         inject_attention: bool = False,
         inject_features: bool = False,
         extended: bool = True,
+        gather: Callable[[torch.Tensor], torch.Tensor] = lambda edited: edited,
     ) -> None:
         """Edit keyframes jointly in the next passes, and keep them in the cache.
 
         Without `extended` attention each keyframe is edited by itself, as a baseline for comparisons.
+        gather: adds the keys or values of keyframes that pass in turns with these, in other threads.
         """
-        self.cache.positions += joint.edited
-        self.joint, self.source, self.extended = joint, None, extended
+        self.cache.add(joint.edited)
+        self.joint, self.source, self.extended, self.gather = joint, None, extended, gather
         self.inject_attention, self.inject_features = inject_attention, inject_features
 
     def begin_propagation(
@@ -226,7 +228,7 @@ class TokenFlow:
 
         With the features of the `source`, the passes need no source stream.
         """
-        self.blended, self.joint, self.source = blended, None, source
+        self.blended, self.joint, self.source, self.injection = blended, None, source, {}
         self.inject_features = inject_features
 
     def _feature_hook(self, module, args, output: torch.Tensor) -> torch.Tensor | None:
@@ -256,10 +258,9 @@ class TokenFlowAttention(LayerProcessor):
     def __init__(self, flow: TokenFlow, name: str, injected: bool = False) -> None:
         super().__init__(name)
         self.flow, self.injected = flow, injected
-        # Kept from the source's pass, if the other streams pass later:
-        self.injection: tuple[torch.Tensor, ...] = ()  # query and key (n, s, d)
-        self.nearest: torch.Tensor | None = None  # n 2 s
+        self.nearest: torch.Tensor | None = None  # n 2 s, kept if the source passes alone
 
+    @torch.compiler.disable  # it depends on what passed before
     def __call__(
         self, attn: Attention, hidden_states: torch.Tensor, *args, **kwargs
     ) -> torch.Tensor:
@@ -274,11 +275,11 @@ class TokenFlowAttention(LayerProcessor):
             self._by_stream(project(hidden_states)) for project in (attn.to_q, attn.to_k, attn.to_v)
         )  # each n s d, by stream
         if SOURCE in streams and self.flow.finds_correspondences:
-            tokens = F.normalize(self._by_stream(hidden_states)[SOURCE].float(), dim=-1)
-            cache.write((self.name, "tokens"), edited, tokens)
+            cache.write((self.name, "tokens"), edited, self._by_stream(hidden_states)[SOURCE])
         if self.injected and self.flow.inject_attention:
-            source = (query[SOURCE], key[SOURCE]) if SOURCE in streams else self.injection
-            self.injection = source if len(streams) < len(STREAMS) else ()
+            kept = self.flow.injection
+            source = [query[SOURCE], key[SOURCE]] if SOURCE in streams else kept[self.name]
+            kept[self.name] = source if len(streams) < len(STREAMS) else []
             for stream in streams:
                 query[stream], key[stream] = source
         outputs = []
@@ -301,11 +302,11 @@ class TokenFlowAttention(LayerProcessor):
         attended = cache.read(name, joint.attended)
         if joint.attended_later:
             cache.write(name, joint.edited, new)
+        new = self.flow.gather(new)
         return torch.stack([*attended, *new]) if attended else new
 
     def _propagation(self, attn: Attention, hidden_states: torch.Tensor) -> torch.Tensor:
         flow, tokens = self.flow, self._by_stream(hidden_states)
-        self.injection = ()
         if flow.source is not None:
             self.nearest = flow.source.nearest[self.name]
         elif SOURCE in tokens:
@@ -349,7 +350,7 @@ def install_tokenflow(
     Yields the `TokenFlow` that controls the next pass; its class explains the arguments. A pass takes
     its streams concatenated: (streams x n, 4, h, w). Raises the errors of `self_attentions_replaced`.
     """
-    flow = TokenFlow(propagated, finds_correspondences)
+    flow = TokenFlow(propagated, finds_correspondences, KeyframeCache())
     injected = layout_of(unet.config).injected_attention
 
     def processor(name: str) -> TokenFlowAttention:
@@ -385,9 +386,10 @@ def self_attentions_replaced(
                 "attention slicing and other attention processors before that"
             )
 
+    convolution = unet.up_blocks[block].resnets[resnet].conv2
     hooks = [
-        unet.up_blocks[block].resnets[resnet].conv2.register_forward_hook(feature_hook),
-        unet.register_forward_pre_hook(check),
+        convolution.register_forward_hook(torch.compiler.disable(feature_hook)),
+        unet.register_forward_pre_hook(torch.compiler.disable(check)),
     ]
     try:
         unet.set_attn_processor(before | ours)

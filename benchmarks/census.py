@@ -4,7 +4,9 @@ Without a GPU its tensors are fakes: they have a shape, a precision and a device
 the CPU stay real, so that what decides about passes runs as it is; what comes from the device is zeros.
 """
 
+import functools
 import weakref
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from types import ModuleType
@@ -22,6 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from tokenflow import nearest
+from tokenflow.runtime import ahead
 from tokenflow.runtime.frame_array import FrameArray
 
 aten = torch.ops.aten
@@ -110,6 +113,7 @@ class Census(TorchDispatchMode):
                 noticed = FusedNearest(self, kernel)
                 stack.enter_context(patch.object(nearest, "nearest_triton", noticed))
             if self.is_fake:
+                stack.enter_context(patch.object(ahead, "ThreadPoolExecutor", Unhurried))
                 stack.enter_context(_PythonSide(self))
                 stack.enter_context(self.fake)
             super().__enter__()
@@ -197,15 +201,34 @@ class Census(TorchDispatchMode):
         return patch.object(FrameArray, "__getitem__", reading)
 
 
+class Unhurried:
+    """In place of a thread, in which nothing would be counted: works when its result is asked for."""
+
+    def __init__(self, n_threads: int) -> None:
+        pass
+
+    def __enter__(self) -> "Unhurried":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        pass
+
+    def submit(self, function: Callable, *arguments: Any) -> "Unhurried":
+        """The future of a result."""
+        self = Unhurried(1)
+        self.result = functools.cache(functools.partial(function, *arguments))
+        return self
+
+
 class FusedNearest:
     """Counts the kernel of `nearest_triton`, and stands in for it on fakes, where `kernel` is None."""
 
     def __init__(self, census: Census, kernel: ModuleType | None) -> None:
         self.census, self.kernel = census, kernel
 
-    def runs_on(self, device: torch.device) -> bool:
+    def runs_on(self, device: torch.device, dtype: torch.dtype) -> bool:
         """On a fake device it does, as on every GPU that triton knows."""
-        return self.kernel is None or self.kernel.runs_on(device)
+        return self.kernel is None or self.kernel.runs_on(device, dtype)
 
     def nearest_fused(self, tokens: torch.Tensor, key_tokens: torch.Tensor) -> torch.Tensor:
         """As `nearest_triton.nearest_fused`, with its copies: indices (n, s)."""
@@ -213,7 +236,8 @@ class FusedNearest:
         self.census.launch(2 * n_frames * n_tokens * len(key_tokens) * depth)
         if self.kernel:
             return self.kernel.nearest_fused(tokens, key_tokens)
-        tokens, key_tokens = tokens.contiguous(), key_tokens.float().contiguous()
+        tokens, key_tokens = tokens.contiguous(), key_tokens.contiguous()
+        torch.linalg.vector_norm(key_tokens, dim=-1, dtype=torch.float32)
         nearest = torch.empty(n_frames * n_tokens, dtype=torch.int32, device=tokens.device)
         return nearest.view(n_frames, n_tokens).long()
 

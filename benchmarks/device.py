@@ -20,7 +20,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    MultiControlNetModel,
+    UNet2DConditionModel,
+)
 from tqdm import tqdm
 
 from benchmarks.census import Census, Counts
@@ -29,6 +34,7 @@ from benchmarks.report import markdown, write_report
 from benchmarks.sd15 import TEXT
 from shapes.checkpoint import BOS, build_scheduler, build_text_encoder, build_tokenizer
 from tokenflow.config import PnPConfig, PreprocessConfig
+from tokenflow.diffusion.control import Control
 from tokenflow.diffusion.ddim import Schedule
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.denoiser import Edit, Source, TokenFlowDenoiser, keyframe_schedule
@@ -36,6 +42,7 @@ from tokenflow.editing.run import denoise
 from tokenflow.editing.techniques import plug_and_play
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles
+from tokenflow.memory import frames_at_once
 from tokenflow.runtime.batching import Batches, balanced
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.edit_checkpoint import EditCheckpoint
@@ -50,6 +57,7 @@ UNETS = {
         "use_linear_projection": True,
     },
 }
+TEXT_LAYERS = {768: 12, 1024: 23}  # of Stable Diffusion's encoders, by their width
 SIZES = [("sd15", 512, 512), ("sd21", 512, 512), ("sd21", 768, 768), ("sd21", 512, 896)]
 LENGTHS = 40, 400  # frames
 SEGMENTS = 4  # of an inversion that are looked at; they are alike
@@ -186,21 +194,44 @@ def build_networks(checkpoint: str) -> tuple[UNet2DConditionModel, AutoencoderKL
     return UNet2DConditionModel(sample_size=64, **UNETS[checkpoint]), vae
 
 
+def with_control(sd: "TalliedDiffusion") -> "TalliedDiffusion":
+    """The same networks and a ControlNet that fits the UNet, on the census's device."""
+    with torch.device("meta"):
+        control = ControlNetModel.from_unet(sd.unet, load_weights_from_unet=False)
+    control = MultiControlNetModel([sd.tally.census.on_device(control, sd.dtype)])
+    return dataclasses.replace(sd, controlnet=control)
+
+
 def tallied(
     tally: Tally,
     build: Callable[[], tuple[UNet2DConditionModel, AutoencoderKL]],
     dtype: torch.dtype = torch.float16,
 ) -> TalliedDiffusion:
-    """Networks on the census's device; the text encoder has one layer, which counts in no pass."""
+    """Networks on the census's device; the text encoder is CLIP's of the UNet's width."""
     census = tally.census
     with torch.device("meta"):
         unet, vae = build()
         width = unet.config.cross_attention_dim
         tokenizer = build_tokenizer([BOS], TEXT.prompt_tokens)
-        text = build_text_encoder(tokenizer, dataclasses.replace(TEXT, text_width=width))
+        layers = TEXT_LAYERS.get(width, 1)
+        text = build_text_encoder(
+            tokenizer, dataclasses.replace(TEXT, text_width=width, text_layers=layers)
+        )
     unet, vae, text = (census.on_device(network, dtype) for network in (unet, vae, text))
     networks = vae, tokenizer, text, unet, build_scheduler(), None
     return TalliedDiffusion(*networks, device=census.device, dtype=dtype, tally=tally)
+
+
+def pass_with_control(
+    sd: TalliedDiffusion, saved: FrameArray, t: int, frames: torch.Tensor, image: np.ndarray
+) -> None:
+    """A pass of the UNet with a ControlNet, which is on the device for it alone."""
+    edges = image.repeat(len(frames), 0)[None]
+    predictor = VideoNoisePredictor(
+        with_control(sd), "", Batches(len(frames)), lambda _: Control.of(sd.to_images(edges), [1.0])
+    )
+    with sd.tally.passes("inversion", "with ControlNet"):
+        predictor(saved[frames], t, frames)
 
 
 def run(sd: TalliedDiffusion, workload: Workload, folder: Path) -> None:
@@ -219,11 +250,16 @@ def run(sd: TalliedDiffusion, workload: Workload, folder: Path) -> None:
         tally.end_pass(tuple(clean.shape))
 
     inverting = PreprocessConfig(data_path="", H=workload.height, W=workload.width)
-    predictor = VideoNoisePredictor(sd, "", Batches(inverting.frames_at_once, adapts=False))
-    segments = balanced(torch.arange(n_frames), inverting.frames_at_once)[:SEGMENTS]
+    at_once = frames_at_once(inverting, 1, sd.device)
+    predictor = VideoNoisePredictor(sd, "", Batches(at_once, adapts=False))
+    segments = balanced(torch.arange(n_frames), at_once)[:SEGMENTS]
     for frames in segments:
         with tally.passes("inversion", "plain"):
             predictor(saved[frames], t, frames)
+    with tally.passes("text", "prompt"):
+        sd.encode_text("")
+        tally.end_pass((1, sd.tokenizer.model_max_length))
+    pass_with_control(sd, saved, t, segments[0], image)
 
     files = SourceFeatureFiles(folder / "source")
     files.create(sd.unet, shape, [t])

@@ -12,6 +12,7 @@ from diffusers.models.attention_processor import Attention
 
 from tokenflow.diffusion.ddim import sample
 from tokenflow.editing.denoiser import Denoiser, Edit
+from tokenflow.keyframe_cache import KeyframeCache
 from tokenflow.layouts import layout_of
 from tokenflow_utils import (
     STREAMS,
@@ -90,7 +91,7 @@ class Published(Denoiser):
     """Predicts guided noise in one joint pass and one pass of three streams for each chunk."""
 
     def __init__(self, edit: Edit) -> None:
-        super().__init__(edit, TokenFlow(STREAMS, True))
+        super().__init__(edit, TokenFlow(STREAMS, True, KeyframeCache()))
         timesteps, n_frames = edit.technique.schedule.timesteps, edit.source.n_frames
         self.interval, seed = edit.config.interval, edit.config.seed
         self.keyframes = KeyframeSchedule(n_frames, self.interval, timesteps, seed).draw()

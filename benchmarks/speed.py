@@ -37,17 +37,18 @@ from tokenflow.diffusion.checkpoints import choose_device, load
 from tokenflow.diffusion.ddim import Schedule, invert, last, sample
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.denoiser import (
+    FILLED_CPU,
     Denoiser,
     Edit,
     Source,
     TokenFlowDenoiser,
-    filling_pixels,
     keyframe_schedule,
 )
 from tokenflow.editing.run import denoise
 from tokenflow.editing.techniques import plug_and_play
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles
+from tokenflow.memory import MOST_SAMPLES
 from tokenflow.metrics import frame_psnr
 from tokenflow.runtime.batching import Batches
 from tokenflow.runtime.distributed import Processes
@@ -120,8 +121,8 @@ def floor(sd: StableDiffusion, costs: dict[str, Cost], latent_size: int) -> dict
         sd.predict_noise(latents, 500, text.expand(batch_size))
         return (time.perf_counter() - start) / batch_size
 
-    filling = filling_pixels(sd.device)
-    sizes = {max(1, pixels // latent_size**2) for pixels in (filling, 2 * filling)}
+    filling = max(1, FILLED_CPU // latent_size**2) if sd.device.type == "cpu" else MOST_SAMPLES // 2
+    sizes = {filling, 2 * filling}
     best = min(seconds_of_one(size) for size in sizes)
     return {
         stage: Cost(best * cost.evaluations, cost.evaluations, 0.0) for stage, cost in costs.items()

@@ -6,6 +6,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 
 from tokenflow.diffusion.control import Control
 from tokenflow.diffusion.ddim import Schedule, sample
+from tokenflow.keyframe_cache import KeyframeCache
 from tokenflow_utils import COND, UNCOND, JointPass, TokenFlow, TokenFlowAttention
 
 
@@ -20,7 +21,7 @@ def test_joint_attention(sd):
     attn = sd.unet.up_blocks[2].attentions[0].transformer_blocks[0].attn1
     width = attn.to_q.in_features
     source, uncond, cond = torch.randn(3, 4, 6, width, generator=torch.Generator().manual_seed(0))
-    flow = TokenFlow((UNCOND, COND), finds_correspondences=True)
+    flow = TokenFlow((UNCOND, COND), True, KeyframeCache())
     layer = TokenFlowAttention(flow, "any")
     first, second = JointPass([5, 2], attended_later=True), JointPass([3, 4], [5, 2])
     outputs = []

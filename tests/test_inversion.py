@@ -14,7 +14,9 @@ from tokenflow.config import PreprocessConfig, SDEditConfig
 from tokenflow.diffusion.ddim import Schedule, check_finite, ddim_step, invert, sample
 from tokenflow.editing.techniques import sdedit
 from tokenflow.errors import UserError
+from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.run import schedules
+from tokenflow.runtime.batching import Batches
 
 FRAMES, SPREAD, ALPHAS = torch.arange(1000), 2.0, build_scheduler().alphas_cumprod
 
@@ -198,6 +200,27 @@ def test_latents_do_not_depend_on_the_batch_size(checkpoint, clip, tmp_path, inv
             assert some.shape == (7, 4, 16, 16) and some.dtype == np.float32
             # Frames that were mixed up would differ by about 1.
             np.testing.assert_allclose(some, all_at_once, atol=5e-3)
+
+
+@torch.no_grad()
+def test_few_sizes_pass_where_each_is_planned(sd, monkeypatch):
+    """Batches are padded to sizes that passed before; the noise is equal, and a CPU passes no more."""
+    latents, seen, forward = latents_of(sd, 9), [], sd.unet.forward
+
+    def noted(batch, *args, **kwargs):
+        seen.append(len(batch))
+        return forward(batch, *args, **kwargs)
+
+    monkeypatch.setattr(sd.unet, "forward", noted)
+    for planned, sizes in ((False, [9, 8, 6, 2, 1, 7]), (True, [9, 9, 9, 2, 1, 9])):
+        seen.clear()
+        predictor = VideoNoisePredictor(dataclasses.replace(sd, compiled=planned), "", Batches(9))
+        for n in (9, 8, 6, 2, 1, 7):
+            noise = predictor(latents[:n], 500, FRAMES[:n])
+            expected = sd.predict_noise(latents[:n], 500, predictor.text.expand(n))
+            seen.pop()
+            torch.testing.assert_close(noise, expected, atol=1e-5, rtol=1e-4)
+        assert seen == sizes
 
 
 def test_non_finite_values_stop_the_run(sd):

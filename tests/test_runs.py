@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from test_cli import ROOT, TECHNIQUES, last_line, refusal, run
 from test_damage import WAYS
 
@@ -22,7 +23,8 @@ import util
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.errors import UserError
 from tokenflow.runtime import run_folder
-from tokenflow.runtime.batching import Batches
+from tokenflow.runtime.batching import Batches, Limits
+from tokenflow.runtime.turns import in_turns
 
 N_FRAMES, STEPS, KILLS = 13, 4, 12
 
@@ -273,22 +275,107 @@ def test_what_another_configuration_left_is_not_resumed(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_batches_are_halved_until_they_fit():
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("Allocation on device 0 would exceed allowed memory."),
+        RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_batches_are_halved_until_they_fit(error):
     passed = []
 
     def fits_three(items):
         if len(items) > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            raise error
         passed.append(len(items))
         return 10 * items
 
     items = torch.arange(13)
     assert torch.equal(Batches(12, adapts=True).map(fits_three, items), 10 * items)
     assert passed == [3, 3, 3, 3, 1]
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(type(error)):
         Batches(12, adapts=False).map(fits_three, items)
     with pytest.raises(ZeroDivisionError):
         Batches(12, adapts=True).map(lambda items: 1 // 0, items)
+
+
+def test_a_size_that_failed_is_remembered(tmp_path):
+    limits = Limits(tmp_path / "progress")
+    limits.lower("joint", 5)
+    for known in (limits, Limits(tmp_path / "progress")):
+        assert Batches(8, limits=known, kind="joint").size == 5
+        assert Batches(3, limits=known, kind="joint").size == 3
+        assert Batches(8, limits=known, kind="decoding").size == 8
+        assert Batches(8, adapts=False, limits=known, kind="joint").size == 8  # as asked for
+    (tmp_path / "progress" / "at_once_joint").write_text("?")
+    assert Batches(8, limits=Limits(tmp_path / "progress"), kind="joint").size == 8
+
+
+def test_parts_take_turns():
+    """They see each other's items, one works at a time, and a failure ends them all."""
+    working, order = [], []
+
+    def work(part, gather):
+        for step in range(3):
+            working.append(part)
+            assert working == [part]
+            order.append((step, part))
+            working.clear()
+            together = gather(torch.tensor([part + 10 * step]))
+            assert together.tolist() == [7 + 10 * step, 8 + 10 * step, 9 + 10 * step]
+        return part
+
+    assert in_turns(work, [7, 8, 9]) == [7, 8, 9]
+    assert order == [(step, part) for step in range(3) for part in (7, 8, 9)]
+
+    def fails(part, gather):
+        return 1 // (len(gather(torch.ones(1))) * part - 24)
+
+    with pytest.raises(ZeroDivisionError):
+        in_turns(fails, [7, 8, 9])
+
+
+def test_what_did_not_fit_is_known_to_a_resumed_run(source, checkpoint, whole, monkeypatch):
+    """No later stage and no resumed run tries again what was too much."""
+    seen, stop_at = [], None
+
+    def limited(cls, name):
+        function = getattr(cls, name)
+
+        def fits_one(self, batch, *args, **kwargs):
+            seen.append((cls, name, len(batch)))
+            if len(seen) == stop_at:
+                raise KeyboardInterrupt
+            if len(batch) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            return function(self, batch, *args, **kwargs)
+
+        monkeypatch.setattr(cls, name, fits_one)
+
+    for cls, name in (
+        (UNet2DConditionModel, "forward"),
+        (AutoencoderKL, "encode"),
+        (AutoencoderKL, "decode"),
+    ):
+        limited(cls, name)
+    auto = ["--batch_size", "auto"]
+    for script, flags, halfway in (
+        ("preprocess.py", [*invert_flags(checkpoint, "narrow"), *auto], 60),
+        ("run_tokenflow_pnp.py", [*edit_flags(checkpoint, "narrow", "narrow_edits"), *auto], 60),
+    ):
+        seen.clear()
+        stop_at = halfway
+        assert run(script, *flags, cwd=source).returncode == 130
+        failed = [kind[:2] for kind in seen if kind[-1] > 1]
+        assert (UNet2DConditionModel, "forward") in failed
+        stop_at = None
+        before = len(seen)
+        last_line(run(script, *flags, cwd=source))
+        again = [kind[:2] for kind in seen[before:] if kind[-1] > 1]
+        assert len(seen) > 2 * before and not set(again) & set(failed), again
 
 
 def test_out_of_memory_is_one_line(source, checkpoint, whole, monkeypatch):

@@ -17,7 +17,7 @@ FLOORS = (
         "tokenflow.optical_flow",
     ],
     ["tokenflow.config", "tokenflow.motion", "tokenflow.versions", "tokenflow.layouts"],
-    ["tokenflow.diffusion", "tokenflow.keyframe_cache", "tokenflow.nearest"],
+    ["tokenflow.diffusion", "tokenflow.keyframe_cache", "tokenflow.memory", "tokenflow.nearest"],
     ["tokenflow_utils", "tokenflow.evaluation"],
     ["tokenflow.inversion"],
     ["tokenflow.editing"],

@@ -1,13 +1,20 @@
 """The algorithm against its slow reference, and properties that must hold."""
 
+import dataclasses
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from reference import Reference
+from test_cli import ROOT
 
 from benchmarks.published import Published, PublishedAttention
 from tokenflow.config import PnPConfig
+from tokenflow.diffusion.checkpoints import load
 from tokenflow.diffusion.ddim import Schedule
 from tokenflow.editing.denoiser import Edit, Source, TokenFlowDenoiser
 from tokenflow.editing.techniques import Technique
@@ -16,7 +23,8 @@ from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles, bytes_needed
 from tokenflow.keyframe_cache import BlendedRows, KeyframeCache
 from tokenflow.nearest import nearest_in_blocks, nearest_tokens
-from tokenflow.runtime.batching import Batches
+from tokenflow.runtime.ahead import WriteBehind, read_ahead
+from tokenflow.runtime.batching import Batches, Limits
 from tokenflow_utils import (
     JointPass,
     KeyframeSchedule,
@@ -98,6 +106,33 @@ def test_windows_equal_the_reference(sd, monkeypatch, propagation, window, toget
             for frames, noise in denoiser.noise(latents, FIRST, part):
                 assert torch.equal(noise, ours[frames])
     assert_same_noise(ours, edit, source, latents)
+
+
+@pytest.mark.parametrize("window, most", [(8, 10), (8, 3), (7, 3)])
+@torch.no_grad()
+def test_a_joint_edit_that_does_not_fit_is_divided(sd, monkeypatch, window, most):
+    """First by streams, then by keyframes, which attend to all the same: the noise is equal."""
+    source, latents = video_of(16)
+
+    def noise(sd):
+        options = {"keyframe_interval": 2, "keyframe_window": window}
+        return predicted(edit_of(sd, source_of(source), latents, **options), latents)
+
+    expected, seen, forward = noise(sd), [], sd.unet.forward
+
+    def fits_few(latents, *args, **kwargs):
+        seen.append(len(latents))
+        if len(latents) > most:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")
+        return forward(latents, *args, **kwargs)
+
+    monkeypatch.setattr(sd.unet, "forward", fits_few)
+    limited = dataclasses.replace(sd, limits=Limits())
+    torch.testing.assert_close(noise(limited), expected, atol=1e-4, rtol=1e-4)
+    assert seen[0] > most and limited.limits.of("joint") < 24
+    seen.clear()
+    noise(limited)
+    assert max(seen) <= most  # what failed is not tried again
 
 
 @pytest.mark.parametrize("n_keyframes, size", [(1, 8), (8, 8), (9, 8), (15, 8), (50, 12), (7, 6)])
@@ -186,6 +221,26 @@ def test_the_reference_tells_the_modes_apart(sd, video):
     for i, a in enumerate(outputs):
         for b in outputs[:i]:
             assert (a - b).square().mean() > 1e-5 * a.square().mean()
+
+
+@torch.no_grad()
+def test_a_compiled_unet_predicts_the_same(sd, checkpoint, video, monkeypatch):
+    """With TokenFlow's layers and hook in it. The graphs that torch found are run as they are, since a
+    compiler would take minutes."""
+    source, latents = video
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda unet: compile(unet, backend="eager"))
+    compiled = load(str(checkpoint), (), torch.device("cpu"), torch.float32, compiled=True)
+    torch._dynamo.utils.counters.clear()
+    noises = []
+    for one in (sd, compiled):
+        edit = edit_of(one, source_of(source), latents, (1, 2), batch_size=BATCH_SIZE)
+        with TokenFlowDenoiser.installed(edit) as denoiser:
+            timesteps = edit.technique.schedule.timesteps[:3]
+            noises.append([denoiser.predict_noise(latents, t) for t in timesteps])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 10
+    torch.testing.assert_close(noises[1], noises[0], atol=1e-4, rtol=1e-4)
+    torch._dynamo.reset()
 
 
 @torch.no_grad()
@@ -353,15 +408,86 @@ def test_nearest_tokens_in_blocks(monkeypatch):
 def test_fused_nearest_tokens_equal_the_blocked_ones():
     """On a GPU if there is one, else in triton's interpreter; skipped without triton."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    fused = pytest.importorskip("tokenflow.nearest_triton").nearest_fused
+    kernel = pytest.importorskip("tokenflow.nearest_triton")
     generator = torch.Generator().manual_seed(0)
-    for n, s, k, d in [(2, 64, 64, 32), (3, 100, 130, 40), (1, 7, 300, 80)]:
-        tokens = torch.randn(n, s, d, generator=generator).to(device)
-        keys = torch.nn.functional.normalize(torch.randn(k, d, generator=generator), dim=-1)
-        keys = keys.to(device)
-        assert torch.equal(fused(tokens, keys), nearest_in_blocks(tokens, keys))
-    same = torch.ones(1, 3, 8, device=device)
-    assert fused(same, same[0] / 8**0.5).tolist() == [[0, 0, 0]]  # the first of ties
+    for tiles, dtype in [
+        (kernel.FULL, torch.float32),
+        (kernel.FULL, torch.float16),
+        (kernel.HALF, torch.float16),
+    ]:
+        for n, s, k, d in [(2, 64, 64, 32), (3, 100, 130, 40), (1, 7, 300, 80)]:
+            tokens, keys = (
+                torch.randn(*shape, generator=generator).to(device, dtype)
+                for shape in ((n, s, d), (k, d))
+            )
+            found, expected = (
+                kernel.nearest_fused(tokens, keys, tiles),
+                nearest_in_blocks(tokens, keys),
+            )
+            assert torch.equal(found, expected), (tiles, dtype)
+        same = torch.ones(1, 3, 8, device=device, dtype=dtype)
+        assert kernel.nearest_fused(same, same[0], tiles).tolist() == [
+            [0, 0, 0]
+        ]  # the first of ties
+
+
+def test_the_kernel_compiles_for_every_gpu():
+    """Ahead of time, which needs no GPU, for what torch runs on: shared memory within each one's bounds."""
+    pytest.importorskip("triton")
+    code = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from tokenflow import nearest_triton as kernel
+
+names = kernel._nearest_kernel.arg_names
+for arch, shared in {75: 64, 80: 163, 86: 99, 89: 99, 90: 227}.items():
+    for dtype, spelt in {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}.items():
+        if arch == 75 and dtype == torch.bfloat16:
+            continue  # Turing has no bfloat16
+        tiles = kernel.tiles_for(dtype, divmod(arch, 10))
+        kinds = [spelt, spelt, "*fp32", "*i32", "i32", "i32"] + ["constexpr"] * 5
+        signature = dict(zip(names, kinds, strict=True))
+        constants = dict(zip(names[6:], (320, *tiles[:4]), strict=True))
+        source = ASTSource(kernel._nearest_kernel, signature, constants)
+        options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+        compiled = triton.compile(source, GPUTarget("cuda", arch, 32), options)
+        assert compiled.asm["cubin"] and compiled.metadata.shared <= shared * 1024
+        assert ("mma" in compiled.asm["ptx"]) == (arch >= 80)  # the tensor cores are used
+"""
+    env = os.environ | {"TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_reading_ahead():
+    """What is read is the same, at most one item ahead, and errors reach whoever asks for the result."""
+    read_so_far, used = [], []
+
+    def read(item):
+        read_so_far.append(item)
+        return 1 // (item - 4)
+
+    with pytest.raises(ZeroDivisionError):
+        for item, coming in read_ahead(read, [7, 6, 5, 4, 3]):
+            used.append((item, coming.result()))
+            assert len(read_so_far) <= len(used) + 1
+    assert used == [(7, 0), (6, 0), (5, 1)] and read_so_far[:4] == [7, 6, 5, 4]
+
+
+def test_writing_behind():
+    """All is written in order at the end, and an error ends the block that writes."""
+    written = []
+    with WriteBehind() as writer:
+        for item in range(5):
+            writer.later(written.append, item)
+        writer.flush()
+        assert written == [0, 1, 2, 3, 4]
+        writer.later(written.append, 5)
+    assert written[-1] == 5
+    with pytest.raises(OSError), WriteBehind() as writer:
+        writer.later(Path("no/such/folder/file").write_text, "x")
 
 
 def test_keyframes_are_one_an_interval_and_repeatable():

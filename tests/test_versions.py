@@ -17,10 +17,16 @@ from test_cli import last_line, refusal, run
 
 import util
 from shapes.versions import CONFIGURATIONS, build_narrow, build_on_meta
-from tokenflow.diffusion.checkpoints import check_checkpoint, load, trained_side
+from tokenflow.diffusion.checkpoints import (
+    check_checkpoint,
+    load,
+    networks_on_meta,
+    trained_side,
+)
 from tokenflow.diffusion.lora import with_loras
 from tokenflow.errors import UserError
-from tokenflow.inversion.source_features import features_shape, tokens_by_layer
+from tokenflow.layouts import features_shape, tokens_by_layer
+from tokenflow.memory import Footprint
 from tokenflow_utils import JointPass, install_tokenflow
 
 CPU = torch.device("cpu")
@@ -43,6 +49,21 @@ def narrow(tmp_path_factory):
         return made[version]
 
     return of
+
+
+@pytest.mark.parametrize("version", ["2.1", "XL"])
+def test_memory_is_known_before_weights_are_loaded(narrow, version):
+    """Of all weights, and of the tokens that a keyframe leaves in all self-attentions."""
+    sd = load(str(narrow(version)), (), CPU, torch.float16)
+    parts = [part for part in (sd.unet, sd.vae, sd.text_encoder, sd.text_encoder_2) if part]
+    shape = sd.latent_shape(1, 128, 64)
+    footprint = Footprint.of(networks_on_meta(str(narrow(version)), ()), 128 * 64, torch.float16)
+    assert footprint.offloaded == tuple(sum(p.nbytes for p in part.parameters()) for part in parts)
+    values = (
+        n * sd.unet.get_submodule(name.removesuffix(".processor")).to_q.in_features
+        for name, n in tokens_by_layer(sd.unet, shape).items()
+    )
+    assert footprint.keyframe == torch.float16.itemsize * sum(values)
 
 
 @pytest.mark.parametrize("version", CONFIGURATIONS)

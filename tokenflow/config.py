@@ -14,7 +14,7 @@ from tokenflow.versions import VERSIONS
 MAX_FRAMES, MAX_SIZE = 10**6, 2**14  # frames (eleven hours of video); pixels
 RESIZE = ("crop", "stretch", "pad")
 # Options that change how an inversion or an edit is computed, but not its result.
-HOW = ("batch_size", "device", "cpu_offload", "resume", "overwrite")
+HOW = ("batch_size", "device", "cpu_offload", "compile", "resume", "overwrite")
 
 # Options of the same bounds.
 frames_option = partial(option, low=1, high=MAX_FRAMES)
@@ -88,8 +88,8 @@ class PreprocessConfig(ModelConfig, ControlConfig):
         False,
     )
     batch_size: int | None = frames_option(
-        "frames in one UNet pass, which changes memory and speed only; auto: 16, halved while the device "
-        "is out of memory",
+        "frames in one UNet pass, which changes memory and speed only; auto: 16, or 32 on a GPU, halved "
+        "while the device is out of memory",
         None,
         none="auto",
     )
@@ -160,8 +160,8 @@ class EditConfig(ModelConfig):
         "number of frames to edit, from the first; 0: all that were inverted", 40, low=0
     )
     batch_size: int | None = frames_option(
-        "frames in one UNet pass, which changes memory and speed; auto: 8, halved while the device is "
-        "out of memory",
+        "frames in one UNet pass, which changes memory and speed; auto: 8, or 10 to 16 on a GPU, halved "
+        "while the device is out of memory",
         None,
         none="auto",
     )

@@ -50,6 +50,10 @@ class ModelConfig:
         "device, and the others are in main memory",
         False,
     )
+    compile: bool = option(
+        "compile the UNet with torch.compile, which takes minutes and makes each pass after that faster",
+        False,
+    )
     clip_skip: int = option(
         "layers of the text encoder that are left out at its end; edits need the clip_skip of their "
         "inversion (the web interfaces count one more: their clip skip 2 is 1 here)",

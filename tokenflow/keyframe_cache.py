@@ -12,6 +12,8 @@ from tokenflow.runtime.transfer import to_device
 class BlendedRows:
     """Which two rows of the cache each of n frames blends; all tensors are where its layers' tokens are.
 
+    The weights have the precision of the layers' outputs.
+
     rows, weights: (n, 2). searches: for each row that has a weight, the frames (m,) that blend it, and
     their places (m,) in `rows`, counted through it.
     """
@@ -21,7 +23,13 @@ class BlendedRows:
     searches: tuple[tuple[int, torch.Tensor, torch.Tensor], ...]
 
     @classmethod
-    def of(cls, rows: torch.Tensor, weights: torch.Tensor, device: torch.device) -> "BlendedRows":
+    def of(
+        cls,
+        rows: torch.Tensor,
+        weights: torch.Tensor,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> "BlendedRows":
         """From rows and weights (n, 2) on the CPU, in one go for all layers."""
         blended = torch.where(weights > 0, rows, -1).flatten()
         used = blended[blended >= 0].unique().tolist()
@@ -30,7 +38,7 @@ class BlendedRows:
         of_rows, *places = packed.split([rows.numel(), *map(len, places)])
         frames = (place // 2 for place in places)
         searches = tuple(zip(used, frames, places, strict=True))
-        return cls(of_rows.view_as(rows), to_device(weights, device), searches)
+        return cls(of_rows.view_as(rows), to_device(weights, device, dtype), searches)
 
 
 class KeyframeCache:
@@ -45,6 +53,10 @@ class KeyframeCache:
         kept = {name: self.read(name, positions) for name in self._tensors if positions}
         self._tensors = {name: torch.stack(rows) for name, rows in kept.items()}
         self.positions = list(positions)
+
+    def add(self, positions: Sequence[int]) -> None:
+        """Make rows for the keyframes at `positions`, unless they have one."""
+        self.positions += [position for position in positions if position not in self.positions]
 
     def write(self, name: Hashable, positions: Sequence[int], values: torch.Tensor) -> None:
         """Set the rows (k, ...) of keyframes at `positions`, which must have neighbouring rows."""
@@ -72,7 +84,11 @@ class KeyframeCache:
         return row_of[positions]
 
     def blended(
-        self, positions: torch.Tensor, weights: torch.Tensor, device: torch.device
+        self,
+        positions: torch.Tensor,
+        weights: torch.Tensor,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
     ) -> BlendedRows:
-        """What frames of these positions and weights (n, 2) blend, for layers on `device`."""
-        return BlendedRows.of(self.rows(positions), weights, device)
+        """What frames of these positions and weights (n, 2) blend, for layers on `device` in `dtype`."""
+        return BlendedRows.of(self.rows(positions), weights, device, dtype)

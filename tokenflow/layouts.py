@@ -17,6 +17,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from diffusers import UNet2DConditionModel
+
+LEVEL = re.compile(r"(down|up)_blocks\.(\d)|mid_block")
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -78,6 +82,31 @@ def layout_of(config: Mapping[str, Any]) -> Layout:
     nearest = LAYOUTS[1] if levels == len(LAYOUTS[1].required["down_block_types"]) else LAYOUTS[0]
     names = ", ".join(layout.name for layout in LAYOUTS)
     raise ValueError(f"its layout is none of {names}: {mismatches[nearest.name]}")
+
+
+def tokens_by_layer(unet: UNet2DConditionModel, latent_shape: tuple[int, ...]) -> dict[str, int]:
+    """The number of a frame's tokens in each self-attention, by name, for latents (N, 4, h, w)."""
+    height, width = latent_shape[-2:]
+    lowest, tokens = _lowest_level(unet), {}
+    for name in unet.attn_processors:
+        if name.endswith(".attn1.processor"):
+            side, block = LEVEL.match(name).groups()
+            level = {"down": int(block or 0), "up": lowest - int(block or 0)}.get(side, lowest)
+            tokens[name] = height * width // 4**level
+    return tokens
+
+
+def features_shape(unet: UNet2DConditionModel, latent_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape (c, h, w) of what Plug-and-Play injects into a frame, for latents (N, 4, h, w)."""
+    block, _ = layout_of(unet.config).injected_resnet
+    level = _lowest_level(unet) - block
+    channels = unet.config.block_out_channels[level]
+    return channels, latent_shape[-2] // 2**level, latent_shape[-1] // 2**level
+
+
+def _lowest_level(unet: UNet2DConditionModel) -> int:
+    """How often the latents are halved at the UNet's lowest resolution."""
+    return len(unet.config.block_out_channels) - 1
 
 
 def as_json(value: Any) -> Any:

@@ -12,19 +12,34 @@ LUMINANCE = np.array([0.299, 0.587, 0.114])  # weights of red, green and blue (I
 DRIFT_SIGMA = 8.0  # pixels; one latent is as wide, so that detail and noise are gone
 
 
-def _to_unit(frames: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255  # n 3 H W
+CPU = torch.device("cpu")
 
 
-def frame_psnr(frames: np.ndarray, reference: np.ndarray) -> list[float]:
+def _to_unit(frames: np.ndarray, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(frames).to(device).permute(0, 3, 1, 2).float() / 255  # n 3 H W
+
+
+def frame_psnr(
+    frames: np.ndarray, reference: np.ndarray, device: torch.device = CPU
+) -> list[float]:
     """PSNR in dB between frames of two stacks, uint8 (n, H, W, 3), pair by pair; inf if equal."""
-    pairs = zip(_to_unit(frames), _to_unit(reference), strict=True)
-    return [psnr(a, b, 1.0).item() for a, b in pairs]
+    pairs = zip(_to_unit(frames, device), _to_unit(reference, device), strict=True)
+    return torch.stack([psnr(a, b, 1.0) for a, b in pairs]).tolist()
 
 
-def frame_ssim(frames: np.ndarray, reference: np.ndarray) -> list[float]:
-    """Mean SSIM between frames of two stacks, uint8 (n, H, W, 3), pair by pair; 1 if equal."""
-    return ssim(_to_unit(frames), _to_unit(reference), SSIM_WINDOW).mean((1, 2, 3)).tolist()
+def frame_ssim(
+    frames: np.ndarray, reference: np.ndarray, device: torch.device = CPU
+) -> list[float]:
+    """Mean SSIM between frames of two stacks, uint8 (n, H, W, 3), pair by pair; 1 if equal.
+
+    Frame by frame, because the windows' sums take many times the memory of the frames.
+    """
+    pairs = zip(
+        _to_unit(frames, device).split(1), _to_unit(reference, device).split(1), strict=True
+    )
+    # cuDNN would round to TF32, in which the differences of squares that make a variance are lost.
+    with torch.backends.cudnn.flags(enabled=False):
+        return torch.stack([ssim(a, b, SSIM_WINDOW).mean() for a, b in pairs]).tolist()
 
 
 def gradient_energy(frames: np.ndarray) -> float:

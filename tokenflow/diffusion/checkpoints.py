@@ -1,7 +1,9 @@
 """Checkpoints: from a hub id, a folder or a file to networks on a device, in a precision that suits it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import cpu_offload_with_hook
@@ -13,7 +15,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.configuration_utils import ConfigMixin
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from tokenflow.diffusion.ddim import PREDICTION_TYPES, Schedule
 from tokenflow.diffusion.parts import find, load_config, load_weights, option_of
@@ -116,11 +118,12 @@ def load(
     dtype: torch.dtype,
     cpu_offload: bool = False,
     version: str | None = None,
+    compiled: bool = False,
 ) -> StableDiffusion:
     """Load a checkpoint from a hub id, a folder in diffusers layout or a file, and ControlNets likewise.
 
     With `cpu_offload` only one of the VAE, the text encoders and the UNet is on the device at a time.
-    version: see `SingleFile.find`.
+    compiled: whether the UNet is compiled, in its first passes. version: see `SingleFile.find`.
     """
     for controlnet_id in controlnet_ids:
         load_config(ControlNetModel, controlnet_id, None, "block_out_channels")
@@ -147,17 +150,15 @@ def load(
 
     unet, second = network(UNet2DConditionModel, "unet"), {}
     vae_config = load_config(AutoencoderKL, where, "vae", "block_out_channels")
-    if is_xl := unet.config.addition_embed_type == "text_time":
+    if _is_xl(unet.config):
         second = {
             "tokenizer_2": tokenizer("tokenizer_2"),
             "text_encoder_2": network(CLIPTextModelWithProjection, "text_encoder_2"),
             "zero_if_empty": _zero_if_empty(where),
         }
-    # XL's VAE overflows in float16; its configuration says so, by diffusers' default.
-    upcast = is_xl and dtype == torch.float16 and vae_config.get("force_upcast", True)
     controlnets = [network(ControlNetModel, None, model=name) for name in controlnet_ids]
     sd = StableDiffusion(
-        vae=network(AutoencoderKL, "vae", torch.float32 if upcast else dtype),
+        vae=network(AutoencoderKL, "vae", vae_dtype(unet.config, vae_config, dtype)),
         tokenizer=tokenizer("tokenizer"),
         text_encoder=network(CLIPTextModel, "text_encoder"),
         unet=unet,
@@ -177,7 +178,20 @@ def load(
     else:
         for part in networks:
             part.to(device)
-    return sd
+    if compiled:
+        sd.unet.compile()
+    return replace(sd, compiled=compiled)
+
+
+def vae_dtype(unet: Mapping[str, Any], vae: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
+    """The precision of the VAE beside networks in `dtype`, by the configurations of the UNet and the VAE."""
+    # XL's VAE overflows in float16; its configuration says so, by diffusers' default.
+    upcast = _is_xl(unet) and dtype == torch.float16 and vae.get("force_upcast", True)
+    return torch.float32 if upcast else dtype
+
+
+def _is_xl(unet: Mapping[str, Any]) -> bool:
+    return unet.get("addition_embed_type") == "text_time"
 
 
 def _zero_if_empty(where: str) -> bool:
@@ -226,6 +240,25 @@ def _check_parts(sd: StableDiffusion, model_id: str, controlnet_ids: Sequence[st
                     f"controlnet: {controlnet_id} does not fit the model {model_id}: its {key} is "
                     f"{found}, not {as_json(unet[key])}; name one of the same version"
                 )
+
+
+def networks_on_meta(
+    model_id: str, controlnet_ids: Sequence[str], version: str | None = None
+) -> list[torch.nn.Module]:
+    """UNet, VAE, text encoders and ControlNets of a checkpoint, without their weights.
+
+    version: see `SingleFile.find`.
+    """
+    where = configuration_of(model_id, version)
+    parts = [(UNet2DConditionModel, where, "unet"), (AutoencoderKL, where, "vae")]
+    parts += [(ControlNetModel, controlnet_id, None) for controlnet_id in controlnet_ids]
+    with torch.device("meta"):
+        unet, vae, *controls = (cls.from_config(load_config(cls, *part)) for cls, *part in parts)
+        texts = {"text_encoder": CLIPTextModel}
+        if _is_xl(unet.config):
+            texts["text_encoder_2"] = CLIPTextModelWithProjection
+        configs = {name: find(CLIPTextConfig.from_pretrained, where, name) for name in texts}
+        return [unet, vae, *(cls(configs[name]) for name, cls in texts.items()), *controls]
 
 
 def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from tokenflow.diffusion.control import Control
 from tokenflow.diffusion.ddim import check_finite
 from tokenflow.errors import UserError
+from tokenflow.runtime.batching import Batches, Limits
 from tokenflow.runtime.transfer import to_device
 
 # Of several frames in one pass of the VAE, which works at full resolution and needs the most memory.
@@ -50,11 +51,12 @@ class Text:
 
 @dataclass(frozen=True)
 class StableDiffusion:
-    """The networks of one checkpoint on one device, and its noise schedule.
+    """The networks of one checkpoint on one device, its noise schedule, and how much fits at once.
 
     tokenizer_2, text_encoder_2: Stable Diffusion XL's others. zero_if_empty: whether its embeddings of an
     empty prompt are zeros, which is how it was trained to denoise without a prompt.
     clip_skip: layers that are left out at the end of the text encoders. adapted: networks that LoRAs change.
+    compiled: whether the UNet is. limits: of the samples and frames that fit in memory at once.
     """
 
     vae: AutoencoderKL
@@ -70,6 +72,8 @@ class StableDiffusion:
     zero_if_empty: bool = False
     clip_skip: int = 0
     adapted: tuple[torch.nn.Module, ...] = ()
+    compiled: bool = False
+    limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
         encoders = [part for part in (self.text_encoder, self.text_encoder_2) if part]
@@ -91,6 +95,11 @@ class StableDiffusion:
         finally:
             for network in self.adapted:
                 network.enable_adapters()
+
+    @property
+    def plans_by_shape(self) -> bool:
+        """Whether each shape of a pass that was not seen before costs time to plan."""
+        return self.compiled or self.device.type == "cuda"
 
     @torch.no_grad()
     def encode_text(self, prompt: str) -> Text:
@@ -130,24 +139,28 @@ class StableDiffusion:
     @torch.no_grad()
     def encode_frames(self, frames: np.ndarray) -> torch.Tensor:
         """Latents (n, 4, h, w), fp32 on the CPU, of uint8 RGB frames (n, H, W, 3): posterior means."""
-        latents = []
-        height, width = frames.shape[1:3]
-        for start in range(0, len(frames), size := vae_batch_size(height, width)):
-            images = self.to_images(frames[start : start + size]).to(self.vae.dtype)
+
+        def encoded(batch: torch.Tensor) -> torch.Tensor:
+            images = self.to_images(batch.numpy()).to(self.vae.dtype)
             posterior = self.vae.encode(2 * images - 1).latent_dist
-            latents.append(posterior.mean.float().cpu() * self.vae.config.scaling_factor)
-        return torch.cat(latents)
+            return posterior.mean.float().cpu() * self.vae.config.scaling_factor
+
+        batches = Batches(vae_batch_size(*frames.shape[1:3]), limits=self.limits, kind="encoding")
+        return batches.map(encoded, torch.from_numpy(frames))
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor) -> np.ndarray:
         """Uint8 RGB frames (n, H, W, 3) of latents (n, 4, h, w)."""
-        frames = []
-        size = vae_batch_size(*(self._pixels_of_latent * n for n in latents.shape[2:]))
-        for batch in (latents / self.vae.config.scaling_factor).split(size):
+
+        def decoded(batch: torch.Tensor) -> torch.Tensor:
             images = self.vae.decode(to_device(batch, self.device, self.vae.dtype)).sample.float()
             check_finite(images, "the VAE's decoded frames")
-            frames.append((images / 2 + 0.5).clamp(0, 1).mul(255).round().byte().cpu())
-        return torch.cat(frames).permute(0, 2, 3, 1).numpy()
+            return (images / 2 + 0.5).clamp(0, 1).mul(255).round().byte().cpu()
+
+        size = vae_batch_size(*(self._pixels_of_latent * n for n in latents.shape[2:]))
+        batches = Batches(size, limits=self.limits, kind="decoding")
+        frames = batches.map(decoded, latents / self.vae.config.scaling_factor)
+        return frames.permute(0, 2, 3, 1).numpy()
 
     def latent_shape(self, n_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Shape (N, 4, h, w) of the latents of N frames of that size in pixels."""

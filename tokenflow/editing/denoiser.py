@@ -4,7 +4,9 @@ A technique gives the initial latents, the schedule, the number of steps that in
 ControlNets' conditions. Nothing here depends on which technique it is.
 """
 
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -23,8 +25,11 @@ from tokenflow.editing.consensus import Consensus
 from tokenflow.editing.mask import Mask
 from tokenflow.editing.techniques import Technique
 from tokenflow.editing.windows import Window, joint_passes, seen_by_all, windows
+from tokenflow.memory import MOST_SAMPLES, frames_at_once
+from tokenflow.runtime.ahead import read_ahead
 from tokenflow.runtime.batching import Batches, balanced
 from tokenflow.runtime.frame_array import FrameArray
+from tokenflow.runtime.turns import Gather, in_turns
 from tokenflow_utils import (
     COND,
     SOURCE,
@@ -40,7 +45,7 @@ from tokenflow_utils import (
     previous_blend,
 )
 
-FILLED_CPU, FILLED_GPU = 1 << 12, 1 << 15  # latent pixels
+FILLED_CPU = 1 << 12  # latent pixels: a larger pass takes more memory and is hardly more efficient
 
 # The latents of all frames, in memory or in a file; frames (n,) index them: (n, 4, h, w).
 Latents = torch.Tensor | FrameArray
@@ -89,7 +94,10 @@ class Denoiser:
     def __init__(self, edit: Edit, flow: TokenFlow) -> None:
         self.sd, self.config, self.flow = edit.sd, edit.config, flow
         self.technique, self.source = edit.technique, edit.source
-        self.batches = Batches(self.config.frames_at_once, adapts=self.config.batch_size is None)
+        n_streams = len(STREAMS) if self.source.features is None else len(STREAMS) - 1
+        self.at_once = frames_at_once(self.config, n_streams, self.sd.device)
+        adapts = self.config.batch_size is None
+        self.batches = Batches(self.at_once, adapts, self.sd.limits, "propagation")
         prompts = edit.prompts
         with self.sd.original():
             source = self.sd.encode_text(prompts[SOURCE])
@@ -109,7 +117,7 @@ class Denoiser:
 
     def chunks(self, t: int) -> list:
         """The video's frames in chunks, which the processes divide; each takes neighbouring chunks."""
-        return list(balanced(torch.arange(self.source.n_frames), self.config.frames_at_once))
+        return list(balanced(torch.arange(self.source.n_frames), self.at_once))
 
     def noise(
         self, latents: Latents, t: int, chunks: list
@@ -166,7 +174,7 @@ class TokenFlowDenoiser(Denoiser):
         done, chunks = done_with_joint_edit(keyframes, blend), []
         for window in windows(blend, len(keyframes), self.config.keyframe_window):
             frames, is_done = window.frames, done[window.frames]
-            parts = frames[is_done], *balanced(frames[~is_done], self.config.frames_at_once)
+            parts = frames[is_done], *balanced(frames[~is_done], self.at_once)
             chunks += [(window, part) for part in parts if len(part)]
         return chunks
 
@@ -182,35 +190,65 @@ class TokenFlowDenoiser(Denoiser):
             cache.keep([position for position in cache.positions if position in seen])
             for joint in joint_passes(window, len(keyframes), cache.positions):
                 self._edit_jointly(latents, t, keyframes[joint.edited], joint)
-            for _, frames in of_window:
+
+            def read(frames: torch.Tensor) -> SourceFeatures | None:
+                if self.source.features is None or done[frames].all():
+                    return None
+                return self.source.features(t, frames, t in self.feature_timesteps)
+
+            for frames, coming in read_ahead(read, [frames for _, frames in of_window]):
                 if done[frames].all():
                     yield frames, torch.stack(cache.read("noise", blend.whole[frames].tolist()))
                 else:
-                    propagated = partial(self._propagate, latents, t)
-                    parts = frames, blend.positions[frames], blend.weights[frames]
+                    propagated = partial(self._propagate, latents, t, coming)
+                    places = torch.arange(len(frames))
+                    parts = places, frames, blend.positions[frames], blend.weights[frames]
                     yield frames, self.batches.map(propagated, *parts)
 
     def _edit_jointly(
         self, latents: Latents, t: int, frames: torch.Tensor, joint: JointPass
     ) -> None:
-        """Edit the frames (k,), which are keyframes, and put their guided noise into the cache."""
+        """Edit the frames (k,), which are keyframes, and put their guided noise into the cache.
+
+        Where memory runs out, the streams pass one by one, and then the keyframes in parts, which give each
+        other their keys and values.
+        """
         injects = t in self.attention_timesteps, t in self.feature_timesteps
-        self.flow.begin_joint_edit(joint, *injects)
-        noise = self.guided_noise(latents, t, frames, self._passes(frames, latents, STREAMS))
+        self.flow.cache.add(joint.edited)  # all of them, before any part
+
+        def edited(n_samples: int) -> torch.Tensor:
+            is_whole = n_samples >= len(STREAMS) * len(frames)
+            passes = (STREAMS,) if is_whole else one_by_one(STREAMS)
+
+            def of_part(places: torch.Tensor, gather: Gather) -> torch.Tensor:
+                part = replace(joint, edited=[joint.edited[place] for place in places])
+                self.flow.begin_joint_edit(part, *injects, gather=gather)
+                return self.guided_noise(latents, t, frames[places], passes)
+
+            return torch.cat(in_turns(of_part, balanced(torch.arange(len(frames)), n_samples)))
+
+        streams = self._passes(frames, latents, STREAMS)[0]
+        batches = Batches(sys.maxsize, limits=self.sd.limits, kind="joint")
+        noise = batches.fitted(edited, len(streams) * len(frames))
         self.flow.cache.write("noise", joint.edited, noise)
 
     def _propagate(
         self,
         latents: Latents,
         t: int,
+        coming: Future[SourceFeatures | None],
+        places: torch.Tensor,
         frames: torch.Tensor,
         positions: torch.Tensor,
         weights: torch.Tensor,
     ) -> torch.Tensor:
-        """Guided noise (n, 4, h, w) of the frames (n,), propagated from keyframes in the cache."""
-        injects = t in self.feature_timesteps
-        source = self.source.features(t, frames, injects) if self.source.features else None
-        blended = self.flow.cache.blended(positions, weights, self.sd.device)
+        """Guided noise (n, 4, h, w) of the frames (n,), propagated from keyframes in the cache.
+
+        coming: source features of a chunk, if they are kept, in which the frames have these places (n,).
+        """
+        injects, source = t in self.feature_timesteps, coming.result()
+        source = source and features_of(source, slice(places[0], places[-1] + 1))
+        blended = self.flow.cache.blended(positions, weights, self.sd.device, self.sd.dtype)
         self.flow.begin_propagation(blended, injects, source)
         passes = self._passes(frames, latents, (UNCOND, COND) if source else STREAMS)
         return self.guided_noise(latents, t, frames, passes)
@@ -218,10 +256,12 @@ class TokenFlowDenoiser(Denoiser):
     def _passes(
         self, frames: torch.Tensor, latents: Latents, streams: tuple[int, ...]
     ) -> tuple[tuple[int, ...], ...]:
-        """The streams one by one if a single one fills the device, else all together."""
-        pixels = len(frames) * latents.shape[-2] * latents.shape[-1]
-        large = pixels >= filling_pixels(self.sd.device)
-        return tuple((stream,) for stream in streams) if large else (streams,)
+        """The streams one by one if a single one fills a CPU or all are too many for a GPU, else together."""
+        if self.sd.device.type == "cuda":
+            together = len(frames) * len(streams) <= MOST_SAMPLES
+        else:
+            together = len(frames) * latents.shape[-2] * latents.shape[-1] < FILLED_CPU
+        return (streams,) if together else one_by_one(streams)
 
     def _keyframes_and_blend(self, t: int) -> tuple[torch.Tensor, Blend]:
         """The keyframes (k,) of a timestep, and which of them each frame of the video blends."""
@@ -238,9 +278,15 @@ class TokenFlowDenoiser(Denoiser):
         return schedule.draw()
 
 
-def filling_pixels(device: torch.device) -> int:
-    """Latent pixels that fill the device: a larger pass takes more memory and is hardly more efficient."""
-    return FILLED_CPU if device.type == "cpu" else FILLED_GPU
+def features_of(source: SourceFeatures, places: slice) -> SourceFeatures:
+    """The source features of some of their frames, as views."""
+    nearest = {name: of_layer[places] for name, of_layer in source.nearest.items()}
+    return SourceFeatures(nearest, None if source.features is None else source.features[places])
+
+
+def one_by_one(streams: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """The streams of UNet passes that take one stream each."""
+    return tuple((stream,) for stream in streams)
 
 
 def source_apart(streams: tuple[int, ...]) -> list[tuple[int, ...]]:

@@ -38,7 +38,8 @@ from tokenflow.inversion.source_frames import (
     find_conditions,
     write_depth_video,
 )
-from tokenflow.runtime.batching import Batches
+from tokenflow.memory import plan_memory
+from tokenflow.runtime.batching import Batches, Limits
 from tokenflow.runtime.digests import check, seal
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.edit_checkpoint import EditCheckpoint
@@ -161,11 +162,14 @@ class EditRun:
     def sd(self) -> StableDiffusion:
         """The checkpoint, loaded when it is first needed."""
         config = self.config
-        log.info("loading %s on %s in %s", config.model_id, self.device, self.dtype)
         controlnets = config.controlnet_ids if isinstance(config, ControlNetConfig) else ()
+        where, pixels = (controlnets, self.device, self.dtype), self._choice.H * self._choice.W
+        fits = plan_memory(config, *where, pixels, self.n_frames)
+        log.info("loading %s on %s in %s", config.model_id, self.device, self.dtype)
         options = {"cpu_offload": config.cpu_offload, "version": config.sd_version}
-        sd = load(config.model_id, controlnets, self.device, self.dtype, **options)
-        return with_loras(replace(sd, clip_skip=config.clip_skip), config.lora, config.lora_scales)
+        sd = load(config.model_id, *where, **options, compiled=config.compile)
+        sd = replace(sd, clip_skip=config.clip_skip, limits=Limits(self.checkpoints, fits))
+        return with_loras(sd, config.lora, config.lora_scales)
 
     def latents(self, name: str) -> LatentsOf:
         """The function from frames (n,) to the inversion's latents (n, 4, h, w) of that name."""
@@ -255,7 +259,8 @@ class EditRun:
             FrameArray.create(inside.path, (self.n_frames, 1, height, width), torch.float32)
         self.processes.wait()
         if self.config.mask == "auto":
-            batches = Batches(self.config.frames_at_once, adapts=self.config.batch_size is None)
+            adapts = self.config.batch_size is None
+            batches = Batches(self.config.frames_at_once, adapts, self.sd.limits, "inversion")
             prompts = self.inversion.prompt, self.config.prompt
             noises = tuple(
                 VideoNoisePredictor(self.sd, prompt, batches, depth=self._depth)

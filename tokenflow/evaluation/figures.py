@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
-from tokenflow.metrics import frame_psnr, frame_ssim, gradient_energy, warp_error
+from tokenflow.metrics import CPU, frame_psnr, frame_ssim, gradient_energy, warp_error
 from tokenflow.optical_flow import Flow, valid_flow
 
 # What a video is in an evaluation. The floors, all but the last two, are what no edit can be better than.
@@ -193,8 +194,8 @@ def _flicker(recent: Recent, motionless: np.ndarray) -> Values:
     return {"flicker": {name: float(np.sqrt(np.square(c).mean())) for name, c in changes.items()}}
 
 
-def beside_source(recent: Recent) -> Values:
-    """Meter of each newest frame against the source's, over all pixels.
+def beside_source(recent: Recent, device: torch.device = CPU) -> Values:
+    """Meter of each newest frame against the source's, over all pixels; PSNR and SSIM on a device.
 
     PSNR in dB (100 if equal) and SSIM, as `tokenflow.metrics` defines them; sharpness: the gradient energy
     divided by the source's (0 where the source has none, being plain).
@@ -202,8 +203,8 @@ def beside_source(recent: Recent) -> Values:
     source, *others = ((name, frames[-1][None]) for name, frames in recent.items())
     energy = gradient_energy(source[1])
     return {
-        "psnr": {n: min(EQUAL_PSNR, *frame_psnr(frame, source[1])) for n, frame in others},
-        "ssim": {n: frame_ssim(frame, source[1])[0] for n, frame in others},
+        "psnr": {n: min(EQUAL_PSNR, *frame_psnr(frame, source[1], device)) for n, frame in others},
+        "ssim": {n: frame_ssim(frame, source[1], device)[0] for n, frame in others},
         "sharpness": {n: gradient_energy(frame) / energy if energy else 0.0 for n, frame in others},
     }
 

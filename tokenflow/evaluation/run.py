@@ -3,6 +3,7 @@
 import logging
 import os
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -68,7 +69,8 @@ def evaluate_one(
     meters, skipped = available(config.clip, config.dino, subject.prompt, device)
     if VAE not in subject.frames:
         skipped.append("floors of the VAE: only an edit's folder has its round trip")
-    meters = [AlongFlow(flow), beside_source, Drift(float(subject.fps), subject.n_frames), *meters]
+    alone = partial(beside_source, device=device), Drift(float(subject.fps), subject.n_frames)
+    meters = [AlongFlow(flow), *alone, *meters]
     videos = {name: subject.read(name) for name in subject.frames}
     doing = f"Measuring {subject.name}"
     videos[SOURCE] = tqdm(videos[SOURCE], doing, subject.n_frames, unit="frame")

@@ -1,7 +1,6 @@
 """Noise prediction for any frames of one video under one prompt, for inversion and reconstruction."""
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 
@@ -27,10 +26,29 @@ class VideoNoisePredictor:
     ) -> None:
         self.sd, self.batches, self.control, self.depth = sd, batches, control, depth
         self.text = sd.encode_text(prompt)
+        self._planned: set[int] = set()  # sizes of passes
 
     def __call__(self, latents: torch.Tensor, t: int, frames: torch.Tensor) -> torch.Tensor:
         """The noise (n, 4, h, w) in latents (n, 4, h, w) of the frames (n,)."""
-        return self.batches.map(partial(self.predict_batch, t), latents, frames)
+
+        def predicted(latents: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+            n = len(frames)
+            if (size := self._size_for(n)) > n:
+                places = torch.arange(size).clamp(max=n - 1)
+                return self.predict_batch(t, latents[places], frames[places])[:n]
+            return self.predict_batch(t, latents, frames)
+
+        return self.batches.map(predicted, latents, frames)
+
+    def _size_for(self, n: int) -> int:
+        """The samples that pass for n of them: where sizes are planned, a near one that has a plan."""
+        if not self.sd.plans_by_shape:
+            return n
+        most = min(n + n // 2, self.batches.size)
+        near = [size for size in self._planned if n <= size <= most]
+        if not near:
+            self._planned.add(n)
+        return min(near, default=n)
 
     def predict_batch(self, t: int, latents: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
         """The noise of one batch, in one UNet pass."""

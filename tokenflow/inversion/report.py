@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from tokenflow.config import PreprocessConfig
+from tokenflow.config import HOW, PreprocessConfig
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.evaluation.figures import (
     RECONSTRUCTION,
@@ -13,26 +13,42 @@ from tokenflow.evaluation.figures import (
     VAE,
     Curves,
     beside_source,
-    measure,
     summarize,
 )
 from tokenflow.evaluation.report import PAGE, PARTS, Entry, contact_sheet_of, write_report
 from tokenflow.evaluation.verdict import POOR_PSNR, verdict
-from tokenflow.inversion.files import CLEAN, HOW, Inversion, Manifest
+from tokenflow.inversion.files import CLEAN, Inversion, Manifest
 from tokenflow.inversion.predictor import VideoNoisePredictor
-from util import decode_frames, write_video_from_folders
+from tokenflow.runtime.distributed import Processes
+from tokenflow.runtime.frame_array import FrameArray
+from tokenflow.runtime.run_folder import Progress
+from util import decode_frames, frame_path, read_image, write_video_from_folders
+
+KINDS = ("psnr", "ssim", "sharpness")
 
 
-def pictures_of(inversion: Inversion) -> dict[str, Path]:
-    """The folders of an inversion's frames, by what they show; the reconstruction may be missing."""
-    reconstruction = inversion.reconstruction
-    pictures = {SOURCE: inversion.source_frames, VAE: inversion.vae}
-    return pictures | ({RECONSTRUCTION: reconstruction} if reconstruction.exists() else {})
+def compare(
+    inversion: Inversion, config: PreprocessConfig, processes: Processes, device: torch.device
+) -> FrameArray:
+    """How close, by each of the KINDS, each frame of the VAE's round trip is to the source and, if there is
+    one, of the reconstruction to the source and to the round trip: (N, 1 or 3, 3).
 
-
-def compare(folders: dict[str, Path]) -> Curves:
-    """How close the frames of the other folders are to those of the one that is the SOURCE."""
-    return measure({name: decode_frames(f) for name, f in folders.items()}, [beside_source])
+    Processes divide the frames, and compute on the device.
+    """
+    source, vae, whole = inversion.source_frames, inversion.vae, inversion.reconstruction
+    pairs = [(source, vae), (source, whole), (vae, whole)][: 1 if config.no_reconstruction else 3]
+    scores = FrameArray(Progress(inversion.folder).folder / "scores.npy")
+    frames = torch.arange(len(inversion.latents(CLEAN)))
+    if processes.is_main:
+        FrameArray.create(scores.path, (len(frames), len(pairs), len(KINDS)), torch.float64)
+    processes.wait()
+    for frame in processes.share(frames).split(1):
+        shown = {f: read_image(frame_path(f, frame.item())) for f in set(sum(pairs, ()))}
+        of_pairs = [beside_source({SOURCE: [shown[a]], VAE: [shown[b]]}, device) for a, b in pairs]
+        values = [[of_pair[kind][VAE] for kind in KINDS] for of_pair in of_pairs]
+        scores[frame] = torch.tensor([values], dtype=torch.float64)
+    processes.wait()
+    return scores
 
 
 def report_reconstruction(
@@ -40,37 +56,40 @@ def report_reconstruction(
     inversion: Inversion,
     manifest: Manifest,
     config: PreprocessConfig,
+    scores: FrameArray,
     noise_predictor: Callable[[str], VideoNoisePredictor],
 ) -> str:
     """How close the reconstruction and the VAE's round trip are to the source, in a sentence or two.
 
     If there is a reconstruction, also writes `report.html` into the inversion's folder.
-    noise_predictor: maps a prompt to a predictor of the noise of the video's frames.
+    scores: from `compare`. noise_predictor: maps a prompt to a predictor of the noise of the video's frames.
     """
-    curves = compare(pictures_of(inversion))
+    clean = inversion.latents(CLEAN)
+    by_pair = scores[torch.arange(len(clean))].permute(1, 2, 0)
+    psnr = by_pair[:, 0].mean(-1).tolist()
 
-    def closeness(curves: Curves, name: str) -> str:
-        figures = summarize(curves, 1)
-        return f"PSNR {figures['psnr'][name]:.2f} dB, SSIM {figures['ssim'][name]:.3f}"
+    def closeness(pair: int) -> str:
+        return f"PSNR {psnr[pair]:.2f} dB, SSIM {by_pair[pair, 1].mean():.3f}"
 
-    if RECONSTRUCTION not in curves["psnr"]:
-        return f"the VAE's round trip: {closeness(curves, VAE)} against the source"
+    if config.no_reconstruction:
+        return f"the VAE's round trip: {closeness(0)} against the source"
+    shown = VAE, RECONSTRUCTION
+    curves = {
+        k: dict(zip(shown, by_pair[:2, i].tolist(), strict=True)) for i, k in enumerate(KINDS)
+    }
     write_page(inversion, manifest, curves)
-    to_vae = compare({SOURCE: inversion.vae, RECONSTRUCTION: inversion.reconstruction})
     text = (
-        f"reconstruction: {closeness(curves, RECONSTRUCTION)} against the source; "
-        f"{closeness(to_vae, RECONSTRUCTION)} against the VAE's round trip, "
-        f"which itself has {closeness(curves, VAE)}"
+        f"reconstruction: {closeness(1)} against the source; "
+        f"{closeness(2)} against the VAE's round trip, "
+        f"which itself has {closeness(0)}"
     )
-    psnr = summarize(curves, 1)["psnr"]
-    if psnr[RECONSTRUCTION] >= POOR_PSNR:
+    if psnr[1] >= POOR_PSNR:
         return text
     text += (
         f"\nwarning: below {POOR_PSNR:.0f} dB a video is too poorly reconstructed to edit well; "
     )
-    if psnr[VAE] < POOR_PSNR:
+    if psnr[0] < POOR_PSNR:
         return text + "the VAE is the reason: use larger frames (--H, --W) or another checkpoint"
-    clean = inversion.latents(CLEAN)
     frames = torch.arange(min(len(clean), config.frames_at_once))
     predictors = [noise_predictor(prompt) for prompt in (config.inversion_prompt, "")]
     with_prompt, without = (noise_error(sd, p, clean[frames], config.seed) for p in predictors)
@@ -92,7 +111,9 @@ def noise_error(
 
 def write_page(inversion: Inversion, manifest: Manifest, curves: Curves) -> None:
     """Write `report.html` into an inversion's folder, with the source as a video that it shows."""
-    fps, pictures = manifest.frame_rate, pictures_of(inversion)
+    fps = manifest.frame_rate
+    pictures = {SOURCE: inversion.source_frames, VAE: inversion.vae}
+    pictures[RECONSTRUCTION] = inversion.reconstruction
     source = inversion.folder / PARTS / "source.mp4"
     write_video_from_folders(source, [inversion.source_frames], manifest.n_frames, fps)
     figures = summarize(curves, float(fps))

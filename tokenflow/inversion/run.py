@@ -32,7 +32,7 @@ from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.errors import DamagedError, UserError
 from tokenflow.inversion.files import CLEAN, INVERTED, Inversion, Manifest, noisy
 from tokenflow.inversion.predictor import VideoNoisePredictor
-from tokenflow.inversion.report import report_reconstruction
+from tokenflow.inversion.report import compare, report_reconstruction
 from tokenflow.inversion.source_features import RecordingPredictor, can_keep_source_features
 from tokenflow.inversion.source_frames import (
     DEPTH_VIDEO,
@@ -44,7 +44,9 @@ from tokenflow.inversion.source_frames import (
     write_depth_video,
 )
 from tokenflow.layouts import as_json
-from tokenflow.runtime.batching import Batches, balanced
+from tokenflow.memory import frames_at_once, plan_memory
+from tokenflow.runtime.ahead import WriteBehind
+from tokenflow.runtime.batching import Batches, Limits, balanced
 from tokenflow.runtime.digests import check, seal
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.run_folder import Progress, locked, partial_path, remove, resumable
@@ -155,22 +157,24 @@ class InversionRun:
             return
         stage = "Reconstructing", len(self.editing.timesteps), self._reconstructed
         saved = self.inversion.noisy_latents
-        with self._recording_predictor() as predict_noise:
+        with WriteBehind() as writer, self._recording_predictor(writer) as predict_noise:
             for frames, bar in self._missing_segments(*stage):
                 if self.config.no_reconstruction:
                     for t in self.editing.timesteps:
                         predict_noise(saved(t, frames), t, frames)
                         bar.update()
-                    continue
-                latents = saved(self.editing.timesteps[0], frames)
-                for sampled in sample(latents, frames, self.editing, predict_noise):
-                    latents = sampled
-                    bar.update()
-                folder = self.inversion.reconstruction
-                save_frames(folder, frames[0].item(), self.sd.decode_latents(latents))
+                else:
+                    latents = saved(self.editing.timesteps[0], frames)
+                    for sampled in sample(latents, frames, self.editing, predict_noise):
+                        latents = sampled
+                        bar.update()
+                    folder = self.inversion.reconstruction
+                    save_frames(folder, frames[0].item(), self.sd.decode_latents(latents))
+                writer.flush()  # before the segment counts as done
 
     def finish(self) -> None:
         """Write the video and the manifest, and say how good the reconstruction is."""
+        scores = compare(self.inversion, self.config, self.processes, self.device)
         if not self.processes.is_main:
             return
         inversion, n_frames = self.inversion, self.manifest.n_frames
@@ -181,7 +185,7 @@ class InversionRun:
             write_video_from_folders(inversion.folder / VIDEO, folders, n_frames, fps)
         kept = self._keyframe_schedule if self._keeps_source_features else None
         inversion.write_manifest(replace(self.manifest, keyframes=kept))
-        about = inversion, self.manifest, self.config
+        about = inversion, self.manifest, self.config, scores
         log.info(report_reconstruction(self.sd, *about, self.noise_predictor))
         seal(inversion.folder)
         Progress(inversion.folder).remove()
@@ -190,17 +194,25 @@ class InversionRun:
     def sd(self) -> StableDiffusion:
         """The checkpoint, loaded when it is first needed."""
         config = self.config
+        where, pixels = (config.controlnet_ids, self.device, self.dtype), config.H * config.W
+        fits = plan_memory(config, *where, pixels, self.manifest.n_frames)
         log.info("loading %s on %s in %s", config.model_id, self.device, self.dtype)
         options = {"cpu_offload": config.cpu_offload, "version": config.sd_version}
-        sd = load(config.model_id, config.controlnet_ids, self.device, self.dtype, **options)
-        return replace(sd, clip_skip=config.clip_skip)
+        sd = load(config.model_id, *where, **options, compiled=config.compile)
+        limits = Limits(Progress(self.inversion.folder).folder, fits)
+        return replace(sd, clip_skip=config.clip_skip, limits=limits)
 
     def noise_predictor(self, prompt: str) -> VideoNoisePredictor:
         """A predictor of the noise of the video's frames under a prompt."""
-        batches = Batches(self.config.frames_at_once, adapts=self.config.batch_size is None)
+        adapts = self.config.batch_size is None
+        batches = Batches(self._frames_at_once, adapts, self.sd.limits, "inversion")
         control = self._control if self.sd.controlnet else None
         depth = self.inversion.depth.__getitem__ if self.sd.takes_depth else None
         return VideoNoisePredictor(self.sd, prompt, batches, control, depth)
+
+    @property
+    def _frames_at_once(self) -> int:
+        return frames_at_once(self.config, 1, self.device)
 
     @cached_property
     def _predictor(self) -> VideoNoisePredictor:
@@ -237,13 +249,13 @@ class InversionRun:
         video, fps = inversion.folder / DEPTH_VIDEO, self.manifest.frame_rate
         write_depth_video(video, depth, n_frames, (config.H, config.W), fps)
 
-    def _recording_predictor(self) -> AbstractContextManager[NoisePredictor]:
+    def _recording_predictor(self, writer: WriteBehind) -> AbstractContextManager[NoisePredictor]:
         """A predictor for the block, which also records the source features if they are kept."""
         if not self._keeps_source_features:
             return nullcontext(self._predictor)
         files, saved = self.inversion.source_features, self.inversion.noisy_latents
-        recording = RecordingPredictor(self._predictor, self._keyframe_schedule, saved, files)
-        return recording.installed()
+        where = self._keyframe_schedule, saved, files, writer.later
+        return RecordingPredictor(self._predictor, *where).installed()
 
     def _missing_segments(
         self, stage: str, n_steps: int, written: Callable[[torch.Tensor], Iterator[bytes]]
@@ -254,7 +266,7 @@ class InversionRun:
         for each other. written: maps a segment's frames to the bytes that the stage writes for them.
         """
         progress = Progress(self.inversion.folder)
-        segments = balanced(torch.arange(self.manifest.n_frames), self.config.frames_at_once)
+        segments = balanced(torch.arange(self.manifest.n_frames), self._frames_at_once)
         missing = [
             frames
             for frames in self.processes.share(segments)

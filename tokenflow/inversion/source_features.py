@@ -7,7 +7,6 @@ or the features that Plug-and-Play injects. An edit that reads them denoises two
 import json
 import logging
 import math
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
@@ -26,7 +24,7 @@ from tokenflow.diffusion.ddim import Schedule
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.keyframe_cache import BlendedRows, KeyframeCache
-from tokenflow.layouts import layout_of
+from tokenflow.layouts import features_shape, tokens_by_layer
 from tokenflow.runtime.frame_array import FrameArray
 from tokenflow.runtime.transfer import to_device
 from tokenflow_utils import (
@@ -42,7 +40,6 @@ from tokenflow_utils import (
 log = logging.getLogger("tokenflow")
 
 MAX_TOKENS = 1 << 15  # of a frame, as indices have 16 bits
-LEVEL = re.compile(r"(down|up)_blocks\.(\d)|mid_block")
 
 
 class RecordingAttention(LayerProcessor):
@@ -52,14 +49,14 @@ class RecordingAttention(LayerProcessor):
         super().__init__(name)
         self.recorder = recorder
 
+    @torch.compiler.disable
     def __call__(
         self, attn: Attention, hidden_states: torch.Tensor, *args, **kwargs
     ) -> torch.Tensor:
         """The layer's output for its input; both (n, s, d)."""
         recorder, cache = self.recorder, self.recorder.cache
         if recorder.blended is None:
-            tokens = F.normalize(hidden_states.float(), dim=-1)
-            cache.write(self.name, recorder.positions, tokens)
+            cache.write(self.name, recorder.positions, hidden_states)
         else:
             found = correspondences(hidden_states, cache.tensor(self.name), recorder.blended)
             recorder.nearest[self.name] = found
@@ -71,6 +68,7 @@ class RecordingPredictor:
 
     Its frames may blend keyframes outside the segment, one on each side, which then pass the UNet too.
     saved: maps a timestep and frame indices (n,) to the latents (n, 4, h, w) that the inversion found.
+    later: calls a function that writes, now or while later passes are computed.
     """
 
     def __init__(
@@ -79,9 +77,10 @@ class RecordingPredictor:
         schedule: KeyframeSchedule,
         saved: Callable[[int, torch.Tensor], torch.Tensor],
         files: "SourceFeatureFiles",
+        later: Callable[..., None] = lambda write, *arguments: write(*arguments),
     ) -> None:
         self.predictor, self.keyframes = predictor, schedule.draw()
-        self.saved, self.files = saved, files
+        self.saved, self.files, self.later = saved, files, later
         self.cache = KeyframeCache()  # of the keyframes that a segment's frames blend
         # The next pass is of keyframes at `positions` or, if `blended` is set, of frames that blend them.
         self.positions: list[int] = []
@@ -115,10 +114,12 @@ class RecordingPredictor:
             return self.predictor.predict_batch(t, samples, keyframes[positions])
 
         def of_other(samples: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-            blend, device = flanking_blend(others, keyframes), self.predictor.sd.device
-            self.blended = self.cache.blended(blend.positions, blend.weights, device)
+            blend, sd = flanking_blend(others, keyframes), self.predictor.sd
+            where = sd.device, sd.dtype
+            self.blended = self.cache.blended(blend.positions, blend.weights, *where)
             noise = self.predictor.predict_batch(t, samples, others)
-            self.files.write(t, others, SourceFeatures(self.nearest, self.features))
+            features = SourceFeatures(dict(self.nearest), self.features)
+            self.later(self.files.write, t, others, features)
             return noise
 
         noise, batches = torch.empty_like(latents), self.predictor.batches
@@ -186,31 +187,6 @@ class SourceFeatureFiles:
 
     def _features(self, t: int) -> FrameArray:
         return FrameArray(self.folder / f"features_{t}.npy")
-
-
-def tokens_by_layer(unet: UNet2DConditionModel, latent_shape: tuple[int, ...]) -> dict[str, int]:
-    """The number of a frame's tokens in each self-attention, by name, for latents (N, 4, h, w)."""
-    height, width = latent_shape[-2:]
-    lowest, tokens = _lowest_level(unet), {}
-    for name in unet.attn_processors:
-        if name.endswith(".attn1.processor"):
-            side, block = LEVEL.match(name).groups()
-            level = {"down": int(block or 0), "up": lowest - int(block or 0)}.get(side, lowest)
-            tokens[name] = height * width // 4**level
-    return tokens
-
-
-def features_shape(unet: UNet2DConditionModel, latent_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape (c, h, w) of what Plug-and-Play injects into a frame, for latents (N, 4, h, w)."""
-    block, _ = layout_of(unet.config).injected_resnet
-    level = _lowest_level(unet) - block
-    channels = unet.config.block_out_channels[level]
-    return channels, latent_shape[-2] // 2**level, latent_shape[-1] // 2**level
-
-
-def _lowest_level(unet: UNet2DConditionModel) -> int:
-    """How often the latents are halved at the UNet's lowest resolution."""
-    return len(unet.config.block_out_channels) - 1
 
 
 def bytes_needed(unet: UNet2DConditionModel, latent_shape: tuple[int, ...], n_steps: int) -> int:

@@ -2,12 +2,18 @@
 
 import gc
 import logging
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 log = logging.getLogger("tokenflow")
+
+# How libraries say that memory ran out, beside what accelerate knows; cuBLAS needs some of its own.
+OUT_OF_MEMORY = "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
 
 
 def balanced(items: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
@@ -18,28 +24,81 @@ def balanced(items: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
     return items.tensor_split(-(-len(items) // size)) if len(items) else ()
 
 
-class Batches:
-    """How many frames pass at once: a fixed number, or one that is halved when memory runs out."""
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that the memory of the device ran out."""
+    if isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error):
+        return True
+    return any(words in str(error) for words in OUT_OF_MEMORY)
 
-    def __init__(self, size: int, adapts: bool) -> None:
-        self.size, self.adapts = size, adapts
+
+class Limits:
+    """How many items fit in memory at once, by the kind of pass, as far as failures have taught.
+
+    folder: of a run's progress files, where a resumed run finds them; without it they end with the process.
+    fits: how many should fit, by the kind of pass, as far as is known before any has failed.
+    """
+
+    def __init__(self, folder: Path | None = None, fits: Mapping[str, int] | None = None) -> None:
+        self.folder, self._fits, self._known = folder, fits or {}, {}
+
+    def of(self, kind: str) -> int:
+        """The most items that a pass of that kind may take."""
+        if kind not in self._known and self.folder:
+            with suppress(OSError, ValueError):  # no pass has failed, or the file is damaged
+                self._known[kind] = max(1, int(self._file(kind).read_bytes()))
+        return min(known.get(kind, sys.maxsize) for known in (self._known, self._fits))
+
+    def lower(self, kind: str, size: int) -> None:
+        """Passes of that kind take at most `size` items from now on."""
+        self._known[kind] = size
+        if self.folder:
+            self.folder.mkdir(exist_ok=True)
+            self._file(kind).write_bytes(str(size).encode())
+
+    def _file(self, kind: str) -> Path:
+        return self.folder / f"at_once_{kind}"
+
+
+class Batches:
+    """How many items pass at once: a fixed number, or one that is halved when memory runs out.
+
+    limits: what passes of this `kind` have taught, before and from now on.
+    """
+
+    def __init__(
+        self, size: int, adapts: bool = True, limits: Limits | None = None, kind: str = "any"
+    ) -> None:
+        self._size, self.adapts, self.kind = size, adapts, kind
+        self._limits = limits or Limits()
+
+    @property
+    def size(self) -> int:
+        """The most items that pass at once."""
+        return min(self._size, self._limits.of(self.kind)) if self.adapts else self._size
 
     def map(self, function: Callable[..., torch.Tensor], *items: torch.Tensor) -> torch.Tensor:
         """Apply `function` to tensors of n items each, batch by batch; returns one tensor (n, ...)."""
         results, start, n_items = [], 0, len(items[0])
         while start < n_items:
-            batch = [values[start : start + self.size] for values in items]
-            length = len(batch[0])
+            # Bound to the loop's values, because a batch may be tried with several sizes.
+            def of_batch(size: int, start: int = start) -> torch.Tensor:
+                return function(*(values[start : start + size] for values in items))
+
+            results.append(self.fitted(of_batch, n_items - start))
+            start += len(results[-1])
+        return torch.cat(results)
+
+    def fitted(self, function: Callable[[int], torch.Tensor], n_items: int) -> torch.Tensor:
+        """The result of `function` for the largest number of items, up to `n_items`, that fits."""
+        while True:
+            size = min(self.size, n_items)
             try:
-                results.append(function(*batch))
-                start += length
-                continue
+                return function(size)
             except RuntimeError as error:
-                if not (self.adapts and length > 1 and should_reduce_batch_size(error)):
+                if not (self.adapts and size > 1 and is_out_of_memory(error)):
                     raise
             # After the handler, because the error refers to the memory that must be freed.
-            self.size = length // 2
-            log.warning("out of memory with %d frames at once: now %d", length, self.size)
+            self._limits.lower(self.kind, size // 2)
+            log.warning("out of memory with %d at once (%s): now %d", size, self.kind, self.size)
             gc.collect()
             clear_device_cache()
-        return torch.cat(results)
