@@ -4,7 +4,8 @@
 
 The product's own code runs at the sizes of Stable Diffusion. Without a GPU its tensors there are fakes, and
 everything is counted that does not take time; with one the passes run with random weights, and are timed.
-A row is one kind of pass: the most that any pass of the kind took. Writes a table (Markdown and JSON).
+A row is one kind of pass: the most that any pass of the kind took; then a row for each edit, in TFLOP. Writes
+both tables (Markdown and JSON).
 """
 
 import argparse
@@ -28,7 +29,7 @@ from diffusers import (
 )
 from tqdm import tqdm
 
-from benchmarks.census import Census, Counts
+from benchmarks.census import CPU, Census, Counts
 from benchmarks.gpu import fused_kernel, matmul_peak
 from benchmarks.report import markdown, write_report
 from benchmarks.sd15 import TEXT
@@ -37,7 +38,9 @@ from tokenflow.config import PnPConfig, PreprocessConfig
 from tokenflow.diffusion.control import Control
 from tokenflow.diffusion.ddim import Schedule
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
+from tokenflow.editing.consensus import Consensus
 from tokenflow.editing.denoiser import Edit, Source, TokenFlowDenoiser, keyframe_schedule
+from tokenflow.editing.fusion import Fusion
 from tokenflow.editing.run import denoise
 from tokenflow.editing.techniques import plug_and_play
 from tokenflow.inversion.predictor import VideoNoisePredictor
@@ -65,15 +68,17 @@ SEGMENTS = 4  # of an inversion that are looked at; they are alike
 
 @dataclass
 class Row:
-    """The most that any pass of a kind took, and the least seconds by streams and shape of the input."""
+    """The most that any pass of a kind took; flops and least seconds by streams and shape of the input."""
 
     most: dict[str, int]
+    flops: dict[tuple, int] = field(default_factory=dict)
     seconds: dict[tuple, float] = field(default_factory=dict)
 
     def add(self, counts: Counts, what: tuple, seconds: float) -> None:
         """Take in a pass of those streams and that shape."""
         for name, value in dataclasses.asdict(counts).items():
             self.most[name] = max(value, self.most.get(name, 0))
+        self.flops[what] = counts.flops
         self.seconds[what] = min(seconds, self.seconds.get(what, seconds))
 
     @property
@@ -88,6 +93,7 @@ class Tally:
     def __init__(self, census: Census, timed: bool = False) -> None:
         self.census, self.timed = census, timed
         self.rows: dict[tuple[str, str], Row] = {}
+        self.flops = 0  # of all passes, those that are not repeated included
         self._passes: list[tuple[tuple[str, str], Counts, tuple, float]] = []
         self.stage, self.kind, self._seen = "", "", {}
 
@@ -103,6 +109,7 @@ class Tally:
             is_last = number == len(self._passes)
             counts = plus(counts, rest) if is_last else counts
             self.rows.setdefault(key, Row({})).add(counts, what, seconds)
+            self.flops += counts.flops
 
     def end_pass(self, shape: tuple[int, ...], streams: tuple[int, ...] = ()) -> None:
         """A pass of an input of that shape, in which these streams are, is over."""
@@ -111,10 +118,12 @@ class Tally:
         self._start = now
 
     def is_repeated(self, streams: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-        """Whether a pass of this kind, streams and shape was seen often enough."""
+        """Whether a pass of this kind, streams and shape was seen often enough; then it only counts."""
         key = self.stage, self.kind, streams, shape
         self._seen[key] = self._seen.get(key, 0) + 1
-        return self._seen[key] > (3 if self.timed else 1)
+        is_repeated = self._seen[key] > (3 if self.timed else 1)
+        self.flops += self.rows[self.stage, self.kind].flops[streams, shape] if is_repeated else 0
+        return is_repeated
 
     def _now(self) -> float:
         if self.timed:
@@ -234,8 +243,19 @@ def pass_with_control(
         predictor(saved[frames], t, frames)
 
 
-def run(sd: TalliedDiffusion, workload: Workload, folder: Path) -> None:
-    """One step of each stage; files go to the `folder`."""
+def consensus_of_a_frame(sd: TalliedDiffusion, clean: torch.Tensor, folder: Path) -> None:
+    """What a consensus takes of one frame, with the latents `clean` (1, 4, h, w) and four neighbours."""
+    image = sd.decode_latents(clean)[0]
+    fusion = Fusion.along(lambda index: image, 5, range(1, 5), folder, Processes(CPU))
+    consensus = Consensus(sd, fusion, frozenset())
+    with sd.tally.passes("editing", "consensus of a frame"):
+        consensus.note(torch.tensor([0]), clean)
+        next(consensus.corrections(1))
+        sd.tally.end_pass(tuple(clean.shape))
+
+
+def run(sd: TalliedDiffusion, workload: Workload, folder: Path) -> int:
+    """One step of each stage; files go to the `folder`. Returns the edit's operations in its step."""
     n_frames, tally = workload.n_frames, sd.tally
     shape = sd.latent_shape(n_frames, workload.height, workload.width)
     config, schedule = workload.config, Schedule.of(sd.scheduler, workload.config.n_timesteps)
@@ -273,25 +293,40 @@ def run(sd: TalliedDiffusion, workload: Workload, folder: Path) -> None:
                 recording(saved[frames], t, frames)
     sd.state.clear()
 
+    consensus_of_a_frame(sd, clean, folder)
     technique = plug_and_play(config, schedule, saved.__getitem__)
     kept = dataclasses.replace(source, features=partial(files.read, device=sd.device))
     for known in (source, kept):
-        edit = Edit(sd, technique, known, ("", "", ""), config)
+        edit, tally.flops = Edit(sd, technique, known, ("", "", ""), config), 0
         with tempfile.TemporaryDirectory(dir=folder) as steps:
-            checkpoint = EditCheckpoint(Path(steps), shape, Processes(torch.device("cpu")))
+            checkpoint = EditCheckpoint(Path(steps), shape, Processes(CPU))
             running = denoise(edit, checkpoint, TalliedDenoiser)
             assert [next(running), next(running)] == [0, 1]
             running.close()
+    return tally.flops
+
+
+def edit_of(workload: Workload, rows: dict[tuple[str, str], dict], step: int) -> dict:
+    """The parts of a whole edit with kept features, in TFLOP. step: operations in one of its steps."""
+    config, n_frames = workload.config, workload.n_frames
+    consensuses = config.consensus_count * n_frames
+    parts = {
+        "steps": config.n_timesteps * step,
+        "consensus": consensuses * rows["editing", "consensus of a frame"]["flops"],
+        "decoding": n_frames * rows["decoding", "VAE"]["flops"],
+    }
+    share = parts["consensus"] / sum(parts.values())
+    return workload.names | {k: v / 1e12 for k, v in parts.items()} | {"consensus_share": share}
 
 
 @torch.no_grad()
-def rows_of(workload: Workload, build: Callable | None = None) -> list[dict]:
-    """A row for each kind of pass; `build` makes other networks than the checkpoint's."""
+def rows_of(workload: Workload, build: Callable | None = None) -> tuple[list[dict], dict]:
+    """A row for each kind of pass, and one of the edit; `build` makes other networks for a checkpoint."""
     has_gpu = torch.cuda.is_available()
     census = Census(torch.device("cuda:0"))
     sd = tallied(Tally(census), build or partial(build_networks, workload.checkpoint))
     with census, tempfile.TemporaryDirectory() as folder:
-        run(sd, workload, Path(folder))
+        step = run(sd, workload, Path(folder))
     rows = {
         key: workload.names | {"stage": key[0], "kind": key[1]} | row.most | {"shapes": row.shapes}
         for key, row in sd.tally.rows.items()
@@ -305,7 +340,12 @@ def rows_of(workload: Workload, build: Callable | None = None) -> list[dict]:
             seconds = max(row.seconds.values())
             share = rows[key]["flops"] / seconds / peak
             rows[key] |= {"seconds": seconds, "peak_share": share}
-    return list(rows.values())
+    return list(rows.values()), edit_of(workload, rows, step)
+
+
+def tables_of(report: dict[str, list[dict]]) -> str:
+    """The report as Markdown."""
+    return "\n".join(map(table_of, report.values()))
 
 
 def table_of(rows: list[dict]) -> str:
@@ -328,14 +368,15 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     workloads = [Workload(*size, n_frames) for size in SIZES for n_frames in LENGTHS]
-    rows = []
+    report = {"rows": [], "edits": []}
     for workload in tqdm(workloads[:1] if args.quick else workloads, unit="workload"):
-        rows += rows_of(workload)
-        write_report(args, "device", table_of(rows), {"rows": rows})
+        rows, edit = rows_of(workload)
+        report["rows"] += rows
+        report["edits"].append(edit)
+        write_report(args, "device", tables_of(report), report)
     if torch.cuda.is_available():
-        fused = fused_kernel(torch.device("cuda:0"))
-        table = table_of(rows) + "\n" + table_of(fused)
-        write_report(args, "device", table, {"rows": rows, "fused_kernel": fused})
+        report["fused_kernel"] = fused_kernel(torch.device("cuda:0"))
+        write_report(args, "device", tables_of(report), report)
     print((args.output / "device.md").read_text())
 
 

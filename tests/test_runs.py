@@ -278,7 +278,7 @@ def test_what_another_configuration_left_is_not_resumed(tmp_path):
 @pytest.mark.parametrize(
     "error",
     [
-        torch.OutOfMemoryError("Allocation on device 0 would exceed allowed memory."),
+        torch.OutOfMemoryError("Allocation would exceed allowed memory. (out of memory)"),
         RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),

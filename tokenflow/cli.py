@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from tokenflow.errors import UserError, is_text
+from tokenflow.errors import UserError, is_out_of_memory, is_text
 
 C, N = TypeVar("C"), TypeVar("N")
 
@@ -30,7 +30,6 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 
 # These errors of the system are not the user's mistake; all others concern a path that the user gave.
 _DISK_FAILED = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-_SAYS_OUT_OF_MEMORY = "out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
 _OUT_OF_MEMORY = (
     "the device is out of memory: use --batch_size auto, --cpu_offload, smaller frames or, in an edit, a "
     "smaller --keyframe_window"
@@ -117,7 +116,7 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
                 end(f"{where}{error.strerror}; the same command resumes the run", 1)
             end(f"{where}{error.strerror or error}; check that path, or give another", 2)
         except RuntimeError as error:
-            if not any(words in str(error) for words in _SAYS_OUT_OF_MEMORY):
+            if not is_out_of_memory(error):
                 raise
             end(_OUT_OF_MEMORY, 1)
         except KeyboardInterrupt:

@@ -27,6 +27,7 @@ from util import fingerprint
 
 CHANNELS = (4, 5)  # of the latents, and of those with a depth map
 SMALLEST_SIDE = 512  # pixels; the depth version's configuration says less than it was trained on
+GRAPHS = 64  # compiled from one function, at most
 BYTE_TOKENS = 512  # CLIP's smallest vocabulary: each byte within a word and at its end
 
 
@@ -179,6 +180,10 @@ def load(
         for part in networks:
             part.to(device)
     if compiled:
+        # What is compiled must notice hooks and processors that come and go (TokenFlow's), which torch does
+        # not by default, and every width of a layer has a graph of its own.
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
+        torch._dynamo.config.recompile_limit = GRAPHS
         sd.unet.compile()
     return replace(sd, compiled=compiled)
 

@@ -4,7 +4,6 @@ A technique gives the initial latents, the schedule, the number of steps that in
 ControlNets' conditions. Nothing here depends on which technique it is.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
@@ -200,10 +199,8 @@ class TokenFlowDenoiser(Denoiser):
                 if done[frames].all():
                     yield frames, torch.stack(cache.read("noise", blend.whole[frames].tolist()))
                 else:
-                    propagated = partial(self._propagate, latents, t, coming)
-                    places = torch.arange(len(frames))
-                    parts = places, frames, blend.positions[frames], blend.weights[frames]
-                    yield frames, self.batches.map(propagated, *parts)
+                    propagated = partial(self._propagate, latents, t, blend, frames, coming)
+                    yield frames, self.batches.map(propagated, torch.arange(len(frames)))
 
     def _edit_jointly(
         self, latents: Latents, t: int, frames: torch.Tensor, joint: JointPass
@@ -227,29 +224,29 @@ class TokenFlowDenoiser(Denoiser):
 
             return torch.cat(in_turns(of_part, balanced(torch.arange(len(frames)), n_samples)))
 
-        streams = self._passes(frames, latents, STREAMS)[0]
-        batches = Batches(sys.maxsize, limits=self.sd.limits, kind="joint")
-        noise = batches.fitted(edited, len(streams) * len(frames))
+        most = len(frames) * len(self._passes(frames, latents, STREAMS)[0])  # samples
+        noise = Batches(most, limits=self.sd.limits, kind="joint").fitted(edited, most)
         self.flow.cache.write("noise", joint.edited, noise)
 
     def _propagate(
         self,
         latents: Latents,
         t: int,
+        blend: Blend,
+        chunk: torch.Tensor,
         coming: Future[SourceFeatures | None],
         places: torch.Tensor,
-        frames: torch.Tensor,
-        positions: torch.Tensor,
-        weights: torch.Tensor,
     ) -> torch.Tensor:
-        """Guided noise (n, 4, h, w) of the frames (n,), propagated from keyframes in the cache.
+        """Guided noise (n, 4, h, w) of the frames at neighbouring places (n,) in a chunk, propagated.
 
-        coming: source features of a chunk, if they are kept, in which the frames have these places (n,).
+        blend: of the whole video, whose keyframes are in the cache. coming: the chunk's source features, if
+        they are kept.
         """
-        injects, source = t in self.feature_timesteps, coming.result()
+        frames, source = chunk[places], coming.result()
         source = source and features_of(source, slice(places[0], places[-1] + 1))
-        blended = self.flow.cache.blended(positions, weights, self.sd.device, self.sd.dtype)
-        self.flow.begin_propagation(blended, injects, source)
+        mixed = blend.positions[frames], blend.weights[frames]
+        blended = self.flow.cache.blended(*mixed, self.sd.device, self.sd.dtype)
+        self.flow.begin_propagation(blended, t in self.feature_timesteps, source)
         passes = self._passes(frames, latents, (UNCOND, COND) if source else STREAMS)
         return self.guided_noise(latents, t, frames, passes)
 

@@ -3,17 +3,17 @@
 import gc
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
+
+from tokenflow.errors import is_out_of_memory
 
 log = logging.getLogger("tokenflow")
-
-# How libraries say that memory ran out, beside what accelerate knows; cuBLAS needs some of its own.
-OUT_OF_MEMORY = "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
 
 
 def balanced(items: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
@@ -22,13 +22,6 @@ def balanced(items: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
     Libraries cache their kernels for each length that they meet, so fewer lengths take less memory.
     """
     return items.tensor_split(-(-len(items) // size)) if len(items) else ()
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error says that the memory of the device ran out."""
-    if isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error):
-        return True
-    return any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 class Limits:
@@ -78,14 +71,14 @@ class Batches:
 
     def map(self, function: Callable[..., torch.Tensor], *items: torch.Tensor) -> torch.Tensor:
         """Apply `function` to tensors of n items each, batch by batch; returns one tensor (n, ...)."""
-        results, start, n_items = [], 0, len(items[0])
-        while start < n_items:
-            # Bound to the loop's values, because a batch may be tried with several sizes.
-            def of_batch(size: int, start: int = start) -> torch.Tensor:
-                return function(*(values[start : start + size] for values in items))
 
-            results.append(self.fitted(of_batch, n_items - start))
-            start += len(results[-1])
+        def of_first(items: Sequence[torch.Tensor], size: int) -> torch.Tensor:
+            return function(*(values[:size] for values in items))
+
+        results = []
+        while n_left := len(items[0]):
+            results.append(self.fitted(partial(of_first, items), n_left))
+            items = [values[len(results[-1]) :] for values in items]
         return torch.cat(results)
 
     def fitted(self, function: Callable[[int], torch.Tensor], n_items: int) -> torch.Tensor:
