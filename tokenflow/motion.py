@@ -40,11 +40,8 @@ def fused(
 def warped(images: torch.Tensor, flows: torch.Tensor) -> torch.Tensor:
     """Images (k, c, H, W) read where the flows (k, H, W, 2) lead, in pixels; its border goes on outside."""
     height, width = images.shape[-2:]
-    y, x = torch.meshgrid(
-        torch.arange(height, device=flows.device),
-        torch.arange(width, device=flows.device),
-        indexing="ij",
-    )
-    largest = torch.tensor([width - 1, height - 1], device=flows.device)
-    grid = 2 * (torch.stack([x, y], -1) + flows) / largest - 1
+    x, y = (torch.arange(size, device=flows.device) for size in (width, height))
+    grid_x = 2 * (x + flows[..., 0]) / (width - 1) - 1
+    grid_y = 2 * (y[:, None] + flows[..., 1]) / (height - 1) - 1
+    grid = torch.stack([grid_x, grid_y], -1)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=True)
