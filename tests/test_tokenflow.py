@@ -459,12 +459,12 @@ from triton.compiler import ASTSource
 from tokenflow import nearest_triton as kernel
 
 names = kernel._nearest_kernel.arg_names
+spelt = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+more = {75: [], 80: [torch.float32], 86: [], 89: [], 90: [torch.bfloat16]}  # than fp16
 for arch, shared in {75: 64, 80: 163, 86: 99, 89: 99, 90: 227}.items():
-    for dtype, spelt in {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}.items():
-        if arch == 75 and dtype == torch.bfloat16:
-            continue  # Turing has no bfloat16
+    for dtype in (torch.float16, *more[arch]):
         tiles = kernel.tiles_for(dtype, divmod(arch, 10))
-        kinds = [spelt, spelt, "*fp32", "*i32", "i32", "i32"] + ["constexpr"] * 5
+        kinds = [spelt[dtype]] * 2 + ["*fp32", "*i32", "i32", "i32"] + ["constexpr"] * 5
         signature = dict(zip(names, kinds, strict=True))
         constants = dict(zip(names[6:], (320, *tiles[:4]), strict=True))
         source = ASTSource(kernel._nearest_kernel, signature, constants)

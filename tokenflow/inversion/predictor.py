@@ -33,10 +33,8 @@ class VideoNoisePredictor:
 
         def predicted(latents: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
             n = len(frames)
-            if (size := self._size_for(n)) > n:
-                places = torch.arange(size).clamp(max=n - 1)
-                return self.predict_batch(t, latents[places], frames[places])[:n]
-            return self.predict_batch(t, latents, frames)
+            places = torch.arange(self._size_for(n)).clamp(max=n - 1)  # repeats the last sample
+            return self.predict_batch(t, latents[places], frames[places])[:n]
 
         return self.batches.map(predicted, latents, frames)
 
