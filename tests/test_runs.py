@@ -368,29 +368,26 @@ def test_parts_take_turns():
         in_turns(fails, [7, 8, 9])
 
 
-def test_what_did_not_fit_is_known_to_a_resumed_run(source, checkpoint, whole, monkeypatch):
+def test_what_did_not_fit_is_known_to_a_resumed_run(source, checkpoint, monkeypatch):
     """No later stage and no resumed run tries again what was too much."""
     seen, stop_at = [], None
 
-    def limited(cls, name):
+    def limit(cls, name, most):
         function = getattr(cls, name)
 
-        def fits_one(self, batch, *args, **kwargs):
-            seen.append((cls, name, len(batch)))
+        def limited(self, batch, *args, **kwargs):
+            seen.append((name, len(batch) > most))
             if len(seen) == stop_at:
                 raise KeyboardInterrupt
-            if len(batch) > 1:
+            if len(batch) > most:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
             return function(self, batch, *args, **kwargs)
 
-        monkeypatch.setattr(cls, name, fits_one)
+        monkeypatch.setattr(cls, name, limited)
 
-    for cls, name in (
-        (UNet2DConditionModel, "forward"),
-        (AutoencoderKL, "encode"),
-        (AutoencoderKL, "decode"),
-    ):
-        limited(cls, name)
+    limit(UNet2DConditionModel, "forward", 2)  # two streams of one frame
+    limit(AutoencoderKL, "encode", 1)
+    limit(AutoencoderKL, "decode", 1)
     few = ["--batch_size", "auto", "--n_frames", 5]
     inversion = [*invert_flags(checkpoint, "narrow"), *few, "--steps", 2, "--save_steps", 2]
     edit = [*edit_flags(checkpoint, "narrow", "narrow_edits"), *few]
@@ -402,13 +399,12 @@ def test_what_did_not_fit_is_known_to_a_resumed_run(source, checkpoint, whole, m
         seen.clear()
         stop_at = halfway
         assert run(script, *flags, cwd=source).returncode == 130
-        failed = [kind[:2] for kind in seen if kind[-1] > 1]
-        assert (UNet2DConditionModel, "forward") in failed
-        stop_at = None
-        before = len(seen)
+        failed = {name for name, fails in seen if fails}
+        assert "forward" in failed
+        stop_at, before = None, len(seen)
         last_line(run(script, *flags, cwd=source))
-        again = [kind[:2] for kind in seen[before:] if kind[-1] > 1]
-        assert len(seen) > before and not set(again) & set(failed), again
+        again = {name for name, fails in seen[before:] if fails}
+        assert len(seen) > before and not again & failed, again
 
 
 def test_out_of_memory_is_one_line(source, checkpoint, whole, monkeypatch):
