@@ -50,19 +50,30 @@ def test_relevance_is_where_prompts_differ():
     prompts = (lambda latents, t, frames: latents), (lambda latents, t, frames: latents + extra)
     found = relevance(lambda t, frames: latents[frames], (5, 3), prompts, FRAMES)
     assert (found[:, :2, :2] == 1).all() and found[:, 2:].max() == 0 == found[:, :, 2:].max()
-    inside = inside_of(found)
-    assert inside.shape == (3, 1, 8, 8) and inside[:, 0, :3, :3].all() and inside.sum() == 3 * 9
+
+
+def test_a_mask_ends_where_the_picture_has_an_edge():
+    """Relevance that is blurred over four latents becomes the bright half of the picture, to the pixel."""
+    bright = (torch.arange(128) >= 52).float().expand(128, 128)
+    blurred = 0.45 * (torch.arange(128) - 36).div(32).clamp(0, 1).expand(128, 128)
+    noise = torch.rand(3, 128, 128, generator=torch.Generator().manual_seed(0)) / 50
+    inside = inside_of(blurred, bright + noise, 4)
+    assert torch.equal(inside, bright[None, ::4, ::4])
+    half = inside_of(blurred, bright + noise, 8)  # latents that are half inside are inside
+    assert half.shape == (1, 16, 16) and half[..., 6].all() and not half[..., 5].any()
 
 
 def test_a_flickering_mask_is_steadied(tmp_path):
     """Of nine still frames one misses the place, which its neighbours know."""
-    source = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
-    fusion = Fusion.along(lambda index: source, 9, (1, 2), tmp_path, Processes(torch.device("cpu")))
+    source = np.random.default_rng(0).integers(0, 60, (64, 64, 3), np.uint8)
+    source[16:40, 16:40] += 190
+    cpu = torch.device("cpu")
+    fusion = Fusion.along(lambda index: source, 9, (1, 2), tmp_path, Processes(cpu))
     maps = torch.zeros(9, 8, 8)
     maps[:, 2:5, 2:5] = 1
     maps[4] = 0
     inside = FrameArray.create(tmp_path / "mask.npy", (9, 1, 8, 8), torch.float32)
-    write_relevant(inside, fusion, maps.__getitem__, torch.device("cpu"))
+    write_relevant(inside, fusion, maps.__getitem__, lambda index: source, cpu)
     written = inside[torch.arange(9)]
     assert torch.equal(written[4], written[0]) and written[4, 0, 3, 3] == 1
     assert written[4, 0, 7, 7] == 0

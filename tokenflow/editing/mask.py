@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from kornia.filters import guided_blur
 from tqdm import tqdm
 
 from tokenflow.editing.fusion import Fusion
@@ -15,12 +16,17 @@ from tokenflow.errors import UserError
 from tokenflow.inversion.source_frames import FrameChoice
 from tokenflow.runtime.frame_array import FrameArray
 
-# Where in the schedule two prompts are compared, as shares of its steps.
-COMPARED = (0.35, 0.5, 0.65, 0.8)
+# Where in the schedule two prompts are compared, as shares of its steps. While there is much noise, they
+# differ where the edit belongs; later also on what stays.
+COMPARED = (0.05, 0.2, 0.35, 0.5)
 STRONG = 0.98  # the quantile of a frame's differences that counts as 1
-RELEVANT = 0.25  # from this difference on, a place is inside
+# From these differences on, a pixel is inside: in the map that is drawn to edges, and in the map itself, since
+# the first may lose what is small.
+RELEVANT, CERTAIN = 0.28, 0.5
+TOUCHED = 0.25  # the share of a latent's pixels that must be inside for it to be, too
 BATCH = 8  # frames at once
-MARGIN = 1  # latent pixels, by which the inside grows, so that the edit is not cut
+REACH = 2  # latent pixels, within which the picture shows where a difference ends
+EVEN = 1e-3  # the variance of colours in [0, 1] below which a surface has no edges
 
 # Maps latents (n, 4, h, w), a timestep and frames (n,) to their noise (n, 4, h, w), under one prompt.
 Noise = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
@@ -64,22 +70,31 @@ def relevance(
     return torch.stack(maps).mean(0)
 
 
-def inside_of(relevant: torch.Tensor) -> torch.Tensor:
-    """Where relevance (n, h, w) is high, and a margin around: 0 or 1, (n, 1, h, w)."""
-    chosen = (relevant[:, None] >= RELEVANT).float()
-    return F.max_pool2d(chosen, 2 * MARGIN + 1, 1, MARGIN)
+def inside_of(relevant: torch.Tensor, picture: torch.Tensor, scale: int) -> torch.Tensor:
+    """Where relevance (H, W) is high, up to the edges in the picture: 0 or 1, (1, H / scale, W / scale).
+
+    picture: the source's frame, (3, H, W) in [0, 1]. A guided filter (He, Sun and Tang, ECCV 2010) draws the
+    relevance to its edges, since it is no finer than latents are. scale: pixels to a latent's side.
+    """
+    size = 2 * REACH * scale + 1
+    drawn = guided_blur(picture[None], relevant[None, None], size, EVEN)
+    pixels = (drawn >= RELEVANT) | (relevant >= CERTAIN)
+    return (F.avg_pool2d(pixels.float(), scale) >= TOUCHED).float()[0]
 
 
 def write_relevant(
     inside: FrameArray,
     fusion: Fusion,
     relevant: Callable[[torch.Tensor], torch.Tensor],
+    source: Callable[[int], np.ndarray],
     device: torch.device,
 ) -> None:
     """Write the mask of relevant places, which are averaged along the motion first; processes divide it.
 
-    inside: (N, 1, h, w). relevant: maps frames (n,) to their `relevance` (n, h, w).
+    inside: (N, 1, h, w). relevant: maps frames (n,) to their `relevance` (n, h, w). source: maps a frame to
+    its picture, uint8 RGB (H, W, 3).
     """
+    scale = fusion.pictures.shape[1] // inside.shape[2]
     batches = fusion.processes.share(torch.arange(fusion.n_frames).split(BATCH))
     for frames in tqdm(batches, "Finding mask", disable=not fusion.processes.is_main):
         maps = relevant(frames)[:, None]
@@ -88,8 +103,12 @@ def write_relevant(
         fusion.put(frames, shown.expand(-1, -1, -1, 3).numpy())
     fusion.processes.wait()
     for frames in batches:
-        averages = fusion.fused(frames, device)[..., 0]
-        inside[frames] = inside_of(torch.stack([reduced(a, *inside.shape[2:]) for a in averages]))
+        for frame, average in zip(frames.tolist(), fusion.fused(frames, device), strict=True):
+            picture, steady = (
+                torch.from_numpy(image).to(device).permute(2, 0, 1).float() / 255
+                for image in (source(frame), average)
+            )
+            inside[torch.tensor([frame])] = inside_of(steady[0], picture, scale)[None]
 
 
 def given(
