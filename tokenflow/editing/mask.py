@@ -20,8 +20,8 @@ from tokenflow.runtime.frame_array import FrameArray
 # differ where the edit belongs; later also on what stays.
 COMPARED = (0.05, 0.2, 0.35, 0.5)
 STRONG = 0.98  # the quantile of a frame's differences that counts as 1
-# From these differences on, a pixel is inside: in the map that is drawn to edges, and in the map itself, since
-# the first may lose what is small.
+# From these differences on, a pixel is inside: in the map that is drawn to edges, and in the map itself,
+# since the first may lose what is small.
 RELEVANT, CERTAIN = 0.28, 0.5
 TOUCHED = 0.25  # the share of a latent's pixels that must be inside for it to be, too
 BATCH = 8  # frames at once
