@@ -18,15 +18,15 @@ from tokenflow.runtime.frame_array import FrameArray
 
 # Where in the schedule two prompts are compared, as shares of its steps. While there is much noise, they
 # differ where the edit belongs; later also on what stays.
-COMPARED = (0.05, 0.2, 0.35, 0.5)
+COMPARED = (0.0, 0.05, 0.1)
 STRONG = 0.98  # the quantile of a frame's differences that counts as 1
-# From these differences on, a pixel is inside: in the map that is drawn to edges, and in the map itself,
-# since the first may lose what is small.
-RELEVANT, CERTAIN = 0.28, 0.5
-TOUCHED = 0.25  # the share of a latent's pixels that must be inside for it to be, too
 BATCH = 8  # frames at once
 REACH = 2  # latent pixels, within which the picture shows where a difference ends
 EVEN = 1e-3  # the variance of colours in [0, 1] below which a surface has no edges
+# What is inside, relative to the difference that divides a video's pixels best: a little less, since a mask
+# may not cut the edit; and what is far above it before edges are sought, since that may lose what is small.
+RELEVANT, CERTAIN = 0.75, 1.2
+TOUCHED = 0.25  # the share of a latent's pixels that must be inside for it to be, too
 
 # Maps latents (n, 4, h, w), a timestep and frames (n,) to their noise (n, 4, h, w), under one prompt.
 Noise = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
@@ -70,16 +70,22 @@ def relevance(
     return torch.stack(maps).mean(0)
 
 
-def inside_of(relevant: torch.Tensor, picture: torch.Tensor, scale: int) -> torch.Tensor:
-    """Where relevance (H, W) is high, up to the edges in the picture: 0 or 1, (1, H / scale, W / scale).
+def drawn_to_edges(relevant: torch.Tensor, picture: torch.Tensor, scale: int) -> torch.Tensor:
+    """Relevance (H, W), which is no finer than latents are, drawn to the edges in a picture.
 
-    picture: the source's frame, (3, H, W) in [0, 1]. A guided filter (He, Sun and Tang, ECCV 2010) draws the
-    relevance to its edges, since it is no finer than latents are. scale: pixels to a latent's side.
+    By a guided filter (He, Sun and Tang, ECCV 2010). picture: (3, H, W) in [0, 1]. scale: pixels to a side
+    of a latent.
     """
     size = 2 * REACH * scale + 1
-    drawn = guided_blur(picture[None], relevant[None, None], size, EVEN)
-    pixels = (drawn >= RELEVANT) | (relevant >= CERTAIN)
-    return (F.avg_pool2d(pixels.float(), scale) >= TOUCHED).float()[0]
+    return guided_blur(picture[None], relevant[None, None], size, EVEN)[0, 0].clamp(0, 1)
+
+
+def dividing(values: np.ndarray) -> float:
+    """The middle between the two groups into which values, uint8, divide best (Otsu, 1979)."""
+    values = values.reshape(1, -1)
+    _, high = cv2.threshold(values, 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
+    groups = [group for group in (values[high == 0], values[high > 0]) if group.size]
+    return float(np.mean([group.mean() for group in groups]))
 
 
 def write_relevant(
@@ -94,21 +100,33 @@ def write_relevant(
     inside: (N, 1, h, w). relevant: maps frames (n,) to their `relevance` (n, h, w). source: maps a frame to
     its picture, uint8 RGB (H, W, 3).
     """
-    scale = fusion.pictures.shape[1] // inside.shape[2]
-    batches = fusion.processes.share(torch.arange(fusion.n_frames).split(BATCH))
-    for frames in tqdm(batches, "Finding mask", disable=not fusion.processes.is_main):
-        maps = relevant(frames)[:, None]
-        shown = F.interpolate(maps, fusion.pictures.shape[1:3], mode="bilinear")
+    n_frames, height, width, _ = fusion.pictures.shape
+    scale, processes = height // inside.shape[2], fusion.processes
+    # Relevance in uint8 before and after it is drawn to edges.
+    maps = FrameArray(fusion.folder / "relevance.npy")
+    if processes.is_main:
+        FrameArray.create(maps.path, (n_frames, 2, height, width), torch.uint8)
+    batches = processes.share(torch.arange(n_frames).split(BATCH))
+    for frames in tqdm(batches, "Finding mask", disable=not processes.is_main):
+        shown = F.interpolate(relevant(frames)[:, None], (height, width), mode="bilinear")
         shown = (255 * shown).round().byte().permute(0, 2, 3, 1)
         fusion.put(frames, shown.expand(-1, -1, -1, 3).numpy())
-    fusion.processes.wait()
+    processes.wait()
+    for frame in (frame for frames in batches for frame in frames.split(1)):
+        steady = torch.from_numpy(fusion.fused(frame, device)[0, ..., 0]).to(device) / 255
+        picture = torch.from_numpy(source(frame.item())).to(device).permute(2, 0, 1) / 255
+        both = torch.stack([steady, drawn_to_edges(steady, picture, scale)])
+        maps[frame] = (255 * both).round().byte()[None]
+    processes.wait()
+    every = max(1, scale // 2)  # pixel, which is enough to find what divides them
+    sampled = [
+        maps[frame][:, 1, ::every, ::every].numpy() for frame in torch.arange(n_frames).split(1)
+    ]
+    middle = dividing(np.stack(sampled))
     for frames in batches:
-        for frame, average in zip(frames.tolist(), fusion.fused(frames, device), strict=True):
-            picture, steady = (
-                torch.from_numpy(image).to(device).permute(2, 0, 1).float() / 255
-                for image in (source(frame), average)
-            )
-            inside[torch.tensor([frame])] = inside_of(steady[0], picture, scale)[None]
+        before, drawn = maps[frames].float().split(1, dim=1)
+        pixels = (drawn >= RELEVANT * middle) | (before >= CERTAIN * middle)
+        inside[frames] = (F.avg_pool2d(pixels.float(), scale) >= TOUCHED).float()
 
 
 def given(
