@@ -51,7 +51,8 @@ class ModelConfig:
         False,
     )
     compile: bool = option(
-        "compile the UNet with torch.compile, which takes minutes and makes each pass after that faster",
+        "compile the UNet with torch.compile, for a GPU, which takes minutes at first; how much faster later "
+        "passes are has not been measured",
         False,
     )
     clip_skip: int = option(

@@ -24,7 +24,7 @@ UNET_VALUES = 26.0  # for each sample, latent pixel and channel of the UNet's fi
 CONTROL_VALUES = 7.0  # as well, for each ControlNet that conditions it
 VAE_VALUES = 6.0  # for each frame, pixel and channel of the VAE's first level
 STREAMS = 3
-MOST_SAMPLES = 32  # of a pass on a GPU, which hardly gains from more
+MOST_SAMPLES = 32  # of a pass on a GPU; more are not expected to be more efficient
 
 
 @dataclass(frozen=True)
