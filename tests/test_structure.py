@@ -17,7 +17,12 @@ FLOORS = (
         "tokenflow.optical_flow",
     ],
     ["tokenflow.config", "tokenflow.motion", "tokenflow.versions", "tokenflow.layouts"],
-    ["tokenflow.diffusion", "tokenflow.keyframe_cache", "tokenflow.nearest"],
+    [
+        "tokenflow.diffusion",
+        "tokenflow.keyframe_cache",
+        "tokenflow.nearest",
+        "tokenflow.correspondences",
+    ],
     ["tokenflow_utils", "tokenflow.evaluation"],
     ["tokenflow.inversion"],
     ["tokenflow.editing"],
