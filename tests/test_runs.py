@@ -229,6 +229,21 @@ def test_what_a_stopped_inversion_left_is_checked(source, checkpoint, whole, mon
         assert content(final) == whole["preprocess"], (name, way)
 
 
+def test_edits_along_the_flow(source, checkpoint, whole, monkeypatch):
+    """Two processes find the source's flow; then one makes the same edit with what they have kept."""
+    flags = "pnp", checkpoint, "whole"
+    shared, alone = (
+        (script, [*options, "--correspondences", "flow"])
+        for script, options in (script_and_flags(*flags, out) for out in ("flow_2", "flow_1"))
+    )
+    result = subprocess.run(command_of(*shared, 2), cwd=source, capture_output=True, text=True)
+    edited = content((source / last_line(result)).parent)
+    assert "flow, which is kept with its inversion, takes up to" in result.stderr
+    monkeypatch.setattr("tokenflow.inversion.source_motion.both_ways", None)  # not to be called
+    assert content((source / last_line(run(alone[0], *alone[1], cwd=source))).parent) == edited
+    assert edited["frames/00006.png"] != whole["pnp"]["frames/00006.png"]
+
+
 def test_a_second_run_into_the_same_folder_is_refused(source, checkpoint, whole):
     inversion, edit = inversion_in(source / "whole"), source / "edits" / "pnp_clip"
     for script, flags, folder in (
