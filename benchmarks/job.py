@@ -44,9 +44,7 @@ class Job:
     folder: Path  # for files
     schedule: Schedule
     config: PnPConfig
-    exact_flow: bool = (
-        False  # where correspondences follow the flow: the world's own, not an estimate
-    )
+    exact_flow: bool = False  # whether correspondences that follow the flow follow the exact one
 
     @classmethod
     def prepare(
