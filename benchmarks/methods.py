@@ -45,6 +45,7 @@ METHODS = {
     "exact_flow": Method(_exact_flow, settings=_flow),
     "exact_flow_no_consensus": Method(_exact_flow, settings=_flow | {"consensus": 0}),
     "fuse_3": Method(settings={"fuse": 3}),
+    "mask_auto": Method(settings={"mask": "auto"}),
     "previous_fixed_point": Method(settings=_previous),
     "flanking_ddim": Method(inversion="ddim"),
     "published": Method(inversion="ddim", settings=_previous),

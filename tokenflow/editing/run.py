@@ -268,7 +268,7 @@ class EditRun:
             relevant = partial(
                 relevance, self._source_latents, compared(self.schedule.timesteps), noises
             )
-            write_relevant(inside, self._near_and_far, relevant, self.sd.device)
+            write_relevant(inside, self._near_and_far, relevant, self._picture, self.sd.device)
         elif self.processes.is_main:
             masks = given(self.config.mask_path, self._choice, self.n_frames, height, width)
             for index, mask in enumerate(masks):
@@ -286,12 +286,12 @@ class EditRun:
         return self._fusion(DISTANCES)
 
     def _fusion(self, distances: Iterable[int]) -> Fusion:
-        folder, processes = self.inversion.source_frames, self.processes
+        parts = self.n_frames, distances, self.checkpoints, self.processes
+        return Fusion.along(self._picture, *parts)
 
-        def source(index: int) -> np.ndarray:
-            return read_image(frame_path(folder, index))
-
-        return Fusion.along(source, self.n_frames, distances, self.checkpoints, processes)
+    def _picture(self, index: int) -> np.ndarray:
+        """A frame of the source, uint8 RGB (H, W, 3)."""
+        return read_image(frame_path(self.inversion.source_frames, index))
 
     def _decode(self, edited: FrameArray) -> None:
         processes, frames = self.processes, self.folder / "frames"
