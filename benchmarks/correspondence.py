@@ -233,9 +233,8 @@ def plot(path: Path, report: dict) -> None:
     import matplotlib.pyplot as plt  # only reports need it
 
     figure, (times, sizes, edits) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
-    by_time, by_side = (
-        mean_errors(report["errors"], key, "side", "way") for key in ("timestep", "way")
-    )
+    by_time = mean_errors(report["errors"], "timestep", "side", "way")
+    by_side = mean_errors(report["errors"], "side", "way")
     sides = sorted({row["side"] for row in report["errors"]})
     steps = sorted({row["timestep"] for row in report["errors"]})
     for colour, side in enumerate(sides):
@@ -243,13 +242,13 @@ def plot(path: Path, report: dict) -> None:
             shares = [by_time[t, side, way]["beyond"] for t in steps]
             times.plot(steps, shares, style, color=f"C{colour}", label=f"{way}, {side} px")
     times.set(xlabel="timestep", ylabel="share further off than one token", ylim=(0, None))
-    times.legend(fontsize="small", ncols=2)
+    times.legend(fontsize="small", ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
     for place, way in enumerate(WAYS[:3]):
-        medians = [by_side[way, side, way]["median"] for side in sides]
+        medians = [by_side[side, way]["median"] for side in sides]
         sizes.bar(np.arange(len(sides)) + 0.27 * (place - 1), medians, 0.27, label=way)
     sizes.set_xticks(range(len(sides)), [f"{side}" for side in sides])
     sizes.set(xlabel="side of a token (pixels)", ylabel="median error (pixels)")
-    sizes.legend()
+    sizes.legend(loc="lower right")
     rows = [row for row in report["rows"] if row["method"] in EDITS]
     gaps = [key for key in ("warp_1", "warp_8", "warp_16") if key in rows[0]]
     for place, key in enumerate(gaps):
