@@ -9,7 +9,7 @@ The algorithm of Geyer et al., TokenFlow (ICLR 2024, arXiv 2307.10373):
             uncond, cond: each frame attends to all keyframes      extended_attention
             remember the source's inputs and the edit's outputs    KeyframeCache
         pass all other frames through the UNet, and in every self-attention:
-            source: find each token's nearest in two keyframes     flanking_blend, correspondences
+            source: find each token in two keyframes               flanking_blend, correspondences
             uncond, cond: blend the outputs of those tokens        propagate
         noise = uncond + guidance * (cond - uncond)                editing.denoiser.guided_noise
         latents = one DDIM step along the noise                    diffusion.ddim.ddim_step
@@ -33,9 +33,9 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
+from tokenflow.correspondences import Led, correspondences
 from tokenflow.keyframe_cache import BlendedRows, KeyframeCache
 from tokenflow.layouts import layout_of
-from tokenflow.nearest import nearest_tokens
 
 STREAMS = SOURCE, UNCOND, COND = 0, 1, 2
 
@@ -124,21 +124,6 @@ def previous_blend(frames: torch.Tensor, interval: int) -> Blend:
     return Blend(torch.stack([own, previous], dim=1), torch.stack([w_own, 1 - w_own], dim=1))
 
 
-def correspondences(
-    tokens: torch.Tensor, key_tokens: torch.Tensor, blended: BlendedRows
-) -> torch.Tensor:
-    """The index of each token's nearest token in both keyframes of a blend (equation 3): (n, 2, s).
-
-    tokens: (n, s, d), source tokens of the frames. key_tokens: (k, s, d), source tokens of the keyframes.
-    blended: the blend of their rows. Where a weight is 0, the indices are 0.
-    """
-    n_frames, n_tokens, _ = tokens.shape
-    nearest = torch.zeros(n_frames * 2, n_tokens, dtype=torch.long, device=tokens.device)
-    for row, frames, places in blended.searches:
-        nearest.index_copy_(0, places, nearest_tokens(tokens[frames], key_tokens[row]))
-    return nearest.unflatten(0, (-1, 2))
-
-
 def propagate(
     key_outputs: torch.Tensor, nearest: torch.Tensor, blended: BlendedRows
 ) -> torch.Tensor:
@@ -201,6 +186,7 @@ class TokenFlow(threading.local):
         self.inject_attention, self.inject_features, self.extended = False, False, True
         self.blended: BlendedRows | None = None  # by the frames of a propagation
         self.source: SourceFeatures | None = None  # if an inversion kept them
+        self.led: dict[int, Led] = {}  # by number of tokens, if they follow the optical flow
         self.features: torch.Tensor | None = None  # n c h w, if the source passed alone
         self.injection: dict[str, list[torch.Tensor]] = {}  # of layers, too: query and key, n s d
 
@@ -222,13 +208,19 @@ class TokenFlow(threading.local):
         self.inject_attention, self.inject_features = inject_attention, inject_features
 
     def begin_propagation(
-        self, blended: BlendedRows, inject_features: bool, source: SourceFeatures | None = None
+        self,
+        blended: BlendedRows,
+        inject_features: bool,
+        source: SourceFeatures | None = None,
+        led: dict[int, Led] | None = None,
     ) -> None:
         """In the next passes propagate the outputs of cached keyframes to the frames that blend them.
 
-        With the features of the `source`, the passes need no source stream.
+        With the features of the `source`, the passes need no source stream. led: where the optical flow
+        leads the tokens, by their number in a frame, if that comes before what is alike.
         """
-        self.blended, self.joint, self.source, self.injection = blended, None, source, {}
+        self.blended, self.joint, self.injection = blended, None, {}
+        self.source, self.led = source, led or {}
         self.inject_features = inject_features
 
     def _feature_hook(self, module, args, output: torch.Tensor) -> torch.Tensor | None:
@@ -307,11 +299,13 @@ class TokenFlowAttention(LayerProcessor):
 
     def _propagation(self, attn: Attention, hidden_states: torch.Tensor) -> torch.Tensor:
         flow, tokens = self.flow, self._by_stream(hidden_states)
+        led = flow.led[hidden_states.shape[1]] if flow.led else None
         if flow.source is not None:
-            self.nearest = flow.source.nearest[self.name]
+            kept = flow.source.nearest[self.name]
+            self.nearest = led.completed(kept) if led else kept
         elif SOURCE in tokens:
-            key_tokens = flow.cache.tensor((self.name, "tokens"))
-            self.nearest = correspondences(tokens[SOURCE], key_tokens, flow.blended)
+            found = tokens[SOURCE], flow.cache.tensor((self.name, "tokens"))
+            self.nearest = led.searched(*found) if led else correspondences(*found, flow.blended)
         outputs = []
         for stream in flow.streams:
             if stream in flow.propagated:

@@ -7,6 +7,7 @@ import numpy as np
 
 from shapes.flow import flow
 from shapes.world import OBJECT, VALUES, Scene, pixel_centers, render, sample_scene, top_layer
+from tokenflow.optical_flow import where_valid
 
 FIRST_SEED = 2_000_000  # far from the seeds that the checkpoint and the judge were trained on
 SIZE = 128  # pixels
@@ -80,6 +81,10 @@ class Clip:
     def flow(self, i: int, j: int) -> tuple[np.ndarray, np.ndarray]:
         """Exact flow (H, W, 2) in pixels from frame i to frame j, and where it is valid (H, W)."""
         return flow(self.scene, i, j, SIZE)
+
+    def exact_between(self, i: int, j: int) -> tuple[np.ndarray, np.ndarray]:
+        """Exact flows (H, W, 2) in pixels between frames i and j, there and back; NaN where not valid."""
+        return where_valid(*self.flow(i, j)), where_valid(*self.flow(j, i))
 
 
 def held_out_clips(n_clips: int, n_frames: int) -> list[Clip]:

@@ -24,6 +24,7 @@ from tokenflow.editing.run import denoise
 from tokenflow.editing.techniques import Technique, controlnet, plug_and_play, sdedit
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles
+from tokenflow.inversion.source_motion import SourceMotion, dis_between, furthest_keyframe
 from tokenflow.metrics import frame_psnr
 from tokenflow.runtime.batching import Batches
 from tokenflow.runtime.distributed import Processes
@@ -45,6 +46,7 @@ class Job:
     folder: Path  # for files
     schedule: Schedule
     config: PnPConfig
+    exact_flow: bool = False  # whether correspondences that follow the flow follow the exact one
 
     @classmethod
     def prepare(
@@ -110,6 +112,22 @@ class Job:
         parts = self.first_latents, lambda frames: edges[None, frames], None, [1.0]
         return self._edit(controlnet(self.schedule, *parts))
 
+    def edit_along_exact_flow(self) -> np.ndarray:
+        """Frames (N, H, W, 3) edited with Plug-and-Play; what follows the flow follows the exact one."""
+        return dataclasses.replace(self, exact_flow=True).edit_pnp()
+
+    def motion(self) -> SourceMotion:
+        """The source's motion, estimated or exact, as an edit follows it."""
+        n_frames, device = self.clip.n_frames, self.sd.device
+        between, name = dis_between(self.clip.frames.__getitem__), "flow"
+        if self.exact_flow:
+            between, name = self.clip.exact_between, "exact_flow"
+        cell = self.clip.frames.shape[1] // self.clean.shape[2]
+        about = self.clean.shape, cell, self.config.max_displacement
+        motion = SourceMotion(self.folder / name, between, *about)
+        motion.create(furthest_keyframe(self.config.interval, n_frames), Processes(device))
+        return motion
+
     def first_latents(self, frames: torch.Tensor) -> torch.Tensor:
         """The inverted latents (n, 4, h, w) of the first editing timestep, of the frames (n,)."""
         return self.inverted[self.schedule.timesteps[0]][frames]
@@ -160,7 +178,9 @@ class Job:
         features = partial(self.files.read, device=self.sd.device)
         kept = self.files.folder.exists()
         reused = kept and self.config.reuse_source and self.config.propagation == "flanking"
-        return Source(self.clip.n_frames, self._source_latents, features if reused else None)
+        followed = self.motion() if self.config.correspondences == "flow" else None
+        features = features if reused else None
+        return Source(self.clip.n_frames, self._source_latents, features, motion=followed)
 
     def _source_latents(self, t: int | None, frames: torch.Tensor) -> torch.Tensor:
         return (self.clean if t is None else self.inverted[t])[frames]

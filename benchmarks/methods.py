@@ -29,6 +29,8 @@ class Method:
 
 _alone = methodcaller("edit_pnp", FrameByFrame)
 _previous = {"propagation": "previous"}
+_flow = {"correspondences": "flow"}
+_exact_flow = methodcaller("edit_along_exact_flow")
 
 METHODS = {
     "source": Method(methodcaller("unedited")),
@@ -38,6 +40,10 @@ METHODS = {
     "extended_attention": Method(methodcaller("edit_pnp", ExtendedAttention)),
     "default": Method(),
     "no_consensus": Method(settings={"consensus": 0}),
+    "flow": Method(settings=_flow),
+    "flow_no_consensus": Method(settings=_flow | {"consensus": 0}),
+    "exact_flow": Method(_exact_flow, settings=_flow),
+    "exact_flow_no_consensus": Method(_exact_flow, settings=_flow | {"consensus": 0}),
     "fuse_3": Method(settings={"fuse": 3}),
     "mask_auto": Method(settings={"mask": "auto"}),
     "previous_fixed_point": Method(settings=_previous),

@@ -12,9 +12,9 @@ import torch
 class Reference:
     """Predicts the noise of all frames of a video at one timestep."""
 
-    def __init__(self, unet, batch_size, propagation, attention_layers, window=100):
+    def __init__(self, unet, batch_size, propagation, attention_layers, window=100, motion=None):
         self.unet, self.batch_size, self.propagation = unet, batch_size, propagation
-        self.window = window
+        self.window, self.motion = window, motion
         self.attention_layers = attention_layers
         self.memory = {}  # by layer and keyframe position: source tokens, outputs, keys, values
         self.keyframes, self.chunk, self.group, self.attended = None, None, None, None
@@ -144,6 +144,9 @@ class Reference:
                 keys = memory[position]["tokens"]
                 keys = keys / keys.norm(dim=-1, keepdim=True)
                 nearest = (tokens @ keys.T).argmax(-1)
+                if self.motion:
+                    flow = self.motion(frame, self.keyframes[position])
+                    nearest = followed_by_hand(flow.tolist(), nearest)
                 for stream in range(3):
                     output = memory[position]["outputs"][stream]
                     total[stream] = total[stream] + weight * output[nearest]
@@ -171,6 +174,21 @@ class Reference:
         d2 = abs(frame - ((chunk - 1) * self.batch_size + self.batch_size // 2))
         weight = 1 / (1 + math.exp(-d2 / (d1 + d2)))
         return {chunk: weight, chunk - 1: 1 - weight}
+
+
+def followed_by_hand(flow: list, nearest: torch.Tensor) -> torch.Tensor:
+    """The tokens (s,) where a flow leads that is lists [h][w][2], in cells; where it is NaN, the nearest."""
+    found, side = nearest.clone(), math.isqrt(len(flow) * len(flow[0]) // len(nearest))
+    height, width = len(flow) // side, len(flow[0]) // side
+    for row in range(height):
+        for column in range(width):
+            dx, dy = flow[row * side + side // 2][column * side + side // 2]
+            if math.isnan(dx):
+                continue
+            x, y = math.floor(column + 0.5 + dx / side), math.floor(row + 0.5 + dy / side)
+            x, y = min(max(x, 0), width - 1), min(max(y, 0), height - 1)
+            found[row * width + column] = y * width + x
+    return found
 
 
 def fused_by_hand(

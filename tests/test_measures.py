@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import quality
 from benchmarks.clips import held_out_clips
+from benchmarks.correspondence import distances
 from benchmarks.kept import keep, kept_path
 from benchmarks.measures import along_motion, difference, mean, measure, summary
 from benchmarks.methods import METHODS, chosen_methods
@@ -54,6 +56,13 @@ def test_drift_is_the_rise_of_brightness_and_not_detail_that_flickers(moving):
     assert along_motion(drift, moving, flickering, 16).max() < 3
     errors = [along_motion(warp_error, moving, video, 16).mean() for video in (flickering, rising)]
     assert errors[0] > 0.25 * errors[1]
+
+
+def test_distances_of_correspondences_by_hand():
+    """Four tokens of two cells a side; the first is found where it is, the others in the first."""
+    true = torch.tensor([[0.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [-2.0, -5.0]])
+    apart = distances(torch.zeros(4, dtype=torch.long), true, side=2)
+    assert apart.tolist() == [0, 0, 3, 3]
 
 
 def test_gaps_longer_than_a_clip_are_left_out():

@@ -150,10 +150,8 @@ def test_two_processes_of_torchrun_equal_one(source, checkpoint, whole):
     assert content((source / last_line(result)).parent) == whole["preprocess"]
 
 
-@pytest.mark.parametrize("technique", TECHNIQUES)
-def test_two_processes_equal_one(server, source, checkpoint, whole, technique):
-    """Two forked processes with the environment that torchrun would give them."""
-    command = script_and_flags(technique, checkpoint, "whole", "shared_edits")
+def written_by_two(server, source, command):
+    """The files that a command writes in two forked processes, told of each other as torchrun would."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -161,7 +159,13 @@ def test_two_processes_equal_one(server, source, checkpoint, whole, technique):
     ranks = [{"RANK": rank, "LOCAL_RANK": rank} | shared for rank in "01"]
     calls = [(source, *command, printed, None, environment) for environment in ranks]
     assert exit_codes(server, *calls) == [0, 0]
-    assert content(printed.get().parent) == whole[technique]
+    return content(printed.get().parent)
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_two_processes_equal_one(server, source, checkpoint, whole, technique):
+    command = script_and_flags(technique, checkpoint, "whole", "shared_edits")
+    assert written_by_two(server, source, command) == whole[technique]
 
 
 def test_a_process_that_dies_ends_the_run(source, checkpoint):
@@ -258,6 +262,21 @@ def test_what_a_stopped_inversion_left_is_checked(source, checkpoint, whole, mon
                 (partial / name).write_bytes(WAYS[way](data))
         last_line(run("preprocess.py", *flags, cwd=source))
         assert content(final) == whole["preprocess"], names
+
+
+def test_edits_along_the_flow(server, source, checkpoint, whole, monkeypatch):
+    """Two processes find the source's flow; then one makes the same edit with what they have kept."""
+    flags = "pnp", checkpoint, "whole"
+    shared, alone = (
+        (script, [*options, "--correspondences", "flow"])
+        for script, options in (script_and_flags(*flags, out) for out in ("flow_2", "flow_1"))
+    )
+    edited = written_by_two(server, source, shared)
+    assert edited["frames/00006.png"] != whole["pnp"]["frames/00006.png"]
+    monkeypatch.setattr("tokenflow.inversion.source_motion.both_ways", None)  # not to be called
+    result = run(alone[0], *alone[1], cwd=source)
+    assert content((source / last_line(result)).parent) == edited
+    assert "flow, which is kept with its inversion, takes up to" in result.stderr
 
 
 def test_a_second_run_into_the_same_folder_is_refused(source, checkpoint, whole):

@@ -60,9 +60,9 @@ def video():
     return video_of(N_FRAMES)
 
 
-def source_of(latents, features=None):
+def source_of(latents, features=None, motion=None):
     """What an inversion knows about a source whose latents are the same at every timestep."""
-    return Source(len(latents), lambda t, frames: latents[frames], features)
+    return Source(len(latents), lambda t, frames: latents[frames], features, motion=motion)
 
 
 def edit_of(sd, source, latents, injects=(True, True), **changes):
@@ -196,10 +196,10 @@ def test_two_streams_equal_the_reference(sd, tmp_path, monkeypatch, batch_size, 
     assert written == bytes_needed(sd.unet, source.shape, 1)
 
 
-def assert_same_noise(ours, edit, source, latents, tolerance=1e-3):
+def assert_same_noise(ours, edit, source, latents, tolerance=1e-3, motion=None):
     """Assert the reference's guided noise, except for tokens whose nearest neighbours tie."""
     sd, config, technique = edit.sd, edit.config, edit.technique
-    options = config.propagation, INJECTED_LAYERS, config.keyframe_window
+    options = config.propagation, INJECTED_LAYERS, config.keyframe_window, motion
     reference = Reference(sd.unet, config.interval, *options)
     keyframes = KeyframeSchedule(len(source), config.interval, (FIRST,), SEED).draw()[FIRST]
     injects = technique.attention_steps > 0, technique.feature_steps > 0

@@ -192,6 +192,18 @@ class EditConfig(ModelConfig):
         "flanking",
         choices=("flanking", "previous"),
     )
+    correspondences: str = option(
+        "where a frame's tokens are found in its keyframes; tokens: at those that are most alike, flow: "
+        "where the source's optical flow leads, and where that fails at those that are most alike",
+        "tokens",
+        choices=("tokens", "flow"),
+    )
+    max_displacement: float = option(
+        "longest optical flow in pixels that correspondences flow follows; longer ones count as failed",
+        50.0,
+        low=0,
+        high=MAX_SIZE,
+    )
     consensus: int | None = option(
         "how often, in the last 40 % of the steps, predicted clean frames are averaged along the source's "
         "motion, which is steadier; None: twice, but 0 (never) with propagation previous, as published",

@@ -88,3 +88,15 @@ def valid_flow(flow: Flow, frame: np.ndarray, later: np.ndarray) -> tuple[np.nda
     """The flow (H, W, 2) from one frame to another, and where it is `consistent` with the way back."""
     forward = flow(frame, later)
     return forward, consistent(forward, flow(later, frame))
+
+
+def both_ways(flow: Flow, frame: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The flows (H, W, 2) between two frames, there and back; NaN where they are not `consistent`."""
+    there, back = flow(frame, other), flow(other, frame)
+    agree = consistent(there, back), consistent(back, there)
+    return where_valid(there, agree[0]), where_valid(back, agree[1])
+
+
+def where_valid(flow: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """A flow (H, W, 2) that is NaN where it is not valid, which is (H, W)."""
+    return np.where(valid[..., None], flow, np.nan)

@@ -17,6 +17,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from tokenflow.config import EditConfig
+from tokenflow.correspondences import Led, led_by_resolution
 from tokenflow.diffusion.control import Control
 from tokenflow.diffusion.ddim import Schedule
 from tokenflow.diffusion.stable_diffusion import StableDiffusion, Text
@@ -58,12 +59,15 @@ class Source:
     features: maps a timestep, frames (n,) that are not keyframes, and whether Plug-and-Play injects, to
     their source features. Without it, the source stream is denoised along with the edit.
     depth: maps frames (n,) to their depth (n, 1, h, w), which all streams share, if the UNet takes it.
+    motion: maps frames (n,) and two keyframes of each (n, 2) to the optical flow that leads from the former
+    to the latter (n, 2, h, w, 2), in cells of the latents; NaN where it fails. Without it none is followed.
     """
 
     n_frames: int
     latents: Callable[[int, torch.Tensor], torch.Tensor]
     features: Callable[[int, torch.Tensor, bool], SourceFeatures] | None = None
     depth: Callable[[torch.Tensor], torch.Tensor] | None = None
+    motion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -246,9 +250,20 @@ class TokenFlowDenoiser(Denoiser):
         source = source and features_of(source, slice(places[0], places[-1] + 1))
         mixed = blend.positions[frames], blend.weights[frames]
         blended = self.flow.cache.blended(*mixed, self.sd.device, self.sd.dtype)
-        self.flow.begin_propagation(blended, t in self.feature_timesteps, source)
+        led = self._led(t, frames, *mixed) if self.source.motion else None
+        self.flow.begin_propagation(blended, t in self.feature_timesteps, source, led)
         passes = self._passes(frames, latents, (UNCOND, COND) if source else STREAMS)
         return self.guided_noise(latents, t, frames, passes)
+
+    def _led(
+        self, t: int, frames: torch.Tensor, positions: torch.Tensor, weights: torch.Tensor
+    ) -> dict[int, Led]:
+        """Where the source's motion leads the tokens of the frames (n,), by their number in a frame."""
+        # A keyframe of weight 0 need not be found: the frame itself stands in for it.
+        keyframes = torch.where(weights > 0, self._keyframes[t][positions], frames[:, None])
+        flows, rows = self.source.motion(frames, keyframes), self.flow.cache.rows(positions)
+        levels = range(len(self.sd.unet.config.block_out_channels))
+        return led_by_resolution(flows, rows, weights, levels, self.sd.device)
 
     def _passes(
         self, frames: torch.Tensor, latents: Latents, streams: tuple[int, ...]

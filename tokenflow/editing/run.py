@@ -38,6 +38,7 @@ from tokenflow.inversion.source_frames import (
     find_conditions,
     write_depth_video,
 )
+from tokenflow.inversion.source_motion import kept_motion
 from tokenflow.memory import plan_memory
 from tokenflow.runtime.batching import Batches, Limits
 from tokenflow.runtime.digests import check, seal
@@ -184,6 +185,9 @@ class EditRun:
     def source(self) -> Source:
         """What the inversion knows about the source, with its features if they fit this edit."""
         alone = Source(self.n_frames, self.inversion.noisy_latents, depth=self._depth)
+        if self.config.correspondences == "flow":
+            motion = kept_motion(self.inversion, self.config, self.n_frames, self.processes)
+            alone = replace(alone, motion=motion)
         if missed := self._why_no_features():
             log.info("the source is denoised along with the edit: %s", missed)
             return alone

@@ -87,13 +87,13 @@ class Progress:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other runs from `folder` during the block. Raises UserError, with its pid, if one is there.
+def locked(folder: Path, waits: bool = False) -> Iterator[None]:
+    """Keep other runs from `folder` during the block. If one is there, wait, or raise UserError with its pid.
 
     The system releases the lock of a process that dies.
     """
     path = folder.with_name(f".lock-{folder.name}")
-    with _created_folder(path.parent), _lock(path, folder) as file:
+    with _created_folder(path.parent), _lock(path, folder, waits) as file:
         file.truncate(0)
         file.write(f"{os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -103,11 +103,11 @@ def locked(folder: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def _lock(path: Path, folder: Path) -> IO:
+def _lock(path: Path, folder: Path, waits: bool) -> IO:
     while True:
         file = path.open("a+", errors="replace")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
         except BlockingIOError:
             with file:
                 file.seek(0)

@@ -1,0 +1,160 @@
+"""Correspondences along the optical flow: against the slow reference, and properties that must hold."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from test_tokenflow import (
+    FIRST,
+    PROMPTS,
+    SEED,
+    assert_same_noise,
+    edit_of,
+    predicted,
+    source_of,
+    video_of,
+)
+
+from tokenflow.correspondences import Led, correspondences, tokens_along
+from tokenflow.inversion.predictor import VideoNoisePredictor
+from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles
+from tokenflow.inversion.source_motion import SourceMotion, dis_between, furthest_keyframe
+from tokenflow.keyframe_cache import BlendedRows
+from tokenflow.runtime.batching import Batches
+from tokenflow.runtime.distributed import Processes
+from tokenflow_utils import KeyframeSchedule
+
+CPU = torch.device("cpu")
+CELLS = 16  # of the latents, on each side
+
+
+def constant(dx, dy):
+    """A flow (h, w, 2) in cells that is the same everywhere."""
+    return torch.tensor([dx, dy], dtype=torch.float16).expand(CELLS, CELLS, 2)
+
+
+def flow_between(frame, other):
+    """A flow (h, w, 2) in cells that moves and fails in other places for each pair of frames."""
+    generator = torch.Generator().manual_seed(100 * frame + other)
+    flow = 6 * torch.rand(CELLS, CELLS, 2, generator=generator) - 3
+    fails = torch.rand(CELLS, CELLS, 1, generator=generator) < 0.3
+    return flow.masked_fill(fails, torch.nan) if frame != other else constant(0, 0).float()
+
+
+def motion(frames, others):
+    """The flows (n, k, h, w, 2) between frames, as an edit asks for them."""
+    pairs = zip(frames.tolist(), others.tolist(), strict=True)
+    return torch.stack([torch.stack([flow_between(f, o) for o in row]) for f, row in pairs])
+
+
+@pytest.mark.parametrize("side", [1, 2, 4, 8])
+def test_whole_tokens(side):
+    """No motion leads to the same token, and a motion by whole tokens to the token so far away."""
+    n = CELLS // side
+    grid = torch.arange(n * n).view(n, n)
+    assert tokens_along(constant(0, 0), n * n).tolist() == grid.flatten().tolist()
+    moved = tokens_along(constant(side, -side), n * n).view(n, n)  # to the right, and up
+    assert torch.equal(moved[1:, :-1], grid[:-1, 1:])
+    assert torch.equal(moved[0], moved[0].clamp(max=n - 1))  # the border goes on outside
+    barely = tokens_along(constant(0.49 * side, -0.49 * side), n * n)
+    assert torch.equal(barely, grid.flatten())
+    assert (tokens_along(constant(math.nan, math.nan), n * n) == -1).all()
+
+
+def test_only_what_the_flow_loses_is_searched():
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(3, 64, 6, generator=generator)
+    keys = torch.nn.functional.normalize(torch.randn(4, 64, 6, generator=generator), dim=-1)
+    rows, weights = torch.tensor([[2, 0], [0, 3], [3, 1]]), torch.tensor([[0.5, 0.5]] * 3)
+    weights[1] = torch.tensor([1.0, 0.0])
+    found = correspondences(tokens, keys, BlendedRows.of(rows, weights, CPU))
+    targets = torch.randint(64, (3, 2, 64), generator=generator)
+    fails = torch.rand(3, 2, 64, generator=generator) < 0.4
+    led = Led.of(targets.masked_fill(fails, -1), rows, weights, CPU)
+    expected = torch.where(fails, found, targets)
+    assert torch.equal(led.searched(tokens, keys), expected)
+    assert torch.equal(led.completed(found), expected)
+    searched = sum(len(places) for _, _, places in led.searches)
+    assert searched == (fails & (weights > 0)[..., None]).sum()
+    nowhere = Led.of(torch.full((3, 2, 64), -1), rows, weights, CPU)
+    assert torch.equal(nowhere.searched(tokens, keys), found)
+
+
+@pytest.mark.parametrize("propagation, window", [("flanking", 14), ("previous", 7)])
+@torch.no_grad()
+def test_equals_reference(sd, propagation, window):
+    source, latents = video_of(13)
+    sizes = {"batch_size": 2, "keyframe_interval": 2, "keyframe_window": window}
+    along = source_of(source, motion=motion)
+    edit = edit_of(sd, along, latents, propagation=propagation, **sizes)
+    ours = predicted(edit, latents)
+    assert_same_noise(ours, edit, source, latents, motion=flow_between)
+    plain = predicted(
+        edit_of(sd, source_of(source), latents, propagation=propagation, **sizes), latents
+    )
+    assert (ours - plain).square().mean() > 1e-4 * plain.square().mean()
+
+
+@pytest.mark.parametrize("together", [True, False])
+@torch.no_grad()
+def test_kept_source_features_equal_the_reference(sd, tmp_path, monkeypatch, together):
+    """What the flow loses takes the correspondences that the inversion kept."""
+    monkeypatch.setattr("tokenflow.editing.denoiser.FILLED_CPU", 1 << 12 if together else 1)
+    source, latents = video_of(9)
+    files, keyframes = SourceFeatureFiles(tmp_path), KeyframeSchedule(9, 3, (FIRST,), SEED)
+    files.create(sd.unet, source.shape, [FIRST])
+    predictor = VideoNoisePredictor(sd, PROMPTS[0], Batches(9, adapts=False))
+    saved = source.__getitem__
+    noting = RecordingPredictor(predictor, keyframes, lambda t, frames: saved(frames), files)
+    with noting.installed():
+        noting(source, FIRST, torch.arange(9))
+    known = source_of(source, partial(files.read, device=sd.device), motion)
+    edit = edit_of(sd, known, latents, batch_size=3)
+    ours = predicted(edit, latents)
+    assert_same_noise(ours, edit, source, latents, tolerance=1e-2, motion=flow_between)
+
+
+def textured(n_frames, dx, dy):
+    """Frames of a smooth texture that moves by (dx, dy) pixels a frame: uint8 RGB (n, 128, 128, 3)."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(1, 3, 32, 32, generator=generator)
+    texture = torch.nn.functional.interpolate(coarse, (256, 256), mode="bicubic").clamp(0, 1)[0]
+    corners = [(64 - dy * n, 64 - dx * n) for n in range(n_frames)]
+    crops = torch.stack([texture[:, y : y + 128, x : x + 128] for y, x in corners])
+    return (255 * crops).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def test_the_sources_motion_is_found_once_and_kept(tmp_path):
+    frames, asked = textured(5, 8, 0), []
+    dis = dis_between(frames.__getitem__)
+
+    def between(first, later):
+        asked.append((first, later))
+        return dis(first, later)
+
+    shape, processes = (5, 4, CELLS, CELLS), Processes(CPU)
+    moving = partial(SourceMotion, tmp_path / "flow", between, shape, 8)
+    moving(50.0).create(furthest_keyframe(2, 5), processes)
+    at, others = torch.tensor([1, 3]), torch.tensor([[0, 2], [1, 3]])
+    flows = moving(50.0)(at, others)
+    assert asked == [(0, 1), (1, 2), (1, 3)]
+    middle = flows.flatten(2, 3).nanmedian(dim=2).values
+    expected = torch.tensor([[[-1.0, 0], [1, 0]], [[-2, 0], [0, 0]]])
+    torch.testing.assert_close(middle, expected, atol=0.1, rtol=0)
+    assert flows.isfinite().float().mean() > 0.8
+    assert flows[0, 1, :, -1].isnan().all()  # leaves the frame
+    again = moving(50.0)(at, others)
+    assert torch.equal(again.nan_to_num(99), flows.nan_to_num(99)) and len(asked) == 3
+    near = moving(12.0)(at, others)  # 16 pixels are further
+    assert near[1, 0].isnan().all() and torch.equal(near[0].nan_to_num(99), flows[0].nan_to_num(99))
+
+    path = tmp_path / "flow" / "2.npy"
+    stored = path.read_bytes()
+    damaged = bytearray(stored)
+    damaged[3 * len(stored) // 10] ^= 1  # in the middle of the second of five rows
+    path.write_bytes(damaged)
+    moving(50.0).create(furthest_keyframe(2, 5), processes)
+    mended = moving(50.0)(at, others)
+    assert torch.equal(mended.nan_to_num(99), flows.nan_to_num(99)) and asked[3:] == [(1, 3)]
+    assert path.read_bytes() == stored
