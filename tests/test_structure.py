@@ -22,6 +22,7 @@ FLOORS = (
     ["tokenflow.inversion"],
     ["tokenflow.editing"],
     ["tokenflow.evaluation.subjects", "tokenflow.evaluation.run"],
+    ["tokenflow.editing.sweep"],
     ["preprocess", "run_tokenflow", "evaluate"],
 )
 
