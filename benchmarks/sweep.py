@@ -3,8 +3,8 @@
     python -m benchmarks.sweep
 
 The sample clip is edited on the shapes checkpoint by Plug-and-Play, with three values of each of its
-thresholds, once as a sweep and once setting by setting, with one `evaluate.py` over all in the end. The frames
-must be the same.
+thresholds, once as a sweep and once setting by setting, with one `evaluate.py` over all in the end. The
+frames must be the same.
 """
 
 import argparse
@@ -26,7 +26,7 @@ ATTENTION, FEATURES = ("0.3", "0.5", "0.8"), ("0.4", "0.6", "0.8")
 
 
 def timed(folder: Path, script: str, *flags: object) -> tuple[float, float, str]:
-    """Run a command in `folder`: its seconds by the clock, its CPU seconds in user mode, and its last line."""
+    """Run a command in `folder`: seconds by the clock, CPU seconds in user mode, and its last line."""
     command = [sys.executable, str(ROOT / script), *map(str, flags)]
     before, began = os.times().children_user, time.monotonic()
     done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
@@ -51,7 +51,8 @@ def table(folder: Path, n_frames: int, steps: int) -> str:
     """Both ways in `folder`, and what they cost, as Markdown."""
     common = *CLIP, "--n_frames", n_frames, "--dtype", "float32"
     invert = "--inversion_prompt", "a red striped circle on a green dotted background"
-    timed(folder, "preprocess.py", *common, *invert, "--steps", steps, "--save_steps", steps)
+    invert += "--H", 128, "--W", 128, "--steps", steps, "--save_steps", steps
+    timed(folder, "preprocess.py", *common, *invert)
     edit = *common, "--prompt", "a blue striped circle on a green dotted background"
     edit += "--n_inversion_steps", steps, "--n_timesteps", steps
     settings = list(itertools.product(ATTENTION, FEATURES))

@@ -16,7 +16,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 import util
 from tokenflow.evaluation.figures import EDIT, SOURCE, Drift, beside_source, measure, summarize
-from tokenflow.evaluation.report import Entry, contact_sheet_of, write_report
+from tokenflow.evaluation.report import Entry, thumbnails, write_report
 from tokenflow.evaluation.verdict import verdict
 
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
@@ -40,10 +40,10 @@ def entry_of(folder, name):
         util.write_video(path, videos[kind], FPS)
     curves = measure(videos, [beside_source, Drift(FPS, N_FRAMES)])
     figures = summarize(curves, FPS)
-    sheet = contact_sheet_of(videos, N_FRAMES)
+    pictures = thumbnails(videos, N_FRAMES)
     prompt, findings = f"</script><b>{name}</b>", verdict(figures)
     about = findings, ["LPIPS: no package"], {"seed": 1, "model": None}
-    return Entry(name, prompt, files, Fraction(FPS), N_FRAMES, figures, curves, *about, sheet)
+    return Entry(name, prompt, files, Fraction(FPS), N_FRAMES, figures, curves, *about, pictures)
 
 
 @pytest.fixture(scope="module")
