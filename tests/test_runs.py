@@ -21,6 +21,7 @@ from test_damage import WAYS
 import util
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.errors import UserError
+from tokenflow.evaluation.report import discard_report
 from tokenflow.runtime import run_folder
 from tokenflow.runtime.batching import Batches
 
@@ -131,10 +132,18 @@ def whole(server, source, checkpoint):
 
 @pytest.mark.parametrize("name", ["preprocess", *TECHNIQUES])
 def test_two_processes_equal_one(source, checkpoint, whole, name):
+    """Also the edits of a sweep, the first of which is that of one process."""
     save_dir = "shared" if name == "preprocess" else "whole"
-    command = command_of(*script_and_flags(name, checkpoint, save_dir, "shared_edits"), 2)
-    result = subprocess.run(command, cwd=source, capture_output=True, text=True)
-    assert content((source / last_line(result)).parent) == whole[name]
+    script, flags = script_and_flags(name, checkpoint, save_dir, "shared_edits")
+    sweep = ["--pnp_attn_t", 0.5, 1] if name == "pnp" else []
+    command = command_of(script, [*flags, *sweep], 2)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
+    folder = source / last_line(result).parent
+    if sweep:
+        assert (folder / "pnp_clip_sweep" / "report.html").is_file()
+        discard_report(folder := folder / "pnp_clip")
+    assert content(folder) == whole[name]
 
 
 def test_a_process_that_dies_ends_the_run(source, checkpoint):

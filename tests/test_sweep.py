@@ -20,7 +20,7 @@ from tokenflow.editing import run as editing
 from tokenflow.errors import UserError
 from tokenflow.evaluation import networks
 
-N_FRAMES, STEPS = 5, 3
+N_FRAMES, STEPS = 4, 2
 NEEDED = {"data_path": "a.mp4", "prompt": "a dog"}
 
 
@@ -216,9 +216,9 @@ def test_a_sweep_that_was_stopped_is_resumed(work, monkeypatch):
     "sweep, words",
     [
         ({"pnp_attn_t": [0.5, 2]}, ["pnp_attn_t 2: pnp_attn_t: 2 is out of range"]),
-        ({"n_timesteps": [3, 2]}, ["n_timesteps 2: n_timesteps: 2 steps visit"]),
+        ({"n_timesteps": [2, 3]}, ["n_timesteps 3: n_timesteps: 3 steps visit"]),
         ({"mask": ["none", "none.mp4"]}, ["mask none.mp4: mask: none.mp4 is neither"]),
-        ({"mask": ["none", "short"]}, ["mask short: mask: short has 2 frames for the 5"]),
+        ({"mask": ["none", "short"]}, ["mask short: mask: short has 2 frames for the 4"]),
         ({"lora": [[], ["none.safetensors"]]}, ["lora none.safetensors: lora: none.safetensors"]),
         ({"device": ["cpu", "auto"]}, ["device: the edits of a sweep share it"]),
         ({"seed": [1, 2], "n_frames": 1}, ["n_frames: 1", "at least 2"]),
