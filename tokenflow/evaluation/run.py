@@ -74,9 +74,11 @@ def evaluate_together(
     meters, skipped = available(config.clip, config.dino, first.prompt, device)
     if VAE not in first.frames:
         skipped.append("floors of the VAE: only an edit's folder has its round trip")
+    for line in skipped:
+        log.info("skipped: %s", line)
     meters = [AlongFlow(flow), beside_source, Drift(float(first.fps), first.n_frames), *meters]
     videos = {name: first.read(name) for name in first.frames if name != EDIT}
-    doing = f"Measuring {' '.join(subject.name for subject in subjects)}"
+    doing = f"Measuring {first.name if len(subjects) == 1 else f'{len(subjects)} edits'}"
     videos[SOURCE] = tqdm(videos[SOURCE], doing, first.n_frames, unit="frame")
     edits = {f"{EDIT} {index}": subject for index, subject in enumerate(subjects)}
     videos |= {name: subject.read(EDIT) for name, subject in edits.items()}
@@ -129,8 +131,7 @@ def _joint_folder(subjects: list[Subject], config: EvaluateConfig) -> Path:
 
 
 def _say(entry: Entry) -> None:
-    for line in entry.skipped:
-        log.info("skipped: %s", line)
+    log.info("%s:", entry.name)
     for finding in entry.findings:
         advice = f" To do: {finding.advice}." if finding.advice else ""
         log.info("%s: %s%s", finding.level, finding.text, advice)

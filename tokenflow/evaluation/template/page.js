@@ -208,6 +208,11 @@ function named(key) {
   return element("span", { children: [`${title} `, element("small", { text: `(${about})` })] });
 }
 
+/** The name or a value of an option, which may be a whole prompt. */
+function setting(text) {
+  return element("span", { text, className: text.length > 20 ? "setting long" : "setting" });
+}
+
 let player;
 let plots = [];
 
@@ -277,17 +282,21 @@ function start() {
       ...data.entries.map((entry, index) => {
         const text = settings.map((name) => entry.settings[name]).join(", ") || entry.name;
         const button = element("button", { type: "button", text, title: entry.name });
-        button.addEventListener("click", () => open(index));
+        button.addEventListener("click", () => {
+          open(index);
+          $("prompt").style.scrollMarginTop = `${$("entries").offsetHeight}px`;
+          $("prompt").scrollIntoView();
+        });
         return button;
       }),
     );
     const keys = Object.keys(data.figures).filter((key) => data.entries.some((e) => e.figures[key]?.edit));
     const rows = data.entries.map((entry) => [
       element("span", { text: entry.name, title: entry.prompt ?? "" }),
-      ...settings.map((name) => entry.settings[name]),
+      ...settings.map((name) => setting(entry.settings[name])),
       ...keys.map((key) => number(entry.figures[key]?.edit)),
     ]);
-    fill($("overview").querySelector("table"), ["edit", ...settings, ...keys.map(named)], rows);
+    fill($("overview").querySelector("table"), ["edit", ...settings.map(setting), ...keys.map(named)], rows);
     $("overview").querySelector("img").src = data.sheet;
     $("entries").hidden = $("overview").hidden = false;
   }
