@@ -37,8 +37,8 @@ def timed(folder: Path, script: str, *flags: object) -> tuple[float, float, str]
 def main() -> None:
     """Measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--frames", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=10, help="of the inversion and of the edits")
+    parser.add_argument("--frames", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=5, help="of the inversion and of the edits")
     parser.add_argument("--folder", type=Path, help="keep what is written, in this new folder")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
