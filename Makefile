@@ -24,7 +24,7 @@ demo: .venv/demo
 		--n_frames 24 --n_inversion_steps 50 --latents_path $(DEMO)/latents --output_path $(DEMO)
 
 test: .venv/dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 clean:
 	rm -rf .venv $(DEMO)

@@ -19,6 +19,7 @@ from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.consensus import DISTANCES, Consensus, consensus_steps
 from tokenflow.editing.denoiser import Denoiser, Edit, Source, TokenFlowDenoiser, keyframe_schedule
 from tokenflow.editing.fusion import Fusion
+from tokenflow.editing.mask import Mask, compared, relevance, write_relevant
 from tokenflow.editing.run import denoise
 from tokenflow.editing.techniques import Technique, controlnet, plug_and_play, sdedit
 from tokenflow.inversion.predictor import VideoNoisePredictor
@@ -27,6 +28,7 @@ from tokenflow.metrics import frame_psnr
 from tokenflow.runtime.batching import Batches
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.edit_checkpoint import EditCheckpoint
+from tokenflow.runtime.frame_array import FrameArray
 
 SDEDIT_START = 0.7
 INVERSION_BATCH = 16  # frames
@@ -125,6 +127,9 @@ class Job:
                 fusion = self._fusion(DISTANCES, folder, processes)
                 consensus = Consensus(self.sd, fusion, consensus_steps(*steps))
                 edit = dataclasses.replace(edit, consensus=consensus)
+            if self.config.mask == "auto":
+                mask = self._mask(self._fusion(DISTANCES, folder, processes))
+                edit = dataclasses.replace(edit, mask=mask)
             checkpoint = EditCheckpoint(folder, self.clean.shape, processes)
             steps = last(denoise(edit, checkpoint, denoiser))
             frames = self.sd.decode_latents(checkpoint.latents(steps)[all_frames])
@@ -138,14 +143,27 @@ class Job:
         source, n_frames = self.clip.frames.__getitem__, self.clip.n_frames
         return Fusion.along(source, n_frames, distances, folder, processes)
 
+    def _mask(self, fusion: Fusion) -> Mask:
+        n_frames, _, *size = self.clean.shape
+        inside = FrameArray.create(fusion.folder / "mask.npy", (n_frames, 1, *size), torch.float32)
+        noises = tuple(
+            VideoNoisePredictor(self.sd, prompt, Batches(INVERSION_BATCH, adapts=False))
+            for prompt in (self.clip.source_prompt, self.clip.prompt)
+        )
+        timesteps = compared(self.schedule.timesteps)
+        relevant = partial(relevance, self._source_latents, timesteps, noises)
+        source, device = self.clip.frames.__getitem__, self.sd.device
+        write_relevant(inside, fusion, relevant, source, device)
+        return Mask(inside, self._source_latents)
+
     def _source(self) -> Source:
         features = partial(self.files.read, device=self.sd.device)
         kept = self.files.folder.exists()
         reused = kept and self.config.reuse_source and self.config.propagation == "flanking"
         return Source(self.clip.n_frames, self._source_latents, features if reused else None)
 
-    def _source_latents(self, t: int, frames: torch.Tensor) -> torch.Tensor:
-        return self.inverted[t][frames]
+    def _source_latents(self, t: int | None, frames: torch.Tensor) -> torch.Tensor:
+        return (self.clean if t is None else self.inverted[t])[frames]
 
 
 def predictor_of(sd: StableDiffusion, clip: Clip) -> VideoNoisePredictor:

@@ -39,6 +39,7 @@ METHODS = {
     "default": Method(),
     "no_consensus": Method(settings={"consensus": 0}),
     "fuse_3": Method(settings={"fuse": 3}),
+    "mask_auto": Method(settings={"mask": "auto"}),
     "previous_fixed_point": Method(settings=_previous),
     "flanking_ddim": Method(inversion="ddim"),
     "published": Method(inversion="ddim", settings=_previous),

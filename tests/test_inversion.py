@@ -183,7 +183,7 @@ def test_v_prediction_is_turned_into_noise(sd):
 def test_latents_do_not_depend_on_the_batch_size(checkpoint, clip, tmp_path, inversion):
     # A network of random weights amplifies rounding and has no fixed point to find.
     model = SHAPES_CHECKPOINT if inversion == "fixed_point" else checkpoint
-    flags = ["--data_path", clip, "--model", model, "--H", 128, "--W", 128, "--n_frames", 7]
+    flags = ["--data_path", clip, "--model", model, "--H", 128, "--W", 128, "--n_frames", 5]
     flags += ["--inversion", inversion, "--steps", 5, "--save_steps", 5, "--dtype", "float32"]
     flags += ["--no_reconstruction", "--keep_source", "false"]
 
@@ -192,12 +192,10 @@ def test_latents_do_not_depend_on_the_batch_size(checkpoint, clip, tmp_path, inv
         folder = tmp_path / last_line(run("preprocess.py", *flags, *batches, cwd=tmp_path))
         return [np.load(path) for path in sorted((folder / "latents").iterdir())]
 
-    whole = latents(7)
-    for batch_size in (1, 3):
-        for some, all_at_once in zip(latents(batch_size), whole, strict=True):
-            assert some.shape == (7, 4, 16, 16) and some.dtype == np.float32
-            # Frames that were mixed up would differ by about 1.
-            np.testing.assert_allclose(some, all_at_once, atol=5e-3)
+    for some, all_at_once in zip(latents(2), latents(5), strict=True):
+        assert some.shape == (5, 4, 16, 16) and some.dtype == np.float32
+        # Frames that were mixed up would differ by about 1.
+        np.testing.assert_allclose(some, all_at_once, atol=5e-3)
 
 
 def test_non_finite_values_stop_the_run(sd):

@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from tokenflow.editing.fusion import Fusion
-from tokenflow.editing.mask import Mask, check_mask, given, inside_of, relevance, write_relevant
+from tokenflow.editing.mask import (
+    Mask,
+    check_mask,
+    drawn_to_edges,
+    given,
+    relevance,
+    write_relevant,
+)
 from tokenflow.errors import UserError
 from tokenflow.inversion.source_frames import FrameChoice
 from tokenflow.runtime.distributed import Processes
@@ -50,22 +57,32 @@ def test_relevance_is_where_prompts_differ():
     prompts = (lambda latents, t, frames: latents), (lambda latents, t, frames: latents + extra)
     found = relevance(lambda t, frames: latents[frames], (5, 3), prompts, FRAMES)
     assert (found[:, :2, :2] == 1).all() and found[:, 2:].max() == 0 == found[:, :, 2:].max()
-    inside = inside_of(found)
-    assert inside.shape == (3, 1, 8, 8) and inside[:, 0, :3, :3].all() and inside.sum() == 3 * 9
+
+
+def test_relevance_ends_where_the_picture_has_an_edge():
+    """Relevance that rises over four latents becomes a step at the edge of the picture's bright half."""
+    bright = (torch.arange(128) >= 52).float().expand(128, 128)
+    blurred = (torch.arange(128) - 36).div(32).clamp(0, 1).expand(128, 128)
+    noise = torch.rand(3, 128, 128, generator=torch.Generator().manual_seed(0)) / 50
+    drawn = drawn_to_edges(blurred, bright + noise, 8)
+    assert torch.equal((drawn >= 0.5).float(), bright)
+    assert (blurred[:, 51] > 0.45).all() and drawn[:, 51].max() < 0.35
 
 
 def test_a_flickering_mask_is_steadied(tmp_path):
-    """Of nine still frames one misses the place, which its neighbours know."""
-    source = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
-    fusion = Fusion.along(lambda index: source, 9, (1, 2), tmp_path, Processes(torch.device("cpu")))
-    maps = torch.zeros(9, 8, 8)
+    """Of nine still frames one misses the place, which its neighbours know, and an edge ends."""
+    source = np.random.default_rng(0).integers(0, 60, (64, 64, 3), np.uint8)
+    source[16:40, 16:40] += 190
+    cpu = torch.device("cpu")
+    fusion = Fusion.along(lambda index: source, 9, (1, 2), tmp_path, Processes(cpu))
+    maps = torch.full((9, 8, 8), 0.1)
     maps[:, 2:5, 2:5] = 1
-    maps[4] = 0
+    maps[4] = 0.1
     inside = FrameArray.create(tmp_path / "mask.npy", (9, 1, 8, 8), torch.float32)
-    write_relevant(inside, fusion, maps.__getitem__, torch.device("cpu"))
-    written = inside[torch.arange(9)]
-    assert torch.equal(written[4], written[0]) and written[4, 0, 3, 3] == 1
-    assert written[4, 0, 7, 7] == 0
+    write_relevant(inside, fusion, maps.__getitem__, lambda index: source, cpu)
+    expected = torch.zeros(8, 8)
+    expected[2:5, 2:5] = 1
+    assert all(torch.equal(mask[0], expected) for mask in inside[torch.arange(9)])
 
 
 def test_outside_stays_the_source(tmp_path):

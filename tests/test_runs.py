@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -82,12 +83,13 @@ def content(folder: Path) -> dict[str, bytes]:
     }
 
 
-def run_in(folder, script, flags, printed, kill_after=None):
+def run_in(folder, script, flags, printed, kill_after=None, environment=None):
     """Run a command in a forked process, and put the path that it printed into the queue `printed`.
 
     kill_after: UNet passes until the process is killed, and seconds after the last of them. What counts
     is the passes, since how long they take depends on what else the machine does.
     """
+    os.environ |= environment or {}
     if kill_after:
         passes, seconds = kill_after
         predict_noise, counter = StableDiffusion.predict_noise, itertools.count(1)
@@ -99,7 +101,11 @@ def run_in(folder, script, flags, printed, kill_after=None):
 
         StableDiffusion.predict_noise = counted
     with open(os.devnull, "w") as nothing, contextlib.redirect_stderr(nothing):
-        printed.put(folder / last_line(run(script, *flags, cwd=folder)))
+        result = run(script, *flags, cwd=folder)
+    if os.environ.get("RANK", "0") == "0":
+        printed.put(folder / last_line(result))
+    else:
+        assert (result.returncode, result.stdout) == (0, ""), result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -113,10 +119,17 @@ def server():
 
 def exit_code(server, *args):
     """How a forked process that calls `run_in` ends."""
-    process = server.Process(target=run_in, args=args)
-    process.start()
-    process.join()
-    return process.exitcode
+    return exit_codes(server, args)[0]
+
+
+def exit_codes(server, *calls):
+    """How forked processes end that call `run_in` at the same time."""
+    processes = [server.Process(target=run_in, args=args) for args in calls]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
 
 
 @pytest.fixture(scope="module")
@@ -130,20 +143,33 @@ def whole(server, source, checkpoint):
     return files
 
 
-@pytest.mark.parametrize("name", ["preprocess", *TECHNIQUES])
-def test_two_processes_equal_one(source, checkpoint, whole, name):
-    """Also the edits of a sweep, the first of which is that of one process."""
-    save_dir = "shared" if name == "preprocess" else "whole"
-    script, flags = script_and_flags(name, checkpoint, save_dir, "shared_edits")
-    sweep = ["--pnp_attn_t", 0.5, 1] if name == "pnp" else []
-    command = command_of(script, [*flags, *sweep], 2)
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
-    folder = source / last_line(result).parent
-    if sweep:
+def test_two_processes_of_torchrun_equal_one(source, checkpoint, whole):
+    command = command_of(*script_and_flags("preprocess", checkpoint, "shared"), 2)
+    result = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    assert content((source / last_line(result)).parent) == whole["preprocess"]
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_two_processes_equal_one(server, source, checkpoint, whole, technique):
+    """Two forked processes with the environment that torchrun would give them.
+
+    They make a sweep of Plug-and-Play, the first of whose edits is that of one process.
+    """
+    script, flags = script_and_flags(technique, checkpoint, "whole", "shared_edits")
+    flags += ["--pnp_attn_t", 0.5, 1] if technique == "pnp" else []
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared["HF_HUB_OFFLINE"] = "1"
+    printed = server.SimpleQueue()
+    ranks = [{"RANK": rank, "LOCAL_RANK": rank} | shared for rank in "01"]
+    calls = [(source, script, flags, printed, None, environment) for environment in ranks]
+    assert exit_codes(server, *calls) == [0, 0]
+    folder = printed.get().parent
+    if technique == "pnp":
         assert (folder / "pnp_clip_sweep" / "report.html").is_file()
         discard_report(folder := folder / "pnp_clip")
-    assert content(folder) == whole[name]
+    assert content(folder) == whole[technique]
 
 
 def test_a_process_that_dies_ends_the_run(source, checkpoint):
@@ -223,19 +249,23 @@ def test_what_a_stopped_inversion_left_is_checked(source, checkpoint, whole, mon
         patched.setattr(StableDiffusion, "predict_noise", stops)
         assert run("preprocess.py", *flags, cwd=source).returncode == 130
     shutil.copytree(partial, tmp_path / "left")
-    names = ["source/00003.png", "vae/00001.png", "frames/00000.png", "latents/clean_latents.npy"]
-    names += ["latents/noisy_latents_1.npy", "source_features/nearest_1.npy", ".run.json"]
-    names += ["source_features/features_1.npy", "source_features/layers.json", ".progress/read"]
-    for name, way in zip(names, itertools.cycle(WAYS), strict=False):
+    features = [f"source_features/{name}_1.npy" for name in ("nearest", "features")]
+    ways = itertools.cycle(WAYS)
+    for names in (  # of one stage each, since an early one makes all later files new
+        ["source/00003.png", ".run.json", ".progress/read"],
+        ["vae/00001.png", "latents/clean_latents.npy", "latents/noisy_latents_1.npy"],
+        [*features, "source_features/layers.json", "frames/00000.png"],
+    ):
         for folder in (partial, final):
             shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(tmp_path / "left", partial)
-        data = (partial / name).read_bytes()
-        (partial / name).unlink()
-        if WAYS[way]:
-            (partial / name).write_bytes(WAYS[way](data))
+        for name, way in zip(names, ways, strict=False):
+            data = (partial / name).read_bytes()
+            (partial / name).unlink()
+            if WAYS[way]:
+                (partial / name).write_bytes(WAYS[way](data))
         last_line(run("preprocess.py", *flags, cwd=source))
-        assert content(final) == whole["preprocess"], (name, way)
+        assert content(final) == whole["preprocess"], names
 
 
 def test_a_second_run_into_the_same_folder_is_refused(source, checkpoint, whole):

@@ -83,7 +83,7 @@ def test_judge_reads_renderings():
 
 
 def test_round_trip_and_reconstruction(trained):
-    (clip,) = held_out_clips(1, n_frames=3)
+    (clip,) = held_out_clips(1, n_frames=2)
     round_trip = trained.decode_latents(trained.encode_frames(clip.frames))
     assert np.mean(frame_psnr(round_trip, clip.frames)) > 24
     naive, fixed = (reconstruction_psnr(trained, clip, 20, fixed) for fixed in (False, True))
@@ -91,8 +91,8 @@ def test_round_trip_and_reconstruction(trained):
 
 
 def test_tokenflow_is_steadier_than_editing_frame_by_frame(trained, tmp_path):
-    (clip,) = held_out_clips(1, n_frames=8)
-    config = PnPConfig(data_path="", prompt="unused", n_timesteps=10, batch_size=4)
+    (clip,) = held_out_clips(1, n_frames=6)
+    config = PnPConfig(data_path="", prompt="unused", n_timesteps=8, batch_size=4)
     job = Job.prepare(trained, clip, config, tmp_path)
     job.reconstruct()
     judge = Judge.load(SHAPES_CHECKPOINT / "judge.safetensors")

@@ -81,8 +81,15 @@ def test_equals_reference(sd, video, propagation, injects):
     assert_same_noise(predicted(edit, latents), edit, source, latents)
 
 
-@pytest.mark.parametrize("propagation", ["flanking", "previous"])
-@pytest.mark.parametrize("window, together", [(7, True), (10, True), (10, False)])
+@pytest.mark.parametrize(
+    "propagation, window, together",
+    [
+        ("flanking", 7, True),
+        ("flanking", 10, False),
+        ("previous", 10, True),
+        ("previous", 7, False),
+    ],
+)
 @torch.no_grad()
 def test_windows_equal_the_reference(sd, monkeypatch, propagation, window, together):
     """Anchors, shared boundaries and inner keyframes, with all streams in one pass or one by one."""
@@ -129,8 +136,9 @@ def test_what_the_speed_benchmark_compares_with(sd, video):
     assert_same_noise(noise, edit, source, latents)
 
 
-@pytest.mark.parametrize("batch_size", [2, 7])
-@pytest.mark.parametrize("window, together", [(16, True), (16, False), (6, True), (6, False)])
+@pytest.mark.parametrize(
+    "batch_size, window, together", [(2, 16, True), (7, 16, False), (2, 6, False), (7, 6, True)]
+)
 @torch.no_grad()
 def test_two_streams_equal_the_reference(sd, tmp_path, monkeypatch, batch_size, window, together):
     """With source features recorded in the inversion's passes, an edit needs no source stream."""

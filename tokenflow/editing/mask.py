@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from kornia.filters import guided_blur
 from tqdm import tqdm
 
 from tokenflow.editing.fusion import Fusion
@@ -15,12 +16,17 @@ from tokenflow.errors import UserError
 from tokenflow.inversion.source_frames import FrameChoice
 from tokenflow.runtime.frame_array import FrameArray
 
-# Where in the schedule two prompts are compared, as shares of its steps.
-COMPARED = (0.35, 0.5, 0.65, 0.8)
+# Where in the schedule two prompts are compared, as shares of its steps. While there is much noise, they
+# differ where the edit belongs; later also on what stays.
+COMPARED = (0.0, 0.05, 0.1)
 STRONG = 0.98  # the quantile of a frame's differences that counts as 1
-RELEVANT = 0.25  # from this difference on, a place is inside
 BATCH = 8  # frames at once
-MARGIN = 1  # latent pixels, by which the inside grows, so that the edit is not cut
+REACH = 2  # latent pixels, within which the picture shows where a difference ends
+EVEN = 1e-3  # the variance of colours in [0, 1] below which a surface has no edges
+# What is inside, relative to the difference that divides a video's pixels best: a little less, since a mask
+# may not cut the edit; and what is far above it before edges are sought, since that may lose what is small.
+RELEVANT, CERTAIN = 0.75, 1.2
+TOUCHED = 0.25  # the share of a latent's pixels that must be inside for it to be, too
 
 # Maps latents (n, 4, h, w), a timestep and frames (n,) to their noise (n, 4, h, w), under one prompt.
 Noise = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
@@ -64,32 +70,63 @@ def relevance(
     return torch.stack(maps).mean(0)
 
 
-def inside_of(relevant: torch.Tensor) -> torch.Tensor:
-    """Where relevance (n, h, w) is high, and a margin around: 0 or 1, (n, 1, h, w)."""
-    chosen = (relevant[:, None] >= RELEVANT).float()
-    return F.max_pool2d(chosen, 2 * MARGIN + 1, 1, MARGIN)
+def drawn_to_edges(relevant: torch.Tensor, picture: torch.Tensor, scale: int) -> torch.Tensor:
+    """Relevance (H, W), which is no finer than latents are, drawn to the edges in a picture.
+
+    By a guided filter (He, Sun and Tang, ECCV 2010). picture: (3, H, W) in [0, 1]. scale: pixels to a side
+    of a latent.
+    """
+    size = 2 * REACH * scale + 1
+    return guided_blur(picture[None], relevant[None, None], size, EVEN)[0, 0].clamp(0, 1)
+
+
+def dividing(values: np.ndarray) -> float:
+    """The middle between the two groups into which values, uint8, divide best (Otsu, 1979)."""
+    values = values.reshape(1, -1)
+    _, high = cv2.threshold(values, 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
+    groups = [group for group in (values[high == 0], values[high > 0]) if group.size]
+    return float(np.mean([group.mean() for group in groups]))
 
 
 def write_relevant(
     inside: FrameArray,
     fusion: Fusion,
     relevant: Callable[[torch.Tensor], torch.Tensor],
+    source: Callable[[int], np.ndarray],
     device: torch.device,
 ) -> None:
     """Write the mask of relevant places, which are averaged along the motion first; processes divide it.
 
-    inside: (N, 1, h, w). relevant: maps frames (n,) to their `relevance` (n, h, w).
+    inside: (N, 1, h, w). relevant: maps frames (n,) to their `relevance` (n, h, w). source: maps a frame to
+    its picture, uint8 RGB (H, W, 3).
     """
-    batches = fusion.processes.share(torch.arange(fusion.n_frames).split(BATCH))
-    for frames in tqdm(batches, "Finding mask", disable=not fusion.processes.is_main):
-        maps = relevant(frames)[:, None]
-        shown = F.interpolate(maps, fusion.pictures.shape[1:3], mode="bilinear")
+    n_frames, height, width, _ = fusion.pictures.shape
+    scale, processes = height // inside.shape[2], fusion.processes
+    # Relevance in uint8 before and after it is drawn to edges.
+    maps = FrameArray(fusion.folder / "relevance.npy")
+    if processes.is_main:
+        FrameArray.create(maps.path, (n_frames, 2, height, width), torch.uint8)
+    batches = processes.share(torch.arange(n_frames).split(BATCH))
+    for frames in tqdm(batches, "Finding mask", disable=not processes.is_main):
+        shown = F.interpolate(relevant(frames)[:, None], (height, width), mode="bilinear")
         shown = (255 * shown).round().byte().permute(0, 2, 3, 1)
         fusion.put(frames, shown.expand(-1, -1, -1, 3).numpy())
-    fusion.processes.wait()
+    processes.wait()
+    for frame in (frame for frames in batches for frame in frames.split(1)):
+        steady = torch.from_numpy(fusion.fused(frame, device)[0, ..., 0]).to(device) / 255
+        picture = torch.from_numpy(source(frame.item())).to(device).permute(2, 0, 1) / 255
+        both = torch.stack([steady, drawn_to_edges(steady, picture, scale)])
+        maps[frame] = (255 * both).round().byte()[None]
+    processes.wait()
+    every = max(1, scale // 2)  # pixel, which is enough to find what divides them
+    sampled = [
+        maps[frame][:, 1, ::every, ::every].numpy() for frame in torch.arange(n_frames).split(1)
+    ]
+    middle = dividing(np.stack(sampled))
     for frames in batches:
-        averages = fusion.fused(frames, device)[..., 0]
-        inside[frames] = inside_of(torch.stack([reduced(a, *inside.shape[2:]) for a in averages]))
+        before, drawn = maps[frames].float().split(1, dim=1)
+        pixels = (drawn >= RELEVANT * middle) | (before >= CERTAIN * middle)
+        inside[frames] = (F.avg_pool2d(pixels.float(), scale) >= TOUCHED).float()
 
 
 def check_mask(path: Path, choice: FrameChoice, n_frames: int) -> None:

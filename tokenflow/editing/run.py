@@ -259,7 +259,7 @@ class EditRun:
             relevant = partial(
                 relevance, self._source_latents, compared(self.schedule.timesteps), noises
             )
-            write_relevant(inside, self._near_and_far, relevant, self.sd.device)
+            write_relevant(inside, self._near_and_far, relevant, self._picture, self.sd.device)
         elif self.processes.is_main:
             masks = given(self.config.mask_path, self._choice, self.n_frames, height, width)
             for index, mask in enumerate(masks):
@@ -277,13 +277,12 @@ class EditRun:
         return self._fusion("consensus", DISTANCES)
 
     def _fusion(self, name: str, distances: Sequence[int]) -> Fusion:
-        folder = self.inversion.source_frames
+        parts = self.n_frames, distances, self.scratch / name, self.processes
+        return self.shared.get(name, tuple(distances), partial(Fusion.along, self._picture, *parts))
 
-        def source(index: int) -> np.ndarray:
-            return read_image(frame_path(folder, index))
-
-        to = source, self.n_frames, distances, self.scratch / name, self.processes
-        return self.shared.get(name, tuple(distances), partial(Fusion.along, *to))
+    def _picture(self, index: int) -> np.ndarray:
+        """A frame of the source, uint8 RGB (H, W, 3)."""
+        return read_image(frame_path(self.inversion.source_frames, index))
 
     def _decode(self, edited: FrameArray) -> None:
         processes, frames = self.processes, self.folder / "frames"
