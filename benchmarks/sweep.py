@@ -74,8 +74,8 @@ def table(folder: Path, n_frames: int, steps: int) -> str:
         "one sweep": sweep[:2],
     }
     rows = [[name, *(f"{seconds:.0f}" for seconds in cost)] for name, cost in costs.items()]
-    ratios = (a / b for a, b in zip(*reversed(costs.values()), strict=True))
-    rows.append(["ratio", *(f"{ratio:.2f}" for ratio in ratios)])
+    ratios = (sweep / commands for commands, sweep in zip(*costs.values(), strict=True))
+    rows.append(["the sweep's share", *(f"{ratio:.2f}" for ratio in ratios)])
     return markdown(["", "seconds by the clock", "CPU seconds (user)"], rows)
 
 
