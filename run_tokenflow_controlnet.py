@@ -5,29 +5,32 @@
 What the ControlNets are given of the source's frames, such as their edges or depth (control), preserves the
 layout; control.mp4 shows it. An inversion under the same ControlNets is used if there is one. Run
 preprocess.py first.
-The last line on stdout is the path of the edited video.
+Several values of an option, such as --guidance_scale 3 5 7, are a sweep: all combinations are edited.
+The last line on stdout is the path of the edited video, or of a sweep the folder of its report.
 """
 
-from tokenflow.cli import command, parse
+from tokenflow.cli import command
 from tokenflow.config import ControlNetConfig
+from tokenflow.config_sweep import parse_sweep
 
 
 @command
 def main() -> None:
-    """Parse, open, edit, write, and print where the result is."""
-    config = parse(ControlNetConfig, __doc__, "config_controlnet.yaml")
+    """Parse, check, edit and write each edit, and print where the result is."""
+    configs = parse_sweep(ControlNetConfig, __doc__, "config_controlnet.yaml")
 
-    # Slow imports, after the configuration is known to be valid.
-    from tokenflow.editing.run import open_edit
+    # Slow imports, after the options are known to be valid.
+    from tokenflow.editing.sweep import open_edits
     from tokenflow.editing.techniques import controlnet
 
-    with open_edit(config, "controlnet") as run:
-        if not run.is_finished:
-            run.find_conditions()
-            scales = run.inversion.control_scales, config.control_scales
-            technique = controlnet(run.schedule, run.first_latents, run.control_images, *scales)
-            run.write(run.edit(technique))
-    print(run.video)
+    with open_edits(configs, "controlnet") as edits:
+        for run in edits:
+            if not run.is_finished:
+                run.find_conditions()
+                scales = run.inversion.control_scales, run.config.control_scales
+                technique = controlnet(run.schedule, run.first_latents, run.control_images, *scales)
+                run.write(run.edit(technique))
+    print(edits.result)
 
 
 if __name__ == "__main__":

@@ -4,27 +4,30 @@
 
 The edit starts from the inversion's noise. Its first steps take over the source's self-attention
 (pnp_attn_t) and features (pnp_f_t), which preserve the layout. Run preprocess.py first.
-The last line on stdout is the path of the edited video.
+Several values of an option, such as --pnp_attn_t 0.3 0.5 0.8, are a sweep: all combinations are edited.
+The last line on stdout is the path of the edited video, or of a sweep the folder of its report.
 """
 
-from tokenflow.cli import command, parse
+from tokenflow.cli import command
 from tokenflow.config import PnPConfig
+from tokenflow.config_sweep import parse_sweep
 
 
 @command
 def main() -> None:
-    """Parse, open, edit, write, and print where the result is."""
-    config = parse(PnPConfig, __doc__, "config_pnp.yaml")
+    """Parse, check, edit and write each edit, and print where the result is."""
+    configs = parse_sweep(PnPConfig, __doc__, "config_pnp.yaml")
 
-    # Slow imports, after the configuration is known to be valid.
-    from tokenflow.editing.run import open_edit
+    # Slow imports, after the options are known to be valid.
+    from tokenflow.editing.sweep import open_edits
     from tokenflow.editing.techniques import plug_and_play
 
-    with open_edit(config, "pnp") as run:
-        if not run.is_finished:
-            technique = plug_and_play(config, run.schedule, run.first_latents)
-            run.write(run.edit(technique))
-    print(run.video)
+    with open_edits(configs, "pnp") as edits:
+        for run in edits:
+            if not run.is_finished:
+                technique = plug_and_play(run.config, run.schedule, run.first_latents)
+                run.write(run.edit(technique))
+    print(edits.result)
 
 
 if __name__ == "__main__":

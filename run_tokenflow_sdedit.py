@@ -4,30 +4,34 @@
 
 The source is noised part of the way (start) and denoised with the new prompt. With less noise the
 edit stays closer to the source. Run preprocess.py first.
-The last line on stdout is the path of the edited video.
+Several values of an option, such as --start 0.7 0.8 0.9, are a sweep: all combinations are edited.
+The last line on stdout is the path of the edited video, or of a sweep the folder of its report.
 """
 
-from tokenflow.cli import command, parse
+from tokenflow.cli import command
 from tokenflow.config import SDEditConfig
+from tokenflow.config_sweep import parse_sweep
 
 
 @command
 def main() -> None:
-    """Parse, open, edit, write, and print where the result is."""
-    config = parse(SDEditConfig, __doc__, "config_sdedit.yaml")
+    """Parse, check, edit and write each edit, and print where the result is."""
+    configs = parse_sweep(SDEditConfig, __doc__, "config_sdedit.yaml")
 
-    # Slow imports, after the configuration is known to be valid.
-    from tokenflow.editing.run import open_edit
+    # Slow imports, after the options are known to be valid.
+    from tokenflow.editing.sweep import open_edits
     from tokenflow.editing.techniques import sdedit
     from tokenflow.inversion.files import CLEAN
 
-    with open_edit(config, "sdedit") as run:
-        if not run.is_finished:
-            manifest = run.inversion.manifest
-            latents = run.latents(CLEAN), run.latents(manifest.inverted), manifest.inverted_timestep
-            technique = sdedit(config, run.schedule, run.sd.scheduler, *latents)
-            run.write(run.edit(technique))
-    print(run.video)
+    with open_edits(configs, "sdedit") as edits:
+        for run in edits:
+            if not run.is_finished:
+                manifest = run.inversion.manifest
+                latents = run.latents(CLEAN), run.latents(manifest.inverted)
+                noised = run.sd.scheduler, *latents, manifest.inverted_timestep
+                technique = sdedit(run.config, run.schedule, *noised)
+                run.write(run.edit(technique))
+    print(edits.result)
 
 
 if __name__ == "__main__":

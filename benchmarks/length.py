@@ -31,7 +31,8 @@ from shapes.world import render
 from tokenflow.config import PnPConfig, PreprocessConfig
 from tokenflow.contact_sheet import contact_sheet, moments
 from tokenflow.diffusion.checkpoints import choose_device, load
-from tokenflow.editing.run import open_edit
+from tokenflow.editing.check import check_edit
+from tokenflow.editing.shared import Shared
 from tokenflow.editing.techniques import plug_and_play
 from tokenflow.editing.windows import window_bounds
 from tokenflow.inversion.run import open_inversion
@@ -95,7 +96,7 @@ def cost_of(*configs: PreprocessConfig | PnPConfig) -> Cost:
                     run.reconstruct()
                     run.finish()
             else:  # what `run_tokenflow_pnp.py` does
-                with open_edit(config, "pnp") as run:
+                with check_edit(config, "pnp", Shared()).opened() as run:
                     run.write(run.edit(plug_and_play(config, run.schedule, run.first_latents)))
     return meter.stages["run"]
 

@@ -20,7 +20,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from dataclasses import fields
+from dataclasses import Field, fields
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no made-up model is asked for; set before the hub's client
@@ -34,6 +34,7 @@ from benchmarks.report import markdown
 from shapes.checkpoint import SHAPES, build_random
 from tokenflow.cli import is_list
 from tokenflow.config import ControlNetConfig, PnPConfig, PreprocessConfig, SDEditConfig
+from tokenflow.config_sweep import MOST, SHARED
 from util import write_video
 
 ROOT = Path(__file__).parent.parent
@@ -78,7 +79,7 @@ NO_YAMLS = (
 NO_YAML_PATHS = ("none.yaml", "bad", "", "clip.mp4", "clip.mp4/x", "/dev/null", "a\nb", "\udcff", *LONG)
 NO_VALUES = (
     "[1, 2]", "{a: 1}", "[]", "{}", "2020-01-02", "2020-01-02 03:04:05", "!!set {a}", "!!binary aGk=",
-    "&a [*a]", "[[[[1]]]]", "{[1]: 2}",
+    "&a [*a]", "[[[[1]]]]", "{[1]: 2}", "[[1], 1, {}]",
 )
 NO_JSON = {
     "unet": {
@@ -139,10 +140,31 @@ def values(command: str) -> dict[str, list[dict[str, str | None]]]:
     if "lora" in options:
         found["lora"] = [{"lora": path} for path in (*NO_LORAS, *LONG)]
     if command != PREPROCESS:
+        found["sweep"] = wrong_sweeps(options)
         paths = (*NO_FOLDERS, "none", "", "tiny", "[*")
         found["folder"] += [{"latents_path": path} for path in paths]
         found["folder"].append({"data_path": f"{NAME}.mp4"})
     return found
+
+
+def wrong_sweeps(options: dict[str, Field]) -> list[dict[str, list[str]]]:
+    """Several values of options, as flags take them: too many, some wrong, or of what cannot be swept."""
+    shared = [{name: ["1", "2"]} for name in SHARED]
+    many = [{"seed": [str(seed) for seed in range(MOST + 1)]}]
+    many += [
+        {"seed": ["1", "2", "3", "4"], "guidance_scale": [str(n) for n in range(MOST // 4 + 1)]}
+    ]
+    wrong = [
+        {name: [str(options[name].default), value]}
+        for name in ("guidance_scale", "n_timesteps", "seed", "fuse", "keyframe_window")
+        for value in ("many", "-1", "9" * 30, "nan", "")
+    ]
+    texts = [{"mask": ["none", path]} for path in ("nowhere", "bad", "a\nb", "n" * 300)]
+    texts += [
+        {"prompt": words} for words in (["a", "blue", "square"], ["a dog", ""], ["a dog", " "])
+    ]
+    together = [{"n_timesteps": ["5", "4"]}, {"n_timesteps": ["5", "6"], "seed": ["1", "2"]}]
+    return shared + 5 * many + wrong + texts + together
 
 
 def below(pattern: str) -> list[str]:
@@ -155,7 +177,8 @@ def wrong_flags(command: str, rng: random.Random) -> list[str]:
     name = rng.choice(fields(COMMANDS[command])).name
     at = rng.randrange(len(name))
     misspelt = rng.choice([f"{name[:at]}{name[at + 1 :]}_", f"{name}s", f"{name}{name}"])
-    others = [["stray"], ["-x"], ["", ""], ["--=3"], ["--", "stray"], [f"-{name}", "3"]]
+    others = [["--resume", "true", "stray"], ["--overwrite", "", ""], ["-x"], ["--=3"]]
+    others += [["--", "stray"], [f"-{name}", "3"]]
     others += [["--data_path"], ["--data_path", "--resume"], ["--seed=1", "--seed=-1"]]
     others += [["--\n", "3"], ["--\udcff=3"]]
     return rng.choice([[f"--{misspelt}", "3"], [f"--{misspelt}=3"], rng.choice(others)])
@@ -168,7 +191,9 @@ def wrong_line(command: str, rng: random.Random) -> tuple[str, str]:
         keys = (f"{f.name}s", f"{f.name[1:]}_", "yes", "3", "~", "''", '"a\\nb"', "é")
         return rng.choice(keys), rng.choice(("3", "x", "[]"))
     nothing = ("null", "~", "") if isinstance(f.type, type) else ()  # some options may be null
-    wrong = tuple(value for value in NO_VALUES if not (is_list(f) and value == "[]"))
+    # An option that takes a list may have an empty one, and what can be swept may have several values.
+    right = {"[]"} if is_list(f) else set() if f.name in SHARED else {"[1, 2]"}
+    wrong = tuple(value for value in NO_VALUES if value not in right)
     return f.name, rng.choice(wrong + nothing)
 
 
@@ -197,6 +222,9 @@ def draw(rng: random.Random, yaml: Path) -> tuple[str, list[str], str]:
                 lines.pop(key, None)
                 if value is None:
                     continue
+                if isinstance(value, list):
+                    options[key] = value
+                    continue
                 unspeakable = "\0" in value or "\ud800" in value  # on a command line
                 if command != PREPROCESS and (unspeakable or rng.random() < 0.4):
                     is_number = re.fullmatch("-?[0-9.]+", value)
@@ -209,6 +237,9 @@ def draw(rng: random.Random, yaml: Path) -> tuple[str, list[str], str]:
     flags = rng.sample(list(options.items()), len(options))
     argv = []
     for key, value in flags:
+        if isinstance(value, list):
+            argv += [f"--{key}", *value]
+            continue
         joined = value.startswith("-") or rng.random() < 0.5
         argv += [f"--{key}={value}"] if joined else [f"--{key}", value]
     return command, argv + more, made[0]

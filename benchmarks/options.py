@@ -27,7 +27,9 @@ Every option is a flag, such as `--steps 25`. All commands but `preprocess.py` a
 file, whose default is named below and which `--config_path` replaces; a flag wins over the file. A flag that
 is true or false may stand alone: `--cpu_offload` means `--cpu_offload true`. An option of several values
 takes them one after another, `--control canny depth`, and in YAML as a list, `control: [canny, depth]`.
-`None` is `null` in YAML. Unknown keys and values out of range are refused before anything is loaded.
+Several values of any other option of an edit are a [sweep](sweeps.md), which makes the edits of all
+combinations: `--pnp_attn_t 0.3 0.5 0.8`, in YAML `pnp_attn_t: [0.3, 0.5, 0.8]`. `None`
+is `null` in YAML. Unknown keys and values out of range are refused before anything is loaded.
 
 The *source* is the video that is edited. An *inversion* is what `preprocess.py` computes from it: latents
 from which Stable Diffusion samples the source again. *Steps* are denoising steps: inversion steps lead from

@@ -5,7 +5,8 @@
 #
 # prompts.txt holds one prompt a line; empty lines are skipped. More options go into the variables INVERT, EDIT and
 # EVALUATE, such as EDIT="--n_timesteps 25 --guidance_scale 7". The last line on stdout is the path of the report.
-# Given again, the command goes on where it was stopped, and does nothing twice.
+# Given again, the command goes on where it was stopped, and does nothing twice. A few prompts are quicker as a sweep
+# (docs/sweeps.md), which loads the checkpoint once.
 set -euo pipefail
 video=$1 shown=$2 prompts=$3
 root=$(dirname "$0")/..

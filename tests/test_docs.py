@@ -10,7 +10,8 @@ from test_cli import ROOT, TECHNIQUES
 
 from benchmarks import options
 from tokenflow.cli import parse
-from tokenflow.config import PreprocessConfig
+from tokenflow.config import EditConfig, PreprocessConfig
+from tokenflow.config_sweep import parse_sweep
 from tokenflow.evaluation.config import EvaluateConfig
 
 COMMANDS = {"preprocess.py": (PreprocessConfig, None)} | {
@@ -39,7 +40,8 @@ def test_commands_are_accepted(page):
         words = shlex.split(re.split(r"[|;]", line)[0])
         for script in set(words) & set(COMMANDS):
             cls, yaml = COMMANDS[script]
-            parse(cls, "", yaml, words[words.index(script) + 1 :])
+            read = parse_sweep if issubclass(cls, EditConfig) else parse
+            read(cls, "", yaml, words[words.index(script) + 1 :])
             scripts.add(script)
     assert page.name != "README.md" or scripts >= set(COMMANDS) - {"evaluate.py"}
     modules = re.findall(r"python -m ((?:benchmarks|shapes)\.\w+)([^`\n]*)", text)

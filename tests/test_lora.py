@@ -109,6 +109,15 @@ def test_equals_merged_weights(sd, lora, factors):
         torch.testing.assert_close(results(once), plain, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(results(once), expected, atol=1e-4, rtol=1e-4)
     assert all((a - b).abs().mean() > 0.01 for a, b in zip(plain, expected, strict=True))
+    # Others take its place, and without any the networks are what they were.
+    other = with_loras(once, [path], [0.0])
+    torch.testing.assert_close(results(other), plain, atol=1e-5, rtol=1e-5)
+    bare, untouched = with_loras(other, [], []), copied(sd)
+    assert not bare.adapted
+    for part in ("unet", "text_encoder"):
+        ours, theirs = (getattr(of, part) for of in (bare, untouched))
+        assert str(ours) == str(theirs)
+        torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), atol=0, rtol=0)
 
 
 @torch.no_grad()

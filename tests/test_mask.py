@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from tokenflow.editing.fusion import Fusion
-from tokenflow.editing.mask import Mask, drawn_to_edges, given, relevance, write_relevant
+from tokenflow.editing.mask import (
+    Mask,
+    check_mask,
+    drawn_to_edges,
+    given,
+    relevance,
+    write_relevant,
+)
 from tokenflow.errors import UserError
 from tokenflow.inversion.source_frames import FrameChoice
 from tokenflow.runtime.distributed import Processes
@@ -39,7 +46,7 @@ def test_a_given_mask_is_read_as_the_source_was(tmp_path):
 
 def test_too_short_a_mask_is_refused(tmp_path):
     with pytest.raises(UserError, match="2 frames for the 3"):
-        list(given(masks(tmp_path / "masks", 5), CHOICE, 3, 8, 8))
+        check_mask(masks(tmp_path / "masks", 5), CHOICE, 3)
 
 
 def test_relevance_is_where_prompts_differ():

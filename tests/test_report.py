@@ -16,11 +16,12 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 import util
 from tokenflow.evaluation.figures import EDIT, SOURCE, Drift, beside_source, measure, summarize
-from tokenflow.evaluation.report import Entry, contact_sheet_of, write_report
+from tokenflow.evaluation.report import Entry, thumbnails, write_report
 from tokenflow.evaluation.verdict import verdict
 
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 N_FRAMES, FPS = 36, 12
+SEEDS = {"one": 11, "two": 22}  # by the entries' names
 PATIENCE = 120  # seconds, for a busy machine
 SHOWN = "return player.videos.map((video) => Number(video.dataset.frame))"
 
@@ -40,16 +41,16 @@ def entry_of(folder, name):
         util.write_video(path, videos[kind], FPS)
     curves = measure(videos, [beside_source, Drift(FPS, N_FRAMES)])
     figures = summarize(curves, FPS)
-    sheet = contact_sheet_of(videos, N_FRAMES)
+    pictures = thumbnails(videos, N_FRAMES)
     prompt, findings = f"</script><b>{name}</b>", verdict(figures)
-    about = findings, ["LPIPS: no package"], {"seed": 1, "model": None}
-    return Entry(name, prompt, files, Fraction(FPS), N_FRAMES, figures, curves, *about, sheet)
+    about = findings, ["LPIPS: no package"], {"seed": SEEDS[name], "model": None}
+    return Entry(name, prompt, files, Fraction(FPS), N_FRAMES, figures, curves, *about, pictures)
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("a report")
-    entries = [entry_of(folder, name) for name in ("one", "two")]
+    entries = [entry_of(folder, name) for name in SEEDS]
     write_report(folder / "report.html", "2 edits", entries)
     return folder / "report.html"
 
@@ -145,6 +146,12 @@ def test_what_the_page_shows(browser):
     # Sharpness, drift (from the second second on), PSNR and SSIM.
     assert sorted(curves) == [N_FRAMES - FPS] * 2 + [N_FRAMES] * 3
     text = browser.find_element(By.TAG_NAME, "body").text
+    buttons = browser.find_elements(By.CSS_SELECTOR, "#entries button")
+    assert [button.text for button in buttons] == ["11", "22"]
+    rows = browser.find_elements(By.CSS_SELECTOR, "#overview tbody tr")
+    assert [row.text.split()[:2] for row in rows] == [["one", "11"], ["two", "22"]]
+    sheet = browser.find_element(By.CSS_SELECTOR, "#overview img")
+    assert browser.execute_script("return arguments[0].naturalWidth", sheet) == 8 * 96
     for words in (
         "Verdict",
         "\u201c</script><b>one</b>\u201d",
@@ -155,7 +162,7 @@ def test_what_the_page_shows(browser):
         assert words in text
     sheet = browser.find_element(By.ID, "sheet")
     assert browser.execute_script("return arguments[0].naturalWidth", sheet) > 500
-    browser.find_elements(By.CSS_SELECTOR, "#entries button")[1].click()
+    buttons[1].click()
     assert "<b>two</b>" in browser.find_element(By.ID, "prompt").text
     wait(browser, f"{SHOWN}.every((frame) => frame === 0)")
 

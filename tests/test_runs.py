@@ -23,6 +23,7 @@ from test_damage import WAYS
 import util
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.errors import UserError
+from tokenflow.evaluation.report import discard_report
 from tokenflow.runtime import run_folder
 from tokenflow.runtime.batching import Batches, Limits
 from tokenflow.runtime.turns import in_turns
@@ -150,22 +151,29 @@ def test_two_processes_of_torchrun_equal_one(source, checkpoint, whole):
     assert content((source / last_line(result)).parent) == whole["preprocess"]
 
 
-def written_by_two(server, source, command):
-    """The files that a command writes in two forked processes, told of each other as torchrun would."""
+def folder_of_two(server, source, command):
+    """Where a command in two forked processes, told of each other as torchrun would, says its result is."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared["HF_HUB_OFFLINE"] = "1"
     printed = server.SimpleQueue()
     ranks = [{"RANK": rank, "LOCAL_RANK": rank} | shared for rank in "01"]
     calls = [(source, *command, printed, None, environment) for environment in ranks]
     assert exit_codes(server, *calls) == [0, 0]
-    return content(printed.get().parent)
+    return printed.get().parent
 
 
 @pytest.mark.parametrize("technique", TECHNIQUES)
 def test_two_processes_equal_one(server, source, checkpoint, whole, technique):
-    command = script_and_flags(technique, checkpoint, "whole", "shared_edits")
-    assert written_by_two(server, source, command) == whole[technique]
+    """They make a sweep of Plug-and-Play, the first of whose edits is that of one process."""
+    script, flags = script_and_flags(technique, checkpoint, "whole", "shared_edits")
+    flags += ["--pnp_attn_t", 0.5, 1] if technique == "pnp" else []
+    folder = folder_of_two(server, source, (script, flags))
+    if technique == "pnp":
+        assert (folder / "pnp_clip_sweep" / "report.html").is_file()
+        discard_report(folder := folder / "pnp_clip")
+    assert content(folder) == whole[technique]
 
 
 def test_a_process_that_dies_ends_the_run(source, checkpoint):
@@ -271,7 +279,7 @@ def test_edits_along_the_flow(server, source, checkpoint, whole, monkeypatch):
         (script, [*options, "--correspondences", "flow"])
         for script, options in (script_and_flags(*flags, out) for out in ("flow_2", "flow_1"))
     )
-    edited = written_by_two(server, source, shared)
+    edited = content(folder_of_two(server, source, shared))
     assert edited["frames/00006.png"] != whole["pnp"]["frames/00006.png"]
     monkeypatch.setattr("tokenflow.inversion.source_motion.both_ways", None)  # not to be called
     result = run(alone[0], *alone[1], cwd=source)

@@ -28,6 +28,7 @@ FLOORS = (
     ["tokenflow.inversion"],
     ["tokenflow.editing"],
     ["tokenflow.evaluation.subjects", "tokenflow.evaluation.run"],
+    ["tokenflow.editing.sweep"],
     ["preprocess", "run_tokenflow", "evaluate"],
 )
 

@@ -61,9 +61,24 @@ def parse(
 
     With a `default_yaml` in `configs/`, flags win over that file or the one that `--config_path` names.
     """
-    flags = _parse_flags(cls, description, default_yaml, argv)
-    values = _read_yaml(Path(flags.pop("config_path"))) if default_yaml else {}
+    flags, values = read_options(cls, description, default_yaml, argv)
     return build(cls, {**values, **flags})
+
+
+def read_options(
+    cls: type,
+    description: str,
+    default_yaml: str | None = None,
+    argv: list[str] | None = None,
+    several: bool = False,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options for `cls` in flags, as strings, and those in YAML, neither of which is checked.
+
+    several: every flag takes one or several values, and what it gives is a list of them.
+    """
+    flags = _parse_flags(cls, description, default_yaml, argv, several)
+    values = _read_yaml(Path(flags.pop("config_path"))) if default_yaml else {}
+    return flags, values
 
 
 def build(cls: type[C], values: dict[str, Any]) -> C:
@@ -137,7 +152,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse_flags(
-    cls: type, description: str, default_yaml: str | None, argv: list[str] | None
+    cls: type,
+    description: str,
+    default_yaml: str | None,
+    argv: list[str] | None,
+    several: bool,
 ) -> dict[str, Any]:
     parser = _Parser(
         description=description,
@@ -156,20 +175,23 @@ def _parse_flags(
             help += f"; one of {', '.join(f.metadata['choices'])}"
         if f.default is not MISSING:
             help += f" (default: {spelt(f.default, f)})"
-        several = {"nargs": "+"} if is_list(f) else {}
+        if f.type is bool:  # such a flag may stand alone
+            takes = {"nargs": "*"} if several else {"nargs": "?", "const": "true"}
+        else:
+            takes = {"nargs": "+"} if several or is_list(f) else {}
         parser.add_argument(
             f"--{f.name}",
             default=argparse.SUPPRESS,
             metavar="X",
             help=help.replace("%", "%%"),
-            **({"nargs": "?", "const": "true"} if f.type is bool else several),
+            **takes,
         )
     flags, unknown = parser.parse_known_args(argv)
     if unknown:
         key = unknown[0].removeprefix("--").partition("=")[0]
         known = [f.name for f in fields(cls)]
         raise UserError(f"unknown flag {unknown[0]!r}{_nearest(key, known)}")
-    return vars(flags)
+    return {key: ["true"] if value == [] else value for key, value in vars(flags).items()}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

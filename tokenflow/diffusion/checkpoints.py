@@ -126,25 +126,15 @@ def load(
     With `cpu_offload` only one of the VAE, the text encoders and the UNet is on the device at a time.
     compiled: whether the UNet is compiled, in its first passes. version: see `SingleFile.find`.
     """
-    for controlnet_id in controlnet_ids:
-        load_config(ControlNetModel, controlnet_id, None, "block_out_channels")
+    check_controlnets(controlnet_ids)
     file = SingleFile.find(model_id, version)
     where = file.configuration if file else model_id
     weights = read_weights(file.path) if file else None
 
-    def network(
-        cls: type, subfolder: str | None, dtype: torch.dtype = dtype, model: str = model_id
-    ) -> torch.nn.Module:
-        if file and subfolder:
-            loaded = file.network(weights, cls, subfolder, dtype).eval()
-        else:
-            loaded = load_weights(cls, model, subfolder, dtype).eval()
-        for name, parameter in loaded.named_parameters():
-            if parameter.is_meta:
-                raise UserError(
-                    f"{option_of(subfolder)}: {model} is no {cls.__name__}: its weights lack {name}"
-                )
-        return loaded
+    def network(cls: type, subfolder: str, dtype: torch.dtype = dtype) -> torch.nn.Module:
+        if file:
+            return _whole(file.network(weights, cls, subfolder, dtype), model_id, subfolder)
+        return _whole(load_weights(cls, model_id, subfolder, dtype), model_id, subfolder)
 
     def tokenizer(subfolder: str) -> CLIPTokenizer:
         return find(CLIPTokenizer.from_pretrained, where, subfolder)
@@ -157,19 +147,18 @@ def load(
             "text_encoder_2": network(CLIPTextModelWithProjection, "text_encoder_2"),
             "zero_if_empty": _zero_if_empty(where),
         }
-    controlnets = [network(ControlNetModel, None, model=name) for name in controlnet_ids]
     sd = StableDiffusion(
         vae=network(AutoencoderKL, "vae", vae_dtype(unet.config, vae_config, dtype)),
         tokenizer=tokenizer("tokenizer"),
         text_encoder=network(CLIPTextModel, "text_encoder"),
         unet=unet,
         scheduler=load_scheduler(model_id, version),
-        controlnet=MultiControlNetModel(controlnets).to(device) if controlnets else None,
+        controlnet=None,
         device=device,
         dtype=dtype,
         **second,
     )
-    _check_parts(sd, model_id, controlnet_ids)
+    _check_parts(sd, model_id)
     networks = [part for part in (sd.vae, sd.text_encoder, sd.text_encoder_2, sd.unet) if part]
     if cpu_offload:
         hooks = [cpu_offload_with_hook(part, device)[1] for part in networks]
@@ -185,7 +174,40 @@ def load(
         torch._dynamo.config.skip_nnmodule_hook_guards = False
         torch._dynamo.config.recompile_limit = GRAPHS
         sd.unet.compile()
-    return replace(sd, compiled=compiled)
+    return with_controlnets(replace(sd, compiled=compiled), model_id, controlnet_ids)
+
+
+def check_controlnets(controlnet_ids: Sequence[str]) -> None:
+    """Before weights are loaded, raise UserError for a ControlNet that is not there."""
+    for controlnet_id in controlnet_ids:
+        load_config(ControlNetModel, controlnet_id, None, "block_out_channels")
+
+
+def with_controlnets(
+    sd: StableDiffusion, model_id: str, controlnet_ids: Sequence[str]
+) -> StableDiffusion:
+    """The checkpoint `model_id` with these ControlNets instead of those that it has."""
+    nets = []
+    for controlnet_id in controlnet_ids:
+        loaded = load_weights(ControlNetModel, controlnet_id, None, sd.dtype)
+        nets.append(_whole(loaded, controlnet_id, None))
+        for key in ("cross_attention_dim", "block_out_channels", "in_channels"):
+            if (found := as_json(loaded.config[key])) != as_json(sd.unet.config[key]):
+                raise UserError(
+                    f"controlnet: {controlnet_id} does not fit the model {model_id}: its {key} is "
+                    f"{found}, not {as_json(sd.unet.config[key])}; name one of the same version"
+                )
+    return replace(sd, controlnet=MultiControlNetModel(nets).to(sd.device) if nets else None)
+
+
+def _whole(network: torch.nn.Module, model_id: str, subfolder: str | None) -> torch.nn.Module:
+    """The network, ready to run. Raises UserError if its weights lack some."""
+    for name, parameter in network.named_parameters():
+        if parameter.is_meta:
+            raise UserError(
+                f"{option_of(subfolder)}: {model_id} is no {type(network).__name__}: its weights lack {name}"
+            )
+    return network.eval()
 
 
 def vae_dtype(unet: Mapping[str, Any], vae: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
@@ -207,8 +229,8 @@ def _zero_if_empty(where: str) -> bool:
     return bool(index.get("force_zeros_for_empty_prompt", True))
 
 
-def _check_parts(sd: StableDiffusion, model_id: str, controlnet_ids: Sequence[str]) -> None:
-    """Raise UserError for parts that do not fit each other, such as a ControlNet of another version."""
+def _check_parts(sd: StableDiffusion, model_id: str) -> None:
+    """Raise UserError for parts that do not fit each other."""
     unet = sd.unet.config
     texts = [(sd.tokenizer, sd.text_encoder.config)]
     if sd.text_encoder_2:
@@ -236,15 +258,6 @@ def _check_parts(sd: StableDiffusion, model_id: str, controlnet_ids: Sequence[st
             raise UserError(
                 f"model: {model_id}: its tokenizer knows no words; copy or download the checkpoint again"
             )
-    for controlnet_id, controlnet in zip(
-        controlnet_ids, sd.controlnet.nets if sd.controlnet else (), strict=True
-    ):
-        for key in ("cross_attention_dim", "block_out_channels", "in_channels"):
-            if (found := as_json(controlnet.config[key])) != as_json(unet[key]):
-                raise UserError(
-                    f"controlnet: {controlnet_id} does not fit the model {model_id}: its {key} is "
-                    f"{found}, not {as_json(unet[key])}; name one of the same version"
-                )
 
 
 def networks_on_meta(

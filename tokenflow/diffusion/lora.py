@@ -8,12 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from diffusers import UNet2DConditionModel
+from diffusers.configuration_utils import FrozenDict
 from diffusers.loaders import StableDiffusionLoraLoaderMixin as Loader
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
-from diffusers.utils import set_weights_and_activate_adapters
+from diffusers.utils import recurse_remove_peft_layers, set_weights_and_activate_adapters
 from torch import nn
 
-from tokenflow.diffusion.parts import on_hub
+from tokenflow.diffusion.checkpoints import configuration_of
+from tokenflow.diffusion.parts import load_config, on_hub
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.errors import UserError
 from util import fingerprint
@@ -24,10 +27,16 @@ def with_loras(
 ) -> StableDiffusion:
     """`sd` with LoRAs, each a file, a folder or a hub id, times its scale; `sd.original()` is without.
 
+    They take the place of those that its networks have.
     Raises UserError for one that cannot be read or does not fit the networks.
     """
     networks = {"unet": sd.unet, "text_encoder": sd.text_encoder}
     networks |= {"text_encoder_2": sd.text_encoder_2} if sd.text_encoder_2 else {}
+    for network in networks.values():
+        if getattr(network, "peft_config", None):
+            recurse_remove_peft_layers(network)
+            del network.peft_config
+            network._hf_peft_config_loaded = False
     names = [f"lora_{index}" for index in range(len(loras))]
     for name, lora in zip(names, loras, strict=True):
         _add(networks, name, lora)
@@ -35,6 +44,14 @@ def with_loras(
     for network in adapted:
         set_weights_and_activate_adapters(network.to(sd.dtype), names, list(scales))
     return replace(sd, adapted=adapted)
+
+
+def check_loras(loras: Sequence[str], model_id: str, version: str | None = None) -> None:
+    """Before the checkpoint's weights are loaded, raise UserError for a LoRA that cannot be read."""
+    where = configuration_of(model_id, version)
+    unet = load_config(UNet2DConditionModel, where, "unet", "block_out_channels")
+    for lora in loras:
+        _read(lora, FrozenDict(unet))
 
 
 def lora_identity(lora: str) -> str:

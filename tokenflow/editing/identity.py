@@ -1,14 +1,16 @@
 """What tells edits apart: the text that is stored as `config.yaml` in the folder of each."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
+from itertools import chain
 from typing import Any
 
 import yaml
 
 from tokenflow.cli import dump
 from tokenflow.config import HOW, EditConfig
+from tokenflow.config_sweep import differences
 from tokenflow.inversion.files import Inversion
 
 # Comments below the options, so that the file stays one that --config_path accepts.
@@ -20,6 +22,18 @@ def identity_of(config: EditConfig, inversion: Inversion, files: Iterable[str]) 
     inverted = json.dumps(inversion.manifest.identity)
     notes = [f"{INVERSION_NOTE}{inverted}\n", *(f"{FILE_NOTE}{name}\n" for name in files)]
     return dump(without_how(config)) + "".join(notes)
+
+
+def identity_of_sweep(identities: Sequence[str]) -> str:
+    """The identity of several edits together: that of one, with lists of the options that tell them apart."""
+    options = [yaml.safe_load(text) for text in identities]
+    lists: dict[str, list] = {}
+    for name, value in chain.from_iterable(apart.items() for apart in differences(options)):
+        of_name = lists.setdefault(name, [])
+        of_name += [value] * (value not in of_name)
+    lines = chain.from_iterable(text.splitlines(keepends=True) for text in identities)
+    notes = dict.fromkeys(line for line in lines if line.startswith((INVERSION_NOTE, FILE_NOTE)))
+    return yaml.safe_dump(options[0] | lists, sort_keys=True, allow_unicode=True) + "".join(notes)
 
 
 def read_identity(text: str) -> tuple[dict[str, Any], dict]:

@@ -129,23 +129,25 @@ def write_relevant(
         inside[frames] = (F.avg_pool2d(pixels.float(), scale) >= TOUCHED).float()
 
 
+def check_mask(path: Path, choice: FrameChoice, n_frames: int) -> None:
+    """Raise UserError if a user's mask has fewer frames than are edited. choice: as for `given`."""
+    if (count := choice.count(path, n_frames)) < n_frames:
+        raise UserError(
+            f"mask: {path} has {count} frames for the {n_frames} to edit; it must be as long as the video"
+        )
+
+
 def given(
     path: Path, choice: FrameChoice, n_frames: int, height: int, width: int
 ) -> Iterator[torch.Tensor]:
     """Yield for each frame where a user's mask is white, in latent pixels: 0 or 1, (height, width).
 
     path: a video or folder of images of the source's whole length, white inside. choice: which frames the
-    inversion used of the source. Raises UserError if there are too few frames.
+    inversion used of the source.
     """
-    count = 0
     for frame in choice.fitted(path, n_frames):
-        count += 1
         grey = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
         yield (reduced(grey, height, width) >= 0.5).float()
-    if count < n_frames:
-        raise UserError(
-            f"mask: {path} has {count} frames for the {n_frames} to edit; it must be as long as the video"
-        )
 
 
 def reduced(image: np.ndarray, height: int, width: int) -> torch.Tensor:

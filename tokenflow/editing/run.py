@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -14,27 +14,25 @@ from tqdm import tqdm
 
 from tokenflow.config import ControlNetConfig, EditConfig
 from tokenflow.contact_sheet import contact_sheet, moments
-from tokenflow.diffusion.checkpoints import check_checkpoint, choose_device, load, load_scheduler
+from tokenflow.diffusion.checkpoints import load, with_controlnets
 from tokenflow.diffusion.control import Conditions
 from tokenflow.diffusion.ddim import Schedule, check_finite, ddim_step, predicted_clean
-from tokenflow.diffusion.lora import lora_identity, with_loras
+from tokenflow.diffusion.lora import with_loras
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.consensus import DISTANCES, Consensus, consensus_steps
 from tokenflow.editing.denoiser import Denoiser, Edit, Source, TokenFlowDenoiser, keyframe_schedule
 from tokenflow.editing.fusion import Fusion
-from tokenflow.editing.identity import identity_of
 from tokenflow.editing.mask import Mask, compared, given, relevance, write_relevant
+from tokenflow.editing.shared import Shared
 from tokenflow.editing.techniques import LatentsOf, Technique
 from tokenflow.errors import DamagedError, UserError
 from tokenflow.evaluation.report import discard_report
 from tokenflow.inversion.files import CLEAN, Inversion, noisy
-from tokenflow.inversion.find import find_inversion, preprocess_command
+from tokenflow.inversion.find import conditions_of, preprocess_command
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.source_frames import (
     DEPTH_VIDEO,
     FrameChoice,
-    check_conditions,
-    control_identity,
     find_conditions,
     write_depth_video,
 )
@@ -47,7 +45,6 @@ from tokenflow.runtime.edit_checkpoint import EditCheckpoint
 from tokenflow.runtime.frame_array import FrameArray
 from tokenflow.runtime.run_folder import locked, partial_path, remove, run_folder, staged
 from util import (
-    fingerprint,
     frame_path,
     load_frames,
     read_image,
@@ -60,70 +57,55 @@ from util import (
 log = logging.getLogger("tokenflow")
 
 DECODE_BATCH = 8  # frames decoded before they are written
-
-
-@contextmanager
-def open_edit(config: EditConfig, technique: str) -> Iterator["EditRun"]:
-    """The run that edits a video; while the block lasts, no other run can work in its folder.
-
-    Everything that can be checked is checked first. technique: first part of the folder's name.
-    """
-    check_checkpoint(config.model_id, version=config.sd_version)
-    scheduler = load_scheduler(config.model_id, config.sd_version)
-    schedule = Schedule.of(scheduler, config.n_timesteps)
-    inversion, n_frames = find_inversion(config, schedule.timesteps)
-    if config.mask == "auto" and not inversion.prompt.strip():
-        recompute = preprocess_command(
-            config, inversion.manifest.config | {"inversion_prompt": "what the video shows"}
-        )
-        raise UserError(
-            "mask: auto compares prompt with inversion_prompt, which is empty; recompute the inversion with: "
-            f"{recompute} --overwrite"
-        )
-    device, dtype = choose_device(config.device, config.dtype)
-    files = [lora_identity(lora) for lora in config.lora]
-    if isinstance(config, ControlNetConfig):
-        check_conditions(config, FrameChoice.of(inversion.manifest.config), n_frames)
-        files += [control_identity(config)] if config.control_path else []
-    files += [fingerprint(config.mask_path)] if config.mask_path else []
-    processes = Processes(device)
-
-    name = f"{technique}_{Path(config.data_path).stem}"
-    identity = identity_of(config, inversion, files)
-    with ExitStack() as held:
-        with processes.main_first():
-            folder = held.enter_context(run_folder(Path(config.output_path), name, identity))
-        run = EditRun(config, inversion, schedule, n_frames, folder, processes, device, dtype)
-        if run.video.exists() and not run.checkpoints.exists() and not config.overwrite:
-            try:
-                check(folder)
-            except DamagedError as damage:
-                raise UserError(f"{damage}; --overwrite recomputes the edit") from damage
-            log.info("this edit exists already; --overwrite recomputes it")
-            yield replace(run, is_finished=True)
-            return
-        if processes.is_main:
-            held.enter_context(locked(folder))
-            if config.overwrite or not config.resume:
-                remove(run.checkpoints)
-            run.checkpoints.mkdir(exist_ok=True)
-        processes.wait()
-        yield run
+STEPS = ".steps"  # folder of what a run needs until it is finished
 
 
 @dataclass(frozen=True)
 class EditRun:
-    """One process's part in editing a video, resumed if an earlier run was killed."""
+    """One process's part in editing a video, resumed if an earlier run was killed.
+
+    name: of its folder, unless another edit has it. identity: what tells it from other edits.
+    scratch: folder of files that are of no use after it, but may be to the next edit of `shared`.
+    """
 
     config: EditConfig
+    name: str
     inversion: Inversion
     schedule: Schedule
     n_frames: int
-    folder: Path
+    identity: str
     processes: Processes
     device: torch.device
     dtype: torch.dtype
+    shared: Shared
+    folder: Path | None = None
+    scratch: Path | None = None
     is_finished: bool = False
+
+    @contextmanager
+    def opened(self, scratch: Path | None = None) -> Iterator["EditRun"]:
+        """The run in its folder; while the block lasts, no other run can work there."""
+        config, processes = self.config, self.processes
+        with ExitStack() as held:
+            where = Path(config.output_path), self.name, self.identity
+            with processes.main_first():
+                folder = held.enter_context(run_folder(*where))
+            run = replace(self, folder=folder, scratch=scratch or folder / STEPS)
+            if run.video.exists() and not run.checkpoints.exists() and not config.overwrite:
+                try:
+                    check(folder)
+                except DamagedError as damage:
+                    raise UserError(f"{damage}; --overwrite recomputes the edit") from damage
+                log.info("this edit exists already; --overwrite recomputes it")
+                yield replace(run, is_finished=True)
+                return
+            if processes.is_main:
+                held.enter_context(locked(folder))
+                if config.overwrite or not config.resume:
+                    remove(run.checkpoints)
+                run.checkpoints.mkdir(exist_ok=True)
+            processes.wait()
+            yield run
 
     @property
     def video(self) -> Path:
@@ -133,7 +115,7 @@ class EditRun:
     @property
     def checkpoints(self) -> Path:
         """Folder of the latents that a killed run is resumed from."""
-        return self.folder / ".steps"
+        return self.folder / STEPS
 
     def edit(self, technique: Technique) -> FrameArray:
         """Denoise step by step; returns the latents of the edited video."""
@@ -161,16 +143,26 @@ class EditRun:
 
     @cached_property
     def sd(self) -> StableDiffusion:
-        """The checkpoint, loaded when it is first needed."""
+        """The checkpoint, loaded when it is first needed, with this edit's ControlNets and LoRAs."""
+        config, get = self.config, self.shared.get
+        controlnets = config.controlnet_ids if isinstance(config, ControlNetConfig) else ()
+        loras = config.lora, config.lora_scales
+        sd = get("checkpoint", None, self._load)
+        controlled = partial(with_controlnets, sd, config.model_id, controlnets)
+        sd = get("ControlNets", controlnets, controlled)
+        adapted = get("LoRAs", loras, partial(with_loras, sd, *loras)).adapted
+        return replace(sd, adapted=adapted, limits=sd.limits.kept_in(self.checkpoints))
+
+    def _load(self) -> StableDiffusion:
         config = self.config
         controlnets = config.controlnet_ids if isinstance(config, ControlNetConfig) else ()
         where, pixels = (controlnets, self.device, self.dtype), self._choice.H * self._choice.W
         fits = plan_memory(config, *where, pixels, self.n_frames)
         log.info("loading %s on %s in %s", config.model_id, self.device, self.dtype)
         options = {"cpu_offload": config.cpu_offload, "version": config.sd_version}
-        sd = load(config.model_id, *where, **options, compiled=config.compile)
-        sd = replace(sd, clip_skip=config.clip_skip, limits=Limits(self.checkpoints, fits))
-        return with_loras(sd, config.lora, config.lora_scales)
+        options |= {"compiled": config.compile}
+        sd = load(config.model_id, (), self.device, self.dtype, **options)
+        return replace(sd, clip_skip=config.clip_skip, limits=Limits(fits=fits))
 
     def latents(self, name: str) -> LatentsOf:
         """The function from frames (n,) to the inversion's latents (n, 4, h, w) of that name."""
@@ -192,7 +184,7 @@ class EditRun:
             log.info("the source is denoised along with the edit: %s", missed)
             return alone
         try:
-            self.inversion.check_source_features()
+            self.shared.get("features", None, self.inversion.check_source_features)
         except DamagedError as damage:
             log.warning(
                 "warning: %s; the source is denoised along with the edit instead; "
@@ -207,9 +199,9 @@ class EditRun:
     def find_conditions(self) -> None:
         """Find what the ControlNets are given of each frame, and show it as a video, side by side."""
         if self.processes.is_main:
-            folder, choice = self.inversion.source_frames, self._choice
-            seen = folder, self.n_frames, self._conditions, self.device
-            find_conditions(self.config, choice, *seen)
+            seen = self.inversion.source_frames, self.n_frames, self._conditions, self.device
+            find = partial(find_conditions, self.config, self._choice, *seen)
+            self.shared.get("conditions", conditions_of(self.config), find)
             each = (self._conditions[torch.tensor([index])] for index in range(self.n_frames))
             frames = (np.concatenate(conditions[:, 0], axis=1) for conditions in each)
             write_video(self.folder / "control.mp4", frames, self.inversion.manifest.frame_rate)
@@ -221,7 +213,7 @@ class EditRun:
 
     @property
     def _conditions(self) -> Conditions:
-        return Conditions(self.checkpoints, len(self.config.controlnet_ids))
+        return Conditions(self.scratch, len(self.config.controlnet_ids))
 
     @property
     def _depth(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
@@ -254,11 +246,16 @@ class EditRun:
         return Consensus(self.sd, self._near_and_far, steps)
 
     def _mask(self) -> Mask | None:
-        """The mask, written to a file for all processes."""
         if self.config.mask == "none":
             return None
+        config = self.config
+        key = config.mask, config.prompt, config.lora, config.lora_scales, config.n_timesteps
+        return Mask(self.shared.get("mask", key, self._inside), self._source_latents)
+
+    def _inside(self) -> FrameArray:
+        """Where the edit may change the video, written to a file for all processes."""
         n_frames, _, height, width = self.inversion.latents(CLEAN).shape
-        inside = FrameArray(self.checkpoints / "mask.npy")
+        inside = FrameArray(self.scratch / "mask.npy")
         if self.processes.is_main:
             FrameArray.create(inside.path, (self.n_frames, 1, height, width), torch.float32)
         self.processes.wait()
@@ -279,20 +276,20 @@ class EditRun:
             for index, mask in enumerate(masks):
                 inside[torch.tensor([index])] = mask[None, None]
         self.processes.wait()
-        return Mask(inside, self._source_latents)
+        return inside
 
     def _source_latents(self, t: int | None, frames: torch.Tensor) -> torch.Tensor:
         if t is None:
             return self.inversion.latents(CLEAN)[frames]
         return self.inversion.noisy_latents(t, frames)
 
-    @cached_property
+    @property
     def _near_and_far(self) -> Fusion:
-        return self._fusion(DISTANCES)
+        return self._fusion("consensus", DISTANCES)
 
-    def _fusion(self, distances: Iterable[int]) -> Fusion:
-        parts = self.n_frames, distances, self.checkpoints, self.processes
-        return Fusion.along(self._picture, *parts)
+    def _fusion(self, name: str, distances: Sequence[int]) -> Fusion:
+        parts = self.n_frames, distances, self.scratch / name, self.processes
+        return self.shared.get(name, tuple(distances), partial(Fusion.along, self._picture, *parts))
 
     def _picture(self, index: int) -> np.ndarray:
         """A frame of the source, uint8 RGB (H, W, 3)."""
@@ -301,7 +298,7 @@ class EditRun:
     def _decode(self, edited: FrameArray) -> None:
         processes, frames = self.processes, self.folder / "frames"
         fuse = self.config.fuse
-        fusion = self._fusion(range(1, fuse + 1)) if fuse else None
+        fusion = self._fusion("fuse", range(1, fuse + 1)) if fuse else None
         with staged(frames) if processes.is_main else nullcontext(partial_path(frames)) as partial:
             if processes.is_main:
                 partial.mkdir()

@@ -1,9 +1,10 @@
 """`report.html`: videos in step, figures with their floors, curves and a verdict, in one file."""
 
 import base64
+import csv
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -13,6 +14,7 @@ from urllib.parse import quote
 import cv2
 import numpy as np
 
+from tokenflow.config_sweep import differences, label, spelt
 from tokenflow.contact_sheet import contact_sheet, moments
 from tokenflow.evaluation.figures import (
     EDIT,
@@ -26,8 +28,10 @@ from tokenflow.evaluation.figures import (
 )
 from tokenflow.evaluation.verdict import Finding
 from tokenflow.runtime.run_folder import remove, staged
+from util import write_image
 
 PAGE, PARTS = "report.html", "report"  # the page, and the folder of what it shows beside it
+SHEET, TABLE = "edits.png", "edits.csv"  # of several edits, beside their page
 TEMPLATE = Path(__file__).with_name("template")
 NAMES = {
     SOURCE: "source",
@@ -54,7 +58,7 @@ class Entry:
     findings: list[Finding]
     skipped: list[str]  # figures that were not measured, and why
     options: dict[str, Any]
-    sheet: np.ndarray  # contact sheet, uint8 RGB, whose columns are the video's `moments`
+    pictures: dict[str, np.ndarray]  # small frames of the video's `moments`, by what they are
 
     def measured(self) -> dict[str, Any]:
         """Everything that was measured, as JSON holds it."""
@@ -73,21 +77,31 @@ class Entry:
 
 
 def write_report(path: Path, title: str, entries: list[Entry]) -> None:
-    """Write the page of one or several edits, which refers to their videos by relative paths."""
+    """Write the page of one or several edits, which refers to their videos by relative paths.
+
+    Beside the page of several, also writes their contact sheet and a table of their figures.
+    """
     shown = {key: asdict(figure) for key, figure in FIGURES.items()}
     data = {"title": title, "names": NAMES, "figures": shown, "entries": []}
-    for entry in entries:
+    apart = differences([entry.options for entry in entries])
+    if len(entries) > 1:
+        write_image(path.with_name(SHEET), sheet_of_edits(entries, apart))
+        write_table(path.with_name(TABLE), entries, apart)
+        data["sheet"] = SHEET
+    for entry, settings in zip(entries, apart, strict=True):
         videos = {
             name: quote(os.path.relpath(entry.videos[name], path.parent))
             for name in NAMES
             if name in entry.videos
         }
-        pictures = {
+        rows = {NAMES[name]: pictures for name, pictures in entry.pictures.items()}
+        more = {
+            "settings": {name: spelt(value) for name, value in settings.items()},
             "videos": videos,
-            "sheet": _as_url(entry.sheet),
+            "sheet": _as_url(contact_sheet(rows)),
             "moments": moments(entry.n_frames),
         }
-        data["entries"].append(entry.measured() | pictures)
+        data["entries"].append(entry.measured() | more)
     # JSON within a script must not close it.
     text = json.dumps(data, ensure_ascii=False, sort_keys=False).replace("<", "\\u003c")
     page = (TEMPLATE / "page.html").read_text(encoding="utf-8")
@@ -111,14 +125,39 @@ def discard_report(folder: Path) -> None:
         remove(folder / name)
 
 
-def contact_sheet_of(videos: Mapping[str, Iterable[np.ndarray]], n_frames: int) -> np.ndarray:
-    """The contact sheet of videos by what they are: frames at the `moments`, made small."""
+def sheet_of_edits(entries: Sequence[Entry], apart: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """A contact sheet of several edits, uint8 RGB, below the sources that they are of.
+
+    apart: the options that tell each from the others.
+    """
+    rows, source = {}, None
+    for entry, settings in zip(entries, apart, strict=True):
+        if not np.array_equal(source, entry.pictures[SOURCE]):
+            source = entry.pictures[SOURCE]
+            rows[f"source of {entry.name}" if rows else "source"] = source
+        words = f"{entry.name}: {label(settings)}" if settings else entry.name
+        rows[words] = entry.pictures[EDIT]
+    return contact_sheet(rows)
+
+
+def write_table(path: Path, entries: Sequence[Entry], apart: Sequence[Mapping[str, Any]]) -> None:
+    """Write the edits' figures as comma-separated values. apart: as for `sheet_of_edits`."""
+    keys = [key for key in FIGURES if any(EDIT in e.figures.get(key, {}) for e in entries)]
+    with staged(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["edit", *apart[0], *keys])
+        for entry, settings in zip(entries, apart, strict=True):
+            figures = [_rounded(entry.figures.get(key, {}).get(EDIT)) for key in keys]
+            table.writerow([entry.name, *map(spelt, settings.values()), *figures])
+
+
+def thumbnails(videos: Mapping[str, Iterable[np.ndarray]], n_frames: int) -> dict[str, np.ndarray]:
+    """Frames of each video at the `moments`, made small: uint8 RGB (n, H, W, 3)."""
     shown = moments(n_frames)
-    rows = {
-        NAMES[name]: np.stack([_small(f) for i, f in enumerate(frames) if i in shown])
+    return {
+        name: np.stack([_small(f) for i, f in enumerate(frames) if i in shown])
         for name, frames in videos.items()
     }
-    return contact_sheet(rows)
 
 
 def _small(frame: np.ndarray) -> np.ndarray:

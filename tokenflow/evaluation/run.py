@@ -2,8 +2,11 @@
 
 import logging
 import os
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -12,9 +15,11 @@ from tqdm import tqdm
 from tokenflow.diffusion.checkpoints import choose_device
 from tokenflow.evaluation.config import EvaluateConfig
 from tokenflow.evaluation.figures import (
+    EDIT,
     SOURCE,
     VAE,
     AlongFlow,
+    Curves,
     Drift,
     beside_source,
     measure,
@@ -25,7 +30,7 @@ from tokenflow.evaluation.report import (
     PAGE,
     PARTS,
     Entry,
-    contact_sheet_of,
+    thumbnails,
     write_measured,
     write_report,
 )
@@ -50,31 +55,47 @@ def evaluate(config: EvaluateConfig) -> Path:
         for subject in subjects:
             held.enter_context(locked(subject.folder))
         entries = []
-        for subject in subjects:
-            entry = evaluate_one(subject, config, flow, device)
-            write_measured(subject.folder, entry)
-            write_report(subject.folder / PAGE, entry.name, [entry])
-            _say(entry)
-            entries.append(entry)
+        for _, members in groupby(subjects, key=attrgetter("compared_with")):
+            for subject, entry in evaluate_together(list(members), config, flow, device):
+                write_measured(subject.folder, entry)
+                write_report(subject.folder / PAGE, entry.name, [entry])
+                _say(entry)
+                entries.append(entry)
         page = _joint_folder(subjects, config) / PAGE
         if len(subjects) > 1 or page.parent != subjects[0].folder:
             write_report(page, f"{len(entries)} edits", entries)
     return page
 
 
-def evaluate_one(
-    subject: Subject, config: EvaluateConfig, flow: Flow, device: torch.device
-) -> Entry:
-    """Measure one edit, and write the videos that its report shows and nobody has written yet."""
-    meters, skipped = available(config.clip, config.dino, subject.prompt, device)
-    if VAE not in subject.frames:
+def evaluate_together(
+    subjects: list[Subject], config: EvaluateConfig, flow: Flow, device: torch.device
+) -> Iterator[tuple[Subject, Entry]]:
+    """Measure edits that are compared with the same videos, which pass once for all of them."""
+    first = subjects[0]
+    meters, skipped = available(config.clip, config.dino, first.prompt, device)
+    if VAE not in first.frames:
         skipped.append("floors of the VAE: only an edit's folder has its round trip")
-    alone = partial(beside_source, device=device), Drift(float(subject.fps), subject.n_frames)
+    for line in skipped:
+        log.info("skipped: %s", line)
+    alone = partial(beside_source, device=device), Drift(float(first.fps), first.n_frames)
     meters = [AlongFlow(flow), *alone, *meters]
-    videos = {name: subject.read(name) for name in subject.frames}
-    doing = f"Measuring {subject.name}"
-    videos[SOURCE] = tqdm(videos[SOURCE], doing, subject.n_frames, unit="frame")
+    videos = {name: first.read(name) for name in first.frames if name != EDIT}
+    doing = f"Measuring {first.name if len(subjects) == 1 else f'{len(subjects)} edits'}"
+    videos[SOURCE] = tqdm(videos[SOURCE], doing, first.n_frames, unit="frame")
+    edits = {f"{EDIT} {index}": subject for index, subject in enumerate(subjects)}
+    videos |= {name: subject.read(EDIT) for name, subject in edits.items()}
     curves = measure(videos, meters)
+    for name, subject in edits.items():
+        others = edits.keys() - {name}
+        own = {
+            key: {EDIT if n == name else n: curve for n, curve in of.items() if n not in others}
+            for key, of in curves.items()
+        }
+        yield subject, _entry(subject, own, skipped)
+
+
+def _entry(subject: Subject, curves: Curves, skipped: list[str]) -> Entry:
+    """What the page shows of one edit; writes the videos that it shows and nobody has written yet."""
     figures = summarize(curves, float(subject.fps))
     pictures = {name: subject.read(name) for name in subject.frames}
     return Entry(
@@ -88,7 +109,7 @@ def evaluate_one(
         findings=verdict(figures, subject.technique),
         skipped=skipped,
         options=subject.options,
-        sheet=contact_sheet_of(pictures, subject.n_frames),
+        pictures=thumbnails(pictures, subject.n_frames),
     )
 
 
@@ -112,8 +133,7 @@ def _joint_folder(subjects: list[Subject], config: EvaluateConfig) -> Path:
 
 
 def _say(entry: Entry) -> None:
-    for line in entry.skipped:
-        log.info("skipped: %s", line)
+    log.info("%s:", entry.name)
     for finding in entry.findings:
         advice = f" To do: {finding.advice}." if finding.advice else ""
         log.info("%s: %s%s", finding.level, finding.text, advice)

@@ -46,6 +46,12 @@ class Subject:
         height, width = next(decode_frames(self.frames[EDIT])).shape[:2]
         return height - height % 2, width - width % 2
 
+    @property
+    def compared_with(self) -> tuple:
+        """What decides all figures but the edit's: other edits of the same can be measured with it."""
+        floors = tuple((name, path) for name, path in self.frames.items() if name != EDIT)
+        return floors, self.n_frames, self.fps, self.size, self.prompt
+
     def read(self, name: str) -> Iterator[np.ndarray]:
         """The frames of one of the videos, uint8 RGB (H, W, 3), one by one."""
         height, width = self.size

@@ -49,6 +49,11 @@ def find_inversion(config: EditConfig, timesteps: tuple[int, ...]) -> tuple[Inve
     return inversion, config.n_frames or manifest.n_frames
 
 
+def conditions_of(config: EditConfig) -> tuple[Any, ...]:
+    """The options that decide what the ControlNets of an edit are given, if it has any."""
+    return tuple(getattr(config, key, None) for key in CONDITIONS)
+
+
 def preprocess_command(config: EditConfig, like: dict | None = None) -> str:
     """The command that computes the inversion an edit needs.
 

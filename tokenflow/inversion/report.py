@@ -15,7 +15,7 @@ from tokenflow.evaluation.figures import (
     beside_source,
     summarize,
 )
-from tokenflow.evaluation.report import PAGE, PARTS, Entry, contact_sheet_of, write_report
+from tokenflow.evaluation.report import PAGE, PARTS, Entry, thumbnails, write_report
 from tokenflow.evaluation.verdict import POOR_PSNR, verdict
 from tokenflow.inversion.files import CLEAN, Inversion, Manifest
 from tokenflow.inversion.predictor import VideoNoisePredictor
@@ -130,7 +130,7 @@ def write_page(inversion: Inversion, manifest: Manifest, curves: Curves) -> None
         findings=verdict(figures),
         skipped=["all but the reconstruction's figures: evaluate.py measures them, of edits"],
         options={key: value for key, value in manifest.config.items() if key not in hidden},
-        sheet=contact_sheet_of(
+        pictures=thumbnails(
             {name: decode_frames(folder) for name, folder in pictures.items()}, manifest.n_frames
         ),
     )

@@ -48,6 +48,12 @@ class Limits:
             self.folder.mkdir(exist_ok=True)
             self._file(kind).write_bytes(str(size).encode())
 
+    def kept_in(self, folder: Path) -> "Limits":
+        """These limits; what fails from now on is kept in the folder of another run, too."""
+        limits = Limits(folder, self._fits)
+        limits._known = self._known
+        return limits
+
     def _file(self, kind: str) -> Path:
         return self.folder / f"at_once_{kind}"
 

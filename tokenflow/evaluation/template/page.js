@@ -208,6 +208,11 @@ function named(key) {
   return element("span", { children: [`${title} `, element("small", { text: `(${about})` })] });
 }
 
+/** The name or a value of an option, which may be a whole prompt. */
+function setting(text) {
+  return element("span", { text, className: text.length > 20 ? "setting long" : "setting" });
+}
+
 let player;
 let plots = [];
 
@@ -215,9 +220,7 @@ let plots = [];
 function open(index) {
   player?.pause();
   const entry = data.entries[index];
-  for (const [i, button] of [...$("entries").children].entries()) {
-    button.setAttribute("aria-current", i === index);
-  }
+  for (const [i, button] of buttons().entries()) button.setAttribute("aria-current", i === index);
   $("prompt").textContent = entry.prompt ? `\u201c${entry.prompt}\u201d` : "";
   $("verdict").replaceChildren(
     ...entry.findings.map(({ level, text, advice }) => {
@@ -272,19 +275,29 @@ function start() {
   document.title = data.title;
   $("title").textContent = data.title;
   if (data.entries.length > 1) {
+    // What tells the edits apart names them; each has the same settings.
+    const settings = Object.keys(data.entries[0].settings);
+    if (settings.length) $("entries").append(element("span", { text: `${settings.join(", ")}:` }));
     $("entries").append(
-      ...data.entries.map(({ name }, index) => {
-        const button = element("button", { type: "button", text: name });
-        button.addEventListener("click", () => open(index));
+      ...data.entries.map((entry, index) => {
+        const text = settings.map((name) => entry.settings[name]).join(", ") || entry.name;
+        const button = element("button", { type: "button", text, title: entry.name });
+        button.addEventListener("click", () => {
+          open(index);
+          $("prompt").style.scrollMarginTop = `${$("entries").offsetHeight}px`;
+          $("prompt").scrollIntoView();
+        });
         return button;
       }),
     );
     const keys = Object.keys(data.figures).filter((key) => data.entries.some((e) => e.figures[key]?.edit));
     const rows = data.entries.map((entry) => [
       element("span", { text: entry.name, title: entry.prompt ?? "" }),
+      ...settings.map((name) => setting(entry.settings[name])),
       ...keys.map((key) => number(entry.figures[key]?.edit)),
     ]);
-    fill($("overview").querySelector("table"), ["edit", ...keys.map(named)], rows);
+    fill($("overview").querySelector("table"), ["edit", ...settings.map(setting), ...keys.map(named)], rows);
+    $("overview").querySelector("img").src = data.sheet;
     $("entries").hidden = $("overview").hidden = false;
   }
   $("play").addEventListener("click", () => (player.playing ? player.pause() : player.play()));
@@ -305,7 +318,7 @@ function start() {
     if (resume) requestAnimationFrame(() => player.play());
   });
   $("sheet").addEventListener("click", (event) => {
-    const { moments } = data.entries[[...$("entries").children].findIndex(isCurrent)] ?? data.entries[0];
+    const { moments } = data.entries[buttons().findIndex(isCurrent)] ?? data.entries[0];
     player.pause();
     player.goTo(moments[Math.floor((event.offsetX / $("sheet").clientWidth) * moments.length)]);
   });
@@ -327,5 +340,6 @@ function start() {
   open(0);
 }
 
+const buttons = () => [...$("entries").querySelectorAll("button")];
 const isCurrent = (button) => button.getAttribute("aria-current") === "true";
 start();

@@ -1,0 +1,62 @@
+"""Everything about an edit that can be checked before anything is loaded or written."""
+
+from functools import partial
+from pathlib import Path
+
+from tokenflow.config import ControlNetConfig, EditConfig
+from tokenflow.diffusion.checkpoints import (
+    check_checkpoint,
+    check_controlnets,
+    choose_device,
+    load_scheduler,
+)
+from tokenflow.diffusion.ddim import Schedule
+from tokenflow.diffusion.lora import check_loras, lora_identity
+from tokenflow.editing.identity import identity_of
+from tokenflow.editing.mask import check_mask
+from tokenflow.editing.run import EditRun
+from tokenflow.editing.shared import Shared
+from tokenflow.errors import UserError
+from tokenflow.inversion.find import conditions_of, find_inversion, preprocess_command
+from tokenflow.inversion.source_frames import FrameChoice, check_conditions, control_identity
+from tokenflow.runtime.distributed import Processes
+from util import fingerprint
+
+
+def check_edit(config: EditConfig, technique: str, shared: Shared) -> EditRun:
+    """The run that edits a video, after all that can be checked has been checked; it has no folder yet.
+
+    technique: first part of the folder's name. shared: what other edits of the same video have made.
+    """
+    check_checkpoint(config.model_id, version=config.sd_version)
+    scheduler = load_scheduler(config.model_id, config.sd_version)
+    schedule = Schedule.of(scheduler, config.n_timesteps)
+    conditions, find = conditions_of(config), partial(find_inversion, config, schedule.timesteps)
+    inversion, n_frames = shared.get("inversion", (schedule.timesteps, conditions), find)
+    if config.mask == "auto" and not inversion.prompt.strip():
+        recompute = preprocess_command(
+            config, inversion.manifest.config | {"inversion_prompt": "what the video shows"}
+        )
+        raise UserError(
+            "mask: auto compares prompt with inversion_prompt, which is empty; recompute the inversion with: "
+            f"{recompute} --overwrite"
+        )
+    device, dtype = choose_device(config.device, config.dtype)
+    choice = FrameChoice.of(inversion.manifest.config)
+    check_loras(config.lora, config.model_id, config.sd_version)
+    files = [lora_identity(lora) for lora in config.lora]
+    if isinstance(config, ControlNetConfig):
+        check_controlnets(config.controlnet_ids)
+        shared.get(
+            "conditions checked", conditions, partial(check_conditions, config, choice, n_frames)
+        )
+        files += [control_identity(config)] if config.control_path else []
+    if config.mask_path:
+        shared.get(
+            "mask checked", config.mask, partial(check_mask, config.mask_path, choice, n_frames)
+        )
+        files.append(fingerprint(config.mask_path))
+    identity, processes = identity_of(config, inversion, files), Processes(device)
+    made_from = inversion, schedule, n_frames, identity
+    name = f"{technique}_{Path(config.data_path).stem}"
+    return EditRun(config, name, *made_from, processes, device, dtype, shared)

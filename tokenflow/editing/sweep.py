@@ -1,0 +1,110 @@
+"""The edits of one command: one, or all of a sweep, which share what they can and get a report together."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tokenflow.config import EditConfig
+from tokenflow.config_sweep import differences, label
+from tokenflow.editing.check import check_edit
+from tokenflow.editing.identity import identity_of_sweep
+from tokenflow.editing.run import STEPS, EditRun
+from tokenflow.editing.shared import Shared
+from tokenflow.errors import UserError
+from tokenflow.evaluation.config import EvaluateConfig
+from tokenflow.evaluation.report import PAGE, discard_report
+from tokenflow.evaluation.run import evaluate
+from tokenflow.runtime.run_folder import locked, remove, run_folder
+
+log = logging.getLogger("tokenflow")
+
+
+@contextmanager
+def open_edits(configs: Sequence[EditConfig], technique: str) -> Iterator["Edits"]:
+    """The edits of these configurations, all of which are checked first; several are evaluated at the end.
+
+    technique: first part of the folders' names. Edits that turn out to be the same are made once.
+    """
+    shared, edits, settings = Shared(), {}, {}
+    for config, chosen in zip(configs, differences([asdict(c) for c in configs]), strict=True):
+        with _blamed_on(chosen):
+            edit = check_edit(config, technique, shared)
+        edits.setdefault(edit.identity, edit)
+        settings.setdefault(edit.identity, chosen)
+    first = next(iter(edits.values()))
+    several, folder = len(edits) > 1, None
+    with ExitStack() as held:
+        if several:
+            folder = held.enter_context(_sweep_folder(first, identity_of_sweep(list(edits))))
+        sweep = Edits(list(zip(edits.values(), settings.values(), strict=True)), folder)
+        held.enter_context(sweep.current)
+        yield sweep
+    if several:
+        if first.processes.is_main and not (folder / PAGE).exists():
+            done = tuple(str(video.parent) for video in sweep.videos)
+            evaluate(
+                EvaluateConfig(edits=done, output_path=str(folder), device=first.config.device)
+            )
+        first.processes.wait()
+
+
+@contextmanager
+def _sweep_folder(first: EditRun, identity: str) -> Iterator[Path]:
+    """The folder of a sweep with this first edit; while the block lasts, no other run can work there."""
+    if first.n_frames < 2:
+        raise UserError(f"n_frames: {first.n_frames}, but a sweep compares videos; edit at least 2")
+    with ExitStack() as held:
+        where = Path(first.config.output_path), f"{first.name}_sweep", identity
+        with first.processes.main_first():
+            folder = held.enter_context(run_folder(*where))
+        if first.processes.is_main:
+            held.enter_context(locked(folder))
+        yield folder
+        if first.processes.is_main:
+            remove(folder / STEPS)
+
+
+class Edits:
+    """One edit, or those of a sweep in the order of their settings.
+
+    folder: of a sweep. current: closes the edit that is open.
+    """
+
+    def __init__(
+        self, edits: Sequence[tuple[EditRun, Mapping[str, Any]]], folder: Path | None
+    ) -> None:
+        self.edits, self.folder, self.current = edits, folder, ExitStack()
+        self.videos: list[Path] = []
+
+    def __iter__(self) -> Iterator[EditRun]:
+        """Open one edit after the other; each is closed when the next one is asked for."""
+        for number, (edit, settings) in enumerate(self.edits, start=1):
+            if self.folder:
+                log.info("edit %d of %d: %s", number, len(self.edits), label(settings))
+            self.current.enter_context(_blamed_on(settings))
+            scratch = self.folder / STEPS if self.folder else None
+            run = self.current.enter_context(edit.opened(scratch))
+            if self.folder and run.processes.is_main and not run.is_finished:
+                discard_report(self.folder)  # of what this edit was before
+            self.videos.append(run.video)
+            yield run
+            self.current.close()
+
+    @property
+    def result(self) -> Path:
+        """The edited video, or the folder of a sweep's report."""
+        return self.folder or self.videos[0]
+
+
+@contextmanager
+def _blamed_on(settings: Mapping[str, Any]) -> Iterator[None]:
+    """Name a combination's settings, if there are any, in what goes wrong in the block."""
+    try:
+        yield
+    except (UserError, FloatingPointError) as error:
+        if not settings:
+            raise
+        raise type(error)(f"{label(settings)}: {error}") from error
