@@ -135,7 +135,7 @@ def shapes_rounds(args: argparse.Namespace) -> tuple[dict, dict]:
     sd = load(str(args.model), (), *choose_device(args.device, args.dtype))
     judge, meter = Judge.load(args.model / "judge.safetensors"), Meter(sd.device, sd.unet)
     at_defaults = PnPConfig(data_path="", prompt="unused")
-    fast = parse(PnPConfig, "", "fast.yaml", [])
+    fast = parse(PnPConfig, "", "fast.yaml", ["--data_path", "", "--prompt", "unused"])
     costs, qualities = {}, {}
 
     def note(method: str, pictures: Pictures | None = None) -> None:
