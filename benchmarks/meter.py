@@ -32,7 +32,11 @@ class Meter:
         self.stages: dict[str, Cost] = {}
         self.evaluations = 0
         if unet:
-            unet.register_forward_pre_hook(self._count)
+            self.watch(unet)
+
+    def watch(self, unet: nn.Module) -> None:
+        """Count what passes this UNet, too."""
+        unet.register_forward_pre_hook(self._count)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
