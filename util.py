@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 
 from tokenflow.errors import UserError, is_text
+from tokenflow.runtime.ahead import in_parallel
 from tokenflow.runtime.run_folder import staged
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
@@ -39,8 +40,7 @@ def decode_frames(path: Path) -> Iterator[np.ndarray]:
     Frames are decoded one by one. Raises UserError if `path` is missing or undecodable.
     """
     if path.is_dir():
-        for image in list_images(path):
-            yield read_image(image)
+        yield from in_parallel(read_image, list_images(path))
         return
     with _open_video(path) as container:
         try:
@@ -86,13 +86,13 @@ def frame_path(folder: Path, index: int) -> Path:
 
 def load_frames(folder: Path, indices: Iterable[int]) -> np.ndarray:
     """Frames of a folder written by `save_frames`, as uint8 RGB (n, H, W, 3)."""
-    return np.stack([read_image(frame_path(folder, index)) for index in indices])
+    return np.stack(list(in_parallel(read_image, [frame_path(folder, index) for index in indices])))
 
 
-def save_frames(folder: Path, start: int, frames: Iterable[np.ndarray]) -> None:
-    """Write uint8 RGB frames (H, W, 3) as PNG into `folder`, numbered from `start`."""
-    for index, frame in enumerate(frames, start):
-        write_image(frame_path(folder, index), frame)
+def save_frames(folder: Path, start: int, frames: Iterable[np.ndarray]) -> int:
+    """Write uint8 RGB frames (H, W, 3) as PNG into `folder`, numbered from `start`; returns how many."""
+    numbered = ((frame_path(folder, index), frame) for index, frame in enumerate(frames, start))
+    return sum(1 for _ in in_parallel(lambda named: write_image(*named), numbered))
 
 
 def fit_frame(frame: np.ndarray, height: int, width: int, mode: str) -> np.ndarray:
@@ -142,11 +142,11 @@ def write_video(path: Path, frames: Iterable[np.ndarray], fps: Fraction) -> None
 
 def write_video_from_folders(path: Path, folders: list[Path], n_frames: int, fps: Fraction) -> None:
     """Encode a video of the first `n_frames` frames of the `folders`, side by side."""
-    frames = (
-        np.concatenate([read_image(frame_path(folder, i)) for folder in folders], axis=1)
-        for i in range(n_frames)
-    )
-    write_video(path, frames, fps)
+
+    def beside_each_other(index: int) -> np.ndarray:
+        return np.concatenate([read_image(frame_path(folder, index)) for folder in folders], axis=1)
+
+    write_video(path, in_parallel(beside_each_other, range(n_frames)), fps)
 
 
 def fingerprint(path: Path) -> str:

@@ -19,6 +19,7 @@ from tokenflow.layouts import tokens_by_layer
 
 log = logging.getLogger("tokenflow")
 
+CUDA = torch.device("cuda")
 # Values that live at once at the peak of a pass.
 UNET_VALUES = 26.0  # for each sample, latent pixel and channel of the UNet's first level
 CONTROL_VALUES = 7.0  # as well, for each ControlNet that conditions it
@@ -97,20 +98,19 @@ def frames_at_once(
 
 def bytes_needed(config: PreprocessConfig | EditConfig, footprint: Footprint, n_frames: int) -> int:
     """Bytes of a GPU that a run needs at its peak, if nothing is divided because memory ran out."""
-    cuda, offload = torch.device("cuda"), config.cpu_offload
     if isinstance(config, PreprocessConfig):
-        samples = min(frames_at_once(config, 1, cuda), n_frames)
+        samples = min(frames_at_once(config, 1, CUDA), n_frames)
     else:
         together = min(-(-n_frames // config.interval), config.keyframe_window)
-        at_once = min(frames_at_once(config, STREAMS, cuda), n_frames)
+        at_once = min(frames_at_once(config, STREAMS, CUDA), n_frames)
         samples = max(samples_in_pass(n, STREAMS) for n in (together, at_once))
-    return footprint.peak(samples, kept_keyframes(config, n_frames), offload)
+    return footprint.peak(samples, kept_keyframes(config, n_frames), config.cpu_offload)
 
 
 def kept_keyframes(config: PreprocessConfig | EditConfig, n_frames: int) -> int:
     """How often a run on a GPU keeps the tokens of a keyframe at a time, all kinds of tokens together."""
     if isinstance(config, PreprocessConfig):
-        at_once = min(frames_at_once(config, 1, torch.device("cuda")), n_frames)
+        at_once = min(frames_at_once(config, 1, CUDA), n_frames)
         return at_once // config.keyframe_interval + 2 if config.keep_source else 0
     n_keyframes = -(-n_frames // config.interval)
     # Source tokens, and outputs of two streams; in windows also keys and values of two streams.
@@ -150,7 +150,7 @@ def plan_memory(
     needed, footprint = needs(), Footprint.of(networks, pixels, dtype)
     kept = kept_keyframes(config, n_frames) * footprint.keyframe
     left = free - footprint.weights(config.cpu_offload) - kept
-    samples = max(1, left // footprint.sample)
+    samples, frames = max(1, left // footprint.sample), max(1, left // footprint.frame)
     text = f"the run needs about {needed / 1e9:.1f} GB of the GPU's memory; {free / 1e9:.1f} GB are free"
     if needed <= free:
         log.info(text)
@@ -165,4 +165,5 @@ def plan_memory(
         lower = sorted((needs, way) for way, needs in ways.items() if needs < needed)
         advice = ", ".join(f"{way} ({needs / 1e9:.1f} GB)" for needs, way in lower)
         log.warning("warning: %s; less with %s", text, f"{advice}, or smaller frames")
-    return {"inversion": samples, "joint": samples, "propagation": max(1, samples // STREAMS)}
+    vae = {"encoding": frames, "decoding": frames}
+    return vae | {"inversion": samples, "joint": samples, "propagation": max(1, samples // STREAMS)}

@@ -5,7 +5,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from tokenflow.optical_flow import consistent, targets
+from tokenflow.optical_flow import consistent, squared_length, targets
 
 # Grey levels by which two frames of the source may differ where the flow is right: compression, noise, light.
 SOURCE_NOISE = 12.0
@@ -21,7 +21,7 @@ def reliability(
     0 where the flows disagree, and falls as exp(-d^2 / 2 SOURCE_NOISE^2) where the frames differ by d.
     """
     moved = cv2.remap(other, *targets(forward), cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-    squared = np.square(moved.astype(np.float32) - frame).mean(-1)
+    squared = squared_length(moved.astype(np.float32) - frame) / frame.shape[-1]
     squared = cv2.GaussianBlur(squared, (0, 0), SMOOTHING)
     return consistent(forward, backward) * np.exp(-squared / (2 * SOURCE_NOISE**2))
 

@@ -78,10 +78,15 @@ def consistent(forward: np.ndarray, backward: np.ndarray) -> np.ndarray:
     height, width = forward.shape[:2]
     x, y = targets(forward)
     back = cv2.remap(backward, x, y, cv2.INTER_LINEAR)
-    apart = np.square(forward + back).sum(-1)
-    lengths = np.square(forward).sum(-1) + np.square(back).sum(-1)
+    apart = squared_length(forward + back)
+    lengths = squared_length(forward) + squared_length(back)
     inside = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
     return inside & (apart < 0.01 * lengths + 0.5)
+
+
+def squared_length(vectors: np.ndarray) -> np.ndarray:
+    """The squared lengths (...) of vectors (..., d); many times faster than a sum over the last axis."""
+    return sum(np.square(vectors[..., axis]) for axis in range(vectors.shape[-1]))
 
 
 def valid_flow(flow: Flow, frame: np.ndarray, later: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from tokenflow.motion import fused, reliability
 from tokenflow.optical_flow import dis_flow
+from tokenflow.runtime.ahead import in_parallel
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.frame_array import FrameArray
 from tokenflow.runtime.transfer import to_device
@@ -84,15 +85,13 @@ class Fusion:
         self.processes.wait()
 
     def _find_motion(self, source: Callable[[int], np.ndarray]) -> None:
-        frames, flow = self.processes.share(range(self.n_frames)), dis_flow()
-        hidden = not self.processes.is_main
-        for frame in tqdm(frames, "Finding motion", unit="frame", disable=hidden):
-            row = torch.zeros(self._flow.shape[1:])
+        def find(frame: int) -> None:
+            row, flow = torch.zeros(self._flow.shape[1:]), dis_flow()
             for column, other in self._neighbours(frame):
                 row[column] = torch.from_numpy(flow(source(frame), source(other)))
             self._flow[torch.tensor([frame])] = row[None]
-        self.processes.wait()  # the way back may be in another process's frames
-        for frame in tqdm(frames, "Checking motion", unit="frame", disable=hidden):
+
+        def check(frame: int) -> None:
             row = torch.zeros(self._reliability.shape[1:])
             for column, other in self._neighbours(frame):
                 back = self.offsets.index(frame - other)
@@ -100,7 +99,13 @@ class Fusion:
                 ways = ways[0, column], ways[1, back]
                 row[column] = torch.from_numpy(reliability(source(frame), source(other), *ways))
             self._reliability[torch.tensor([frame])] = (255 * row).round()[None]
-        self.processes.wait()
+
+        frames, hidden = self.processes.share(range(self.n_frames)), not self.processes.is_main
+        for work, name in ((find, "Finding motion"), (check, "Checking motion")):
+            each = in_parallel(work, frames)
+            for _ in tqdm(each, name, len(frames), unit="frame", disable=hidden):
+                pass
+            self.processes.wait()  # the way back may be in another process's frames
 
     def _neighbours(self, frame: int) -> list[tuple[int, int]]:
         """The columns of the offsets that lead to a frame of the video, and that frame."""

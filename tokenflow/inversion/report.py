@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from tokenflow.config import HOW, PreprocessConfig
@@ -19,6 +20,7 @@ from tokenflow.evaluation.report import PAGE, PARTS, Entry, thumbnails, write_re
 from tokenflow.evaluation.verdict import POOR_PSNR, verdict
 from tokenflow.inversion.files import CLEAN, Inversion, Manifest
 from tokenflow.inversion.predictor import VideoNoisePredictor
+from tokenflow.runtime.ahead import in_parallel
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.frame_array import FrameArray
 from tokenflow.runtime.run_folder import Progress
@@ -42,8 +44,12 @@ def compare(
     if processes.is_main:
         FrameArray.create(scores.path, (len(frames), len(pairs), len(KINDS)), torch.float64)
     processes.wait()
-    for frame in processes.share(frames).split(1):
-        shown = {f: read_image(frame_path(f, frame.item())) for f in set(sum(pairs, ()))}
+
+    def read(frame: torch.Tensor) -> tuple[torch.Tensor, dict[Path, np.ndarray]]:
+        folders = set(sum(pairs, ()))
+        return frame, {folder: read_image(frame_path(folder, frame.item())) for folder in folders}
+
+    for frame, shown in in_parallel(read, processes.share(frames).split(1)):
         of_pairs = [beside_source({SOURCE: [shown[a]], VAE: [shown[b]]}, device) for a, b in pairs]
         values = [[of_pair[kind][VAE] for kind in KINDS] for of_pair in of_pairs]
         scores[frame] = torch.tensor([values], dtype=torch.float64)

@@ -21,9 +21,8 @@ from util import (
     decode_frames,
     fingerprint,
     fit_frame,
-    frame_path,
     load_frames,
-    write_image,
+    save_frames,
     write_video,
 )
 
@@ -62,10 +61,8 @@ class FrameChoice:
     def write(self, video: Path, folder: Path, n_frames: int) -> None:
         """Write the first `n_frames` frames as PNG into `folder`. Raises UserError if there are fewer."""
         folder.mkdir(exist_ok=True)
-        count = 0
-        for frame in tqdm(self.fitted(video, n_frames), "Reading", n_frames, unit="frame"):
-            write_image(frame_path(folder, count), frame)
-            count += 1
+        frames = tqdm(self.fitted(video, n_frames), "Reading", n_frames, unit="frame")
+        count = save_frames(folder, 0, frames)
         used = f"{video} from start_frame {self.start_frame} with stride {self.stride}"
         if count == 0:
             raise UserError(f"start_frame: there are no frames in {used}")

@@ -1,8 +1,11 @@
-"""Files are read and written by a thread while the device computes."""
+"""Threads that work ahead: they read and write while the device computes, and share work on pictures."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self, TypeVar
+
+import torch
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -18,6 +21,21 @@ def read_ahead(read: Callable[[A], R], items: Sequence[A]) -> Iterator[tuple[A, 
         for index, item in enumerate(items):
             coming += [thread.submit(read, following) for following in items[index + 1 : index + 2]]
             yield item, coming.pop(0)
+
+
+def in_parallel(function: Callable[[A], R], items: Iterable[A]) -> Iterator[R]:
+    """Yield what `function` returns for each item, in order; as many threads as torch takes compute it ahead.
+
+    For work that libraries do while they let other threads run, as OpenCV does. Few results wait at a time.
+    """
+    n_threads, coming = torch.get_num_threads(), deque()
+    with ThreadPoolExecutor(n_threads) as threads:
+        for item in items:
+            coming.append(threads.submit(function, item))
+            if len(coming) > n_threads:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
 
 
 class WriteBehind:
