@@ -36,7 +36,7 @@ from tokenflow.inversion.run import open_inversion
 from util import write_video
 
 SMALL = {"frames": 4, "size": 64, "steps": 1}
-QUIET = 0.1  # of the noise that a UNet of random weights predicts
+QUIET = 0.02  # of the noise that a UNet of random weights predicts
 FPS = 12
 
 
