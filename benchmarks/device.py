@@ -142,16 +142,14 @@ class TalliedDiffusion(StableDiffusion):
     """Stable Diffusion whose UNet passes are told apart by a tally."""
 
     tally: Tally
-    # Told by what records or edits: the streams of the pass, and whether it leaves nothing behind.
+    # Told by what edits: the streams of the pass, and whether it leaves nothing behind.
     state: dict = field(default_factory=dict)
 
     def predict_noise(
         self, latents: torch.Tensor, t: int, text, control=None, depth=None
     ) -> torch.Tensor:
         """As everywhere. A propagation that was seen is not repeated: on fakes it is the same."""
-        recorder, flow = self.state.get("recorder"), self.state.get("flow")
-        if recorder:
-            self.tally.kind = "other frames" if recorder.blended else "keyframes"
+        flow = self.state.get("flow")
         shape = tuple(latents.shape)
         if flow and flow.joint is None and self.tally.is_repeated(flow.streams, shape):
             return torch.zeros_like(latents)
@@ -287,11 +285,9 @@ def run(sd: TalliedDiffusion, workload: Workload, folder: Path) -> int:
     keyframes = keyframe_schedule(config, sd.scheduler, n_frames)
     recording = RecordingPredictor(predictor, keyframes, source.latents, files)
     with recording.installed():
-        sd.state["recorder"] = recording
         for frames in segments:
-            with tally.passes("reconstruction", ""):
+            with tally.passes("reconstruction", "features kept"):
                 recording(saved[frames], t, frames)
-    sd.state.clear()
 
     consensus_of_a_frame(sd, clean, folder)
     technique = plug_and_play(config, schedule, saved.__getitem__)

@@ -55,18 +55,20 @@ class RecordingAttention(LayerProcessor):
     ) -> torch.Tensor:
         """The layer's output for its input; both (n, s, d)."""
         recorder, cache = self.recorder, self.recorder.cache
-        if recorder.blended is None:
-            cache.write(self.name, recorder.positions, hidden_states)
-        else:
-            found = correspondences(hidden_states, cache.tensor(self.name), recorder.blended)
-            recorder.nearest[self.name] = found
+        n_keyframes = len(recorder.positions)
+        if n_keyframes:
+            cache.write(self.name, recorder.positions, hidden_states[:n_keyframes])
+        if recorder.blended:
+            searched = hidden_states[n_keyframes:], cache.tensor(self.name), recorder.blended
+            recorder.nearest[self.name] = correspondences(*searched)
         return frame_self_attention(attn, hidden_states)
 
 
 class RecordingPredictor:
     """Predicts the noise of a segment's frames as `predictor` does, and keeps their source features.
 
-    Its frames may blend keyframes outside the segment, one on each side, which then pass the UNet too.
+    Keyframes pass the UNet first, so that the others find their tokens; both may be in one batch. Frames may
+    blend keyframes outside the segment, one on each side, which then pass the UNet too.
     saved: maps a timestep and frame indices (n,) to the latents (n, 4, h, w) that the inversion found.
     later: calls a function that writes, now or while later passes are computed.
     """
@@ -82,7 +84,7 @@ class RecordingPredictor:
         self.predictor, self.keyframes = predictor, schedule.draw()
         self.saved, self.files, self.later = saved, files, later
         self.cache = KeyframeCache()  # of the keyframes that a segment's frames blend
-        # The next pass is of keyframes at `positions` or, if `blended` is set, of frames that blend them.
+        # The next pass is of keyframes at `positions` and then, if `blended` is set, frames that blend some.
         self.positions: list[int] = []
         self.blended: BlendedRows | None = None
         self.nearest: dict[str, torch.Tensor] = {}
@@ -101,40 +103,38 @@ class RecordingPredictor:
 
     def __call__(self, latents: torch.Tensor, t: int, frames: torch.Tensor) -> torch.Tensor:
         """The noise (n, 4, h, w) in latents (n, 4, h, w) of frames (n,) that are neighbours in the video."""
-        all_keyframes = self.keyframes[t]
+        all_keyframes, sd = self.keyframes[t], self.predictor.sd
         keyframes = all_keyframes[flanking_blend(frames, all_keyframes).positions.unique()]
-        place = torch.searchsorted(frames, keyframes).clamp(max=len(frames) - 1)
-        inside = frames[place] == keyframes
-        of_keyframes = self.saved(t, keyframes).to(latents)
-        of_keyframes[inside] = latents[place[inside]]
-        rest = ~torch.isin(frames, keyframes)
+        passing = torch.cat([keyframes, frames[~torch.isin(frames, keyframes)]])
+        inside = torch.isin(passing, frames)
+        place = torch.searchsorted(frames, passing).clamp(max=len(frames) - 1)
+        samples = latents[place]
+        samples[~inside] = self.saved(t, passing[~inside]).to(latents)
 
-        def of_keyframe(samples: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-            self.positions, self.blended = positions.tolist(), None
-            return self.predictor.predict_batch(t, samples, keyframes[positions])
-
-        def of_other(samples: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-            blend, sd = flanking_blend(others, keyframes), self.predictor.sd
-            where = sd.device, sd.dtype
-            self.blended = self.cache.blended(blend.positions, blend.weights, *where)
-            noise = self.predictor.predict_batch(t, samples, others)
-            features = SourceFeatures(dict(self.nearest), self.features)
-            self.later(self.files.write, t, others, features)
+        def predicted(samples: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+            are_keyframes = numbers < len(keyframes)
+            self.positions = numbers[are_keyframes].tolist()
+            others = passing[numbers[~are_keyframes]]
+            blend = flanking_blend(others, keyframes)
+            blended = self.cache.blended(blend.positions, blend.weights, sd.device, sd.dtype)
+            self.blended = blended if len(others) else None
+            noise = self.predictor.predict_batch(t, samples, passing[numbers])
+            if self.blended:
+                features = SourceFeatures(dict(self.nearest), self.features)
+                self.later(self.files.write, t, others, features)
             return noise
 
-        noise, batches = torch.empty_like(latents), self.predictor.batches
-        positions = torch.arange(len(keyframes))
         self.cache.keep([])
-        self.cache.positions += positions.tolist()
-        noise[place[inside]] = batches.map(of_keyframe, of_keyframes, positions)[inside]
-        if rest.any():
-            noise[rest] = batches.map(of_other, latents[rest], frames[rest])
+        self.cache.positions += range(len(keyframes))
+        predictions = self.predictor.batches.map(predicted, samples, torch.arange(len(passing)))
+        noise = torch.empty_like(latents)
+        noise[place[inside]] = predictions[inside]
         return noise
 
     def _feature_hook(self, module, args, output: torch.Tensor) -> None:
-        """Record the residual block's output."""
-        if self.blended is not None:
-            self.features = output.half()
+        """Record the residual block's output of the frames that are no keyframes."""
+        if self.blended:
+            self.features = output[len(self.positions) :].half()
 
 
 @dataclass(frozen=True)
