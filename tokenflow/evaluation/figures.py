@@ -53,10 +53,10 @@ FIGURES = {
             f"warp error, gap {gap}",
             "x 1e-3",
             "less",
-            f"mean square difference to the frame {gap} earlier along the source's optical flow, pixel "
-            "values from 0 to 1; a blank or blurred video has little, so read it beside the sharpness",
+            f"mean square difference to the frame {when}, along the source's optical flow, pixel values from "
+            "0 to 1; a blank or blurred video has little, so read it beside the sharpness",
         )
-        for gap in GAPS
+        for gap, when in zip(GAPS, ("before", "4 before", "8 before"), strict=True)
     },
     "sharpness": Figure(
         "sharpness",

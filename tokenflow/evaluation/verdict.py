@@ -73,7 +73,7 @@ def _reconstruction(figures: Values) -> Iterator[Finding]:
     psnr, vae = (_value(figures, "psnr", name) for name in (RECONSTRUCTION, VAE))
     if psnr is None:
         return
-    text = f"The reconstruction is {psnr:.1f} dB from the source"
+    text = f"The reconstruction has a PSNR of {psnr:.1f} dB against the source"
     level = _graded(-psnr, -25, -POOR_PSNR)
     if vae is not None:
         text += f", the VAE's round trip alone {vae:.1f} dB"
@@ -90,15 +90,19 @@ def _reconstruction(figures: Values) -> Iterator[Finding]:
 
 def _steadiness(figures: Values, technique: str | None) -> Iterator[Finding]:
     for gap, fair, poor, what in (
-        ("1", 7, 11, "from one frame to the next"),
-        ("8", 15, 25, "over eight frames"),
+        ("1", 7, 11, "From one frame to the next"),
+        ("8", 15, 25, "Over eight frames"),
     ):
         edited = _value(figures, f"warp_{gap}")
         if edited is None:
             continue
-        excess = _grey_levels(edited - _floor(figures, f"warp_{gap}"))
-        level = _graded(excess, fair, poor)
-        text = f"Beyond the source's motion, pixels change by {excess:.1f} grey levels {what}."
+        added = _grey_levels(edited - _floor(figures, f"warp_{gap}"))
+        level = _graded(added, fair, poor)
+        text = (
+            f"{what}, the edit adds changes of {added:.1f} grey levels to the source's motion."
+            if added >= 0.05
+            else f"{what}, the edit is as steady as the video was before."
+        )
         alone = _value(figures, f"warp_{gap}", PER_FRAME)
         if alone:
             text += f" The warp error is {edited / alone:.0%} of that of frame-by-frame editing."
@@ -122,7 +126,7 @@ def _sharpness(figures: Values, technique: str | None) -> Iterator[Finding]:
         other, name = 1.0, "the source"
     share = edited / other if other else 1.0
     level = _graded(-share, -0.7, -0.4)
-    text = f"The edit has {share:.0%} of the gradient energy of {name}"
+    text = f"The edit has {share:.0%} of the sharpness of {name}"
     if level != GOOD:
         text += ", so it may be blurred and its warp error says little, unless plain surfaces are wanted"
     advice = "lower keyframe_interval, so that less is blended" if level != GOOD else ""
@@ -136,8 +140,8 @@ def _drift(figures: Values, technique: str | None) -> Iterator[Finding]:
     beyond = max(0.0, edited - _floor(figures, "drift"))
     level = _graded(beyond, 4, 8)
     text = (
-        f"The mean colour drifts by {edited:.1f} grey levels from the first second to the last, "
-        f"{beyond:.1f} more than the source's does."
+        f"The mean colour drifts by {edited:.1f} grey levels from the beginning to the end, "
+        f"{beyond:.1f} more than without the edit."
     )
     advice = "raise keyframe_window, so that more of the video is edited jointly"
     yield Finding(level, text, _for(technique, advice) if level != GOOD else "")
@@ -149,7 +153,10 @@ def _flicker(figures: Values, technique: str | None) -> Iterator[Finding]:
         return
     beyond = max(0.0, edited - _floor(figures, "flicker"))
     level = _graded(beyond, 2, 5)
-    text = f"Regions that stand still in the source flicker by {edited:.1f} grey levels."
+    text = (
+        f"Regions that stand still in the source flicker by {edited:.1f} grey levels, "
+        f"{beyond:.1f} more than without the edit."
+    )
     yield Finding(level, text, _for(technique, STEADIER) if level != GOOD else "")
 
 

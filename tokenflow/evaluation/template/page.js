@@ -204,8 +204,13 @@ function fill(table, head, rows) {
 
 function named(key) {
   const { title, unit, better } = data.figures[key];
-  const about = [unit, better].filter(Boolean).join(", ");
+  const about = [unit, better].filter(Boolean).join(", ").replace("-", "\u2011"); // no line ends in 1e-3
   return element("span", { children: [`${title} `, element("small", { text: `(${about})` })] });
+}
+
+/** An option's value as a configuration file has it. */
+function asYaml(value) {
+  return typeof value === "string" && value ? value : JSON.stringify(value);
 }
 
 /** The name or a value of an option, which may be a whole prompt. */
@@ -221,7 +226,8 @@ function open(index) {
   player?.pause();
   const entry = data.entries[index];
   for (const [i, button] of buttons().entries()) button.setAttribute("aria-current", i === index);
-  $("prompt").textContent = entry.prompt ? `\u201c${entry.prompt}\u201d` : "";
+  const said = [data.entries.length > 1 && entry.name, entry.prompt && `\u201c${entry.prompt}\u201d`];
+  $("prompt").textContent = said.filter(Boolean).join(": ");
   $("verdict").replaceChildren(
     ...entry.findings.map(({ level, text, advice }) => {
       const say = [element("b", { text: level }), " ", element("span", { text })];
@@ -245,7 +251,7 @@ function open(index) {
   $("sheet").src = entry.sheet;
   $("options").replaceChildren(
     ...Object.entries(entry.options).map(([key, value]) =>
-      element("tr", { children: [element("td", { text: key }), element("td", { text: String(value) })] }),
+      element("tr", { children: [element("td", { text: key }), element("td", { text: asYaml(value) })] }),
     ),
   );
 
@@ -275,12 +281,14 @@ function start() {
   document.title = data.title;
   $("title").textContent = data.title;
   if (data.entries.length > 1) {
-    // What tells the edits apart names them; each has the same settings.
+    // Settings, of which each edit has the same ones, name the edits if they tell all of them apart.
     const settings = Object.keys(data.entries[0].settings);
-    if (settings.length) $("entries").append(element("span", { text: `${settings.join(", ")}:` }));
+    const labels = data.entries.map((entry) => settings.map((name) => entry.settings[name]).join(", "));
+    const apart = new Set(labels).size === labels.length;
+    if (apart) $("entries").append(element("span", { text: `${settings.join(", ")}:` }));
     $("entries").append(
       ...data.entries.map((entry, index) => {
-        const text = settings.map((name) => entry.settings[name]).join(", ") || entry.name;
+        const text = apart ? labels[index] : entry.name;
         const button = element("button", { type: "button", text, title: entry.name });
         button.addEventListener("click", () => {
           open(index);
