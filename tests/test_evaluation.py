@@ -16,6 +16,7 @@ from transformers import CLIPModel, CLIPTokenizer, ViTModel
 
 import util
 from benchmarks.flow import accuracy
+from tokenflow.contact_sheet import LABEL_HEIGHT, contact_sheet
 from tokenflow.evaluation import networks
 from tokenflow.evaluation.config import EvaluateConfig
 from tokenflow.evaluation.figures import (
@@ -299,6 +300,17 @@ def test_evaluate_edits(edited, models, checkpoint):
     assert (edited / "out" / "pnp_clip" / "report.html").exists()
     last_line(run("run_tokenflow_pnp.py", *edit, "--overwrite", cwd=edited))
     assert not list((edited / "out" / "pnp_clip").glob("report*"))
+
+
+def test_long_labels_of_a_contact_sheet_are_not_cut_off():
+    """A long prompt would hide the settings behind it: its label has as many lines as it needs."""
+    frames, prompt = np.zeros((8, 32, 32, 3), np.uint8), "a robotic wolf in the snow, " * 8
+    one, many = (contact_sheet({text: frames}) for text in ("pnp_wolf", prompt + "pnp_attn_t 0.3"))
+    n_lines, rest = divmod(len(many) - len(frames[0]), LABEL_HEIGHT)
+    assert len(one) == LABEL_HEIGHT + 32 and n_lines >= 5 and rest == 0
+    lines = many[:-32].reshape(n_lines, LABEL_HEIGHT, -1)
+    assert (lines < 128).any(axis=(1, 2)).all()  # text in each
+    assert (many[:-32, -4:] == 255).all()  # and none at the border
 
 
 def test_the_joint_report_is_named_as_the_edits_are(tmp_path, monkeypatch):

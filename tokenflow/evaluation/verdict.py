@@ -107,7 +107,7 @@ def _steadiness(figures: Values, technique: str | None) -> Iterator[Finding]:
         added = _grey_levels(edited - _floor(figures, f"warp_{gap}"))
         level = _graded(added, fair, poor)
         text = (
-            f"{what}, the edit adds changes of {added:.1f} grey levels to the source's motion."
+            f"{what}, the edit adds changes of {added:.1f} grey levels beyond the source's motion."
             if added >= 0.05
             else f"{what}, the edit is as steady as the video was before."
         )
