@@ -69,8 +69,13 @@ def page(tmp_path_factory):
     }
     more = {"curves": every, "figures": summarize(every, FPS)}
     third = replace(entries[1], name="three", prompt=None, **more)
+    found = "tokens", "flow", "flow"  # another option that the second and the third share
+    alike = [
+        replace(entry, options=entry.options | {"correspondences": how})
+        for entry, how in zip([*entries, third], found, strict=True)
+    ]
     (folder / "alike").mkdir()
-    write_report(folder / "alike" / "report.html", "3 edits", [*entries, third])
+    write_report(folder / "alike" / "report.html", "3 edits", alike)
     return folder / "report.html"
 
 
@@ -202,6 +207,13 @@ def test_edits_of_equal_settings_are_told_apart_by_name(browser, page):
     assert [button.text for button in buttons] == ["one", "two", "three"]
     buttons[2].click()
     assert browser.find_element(By.ID, "prompt").text == "three"
+    # No head of the overview runs into the next.
+    heads = browser.find_elements(By.CSS_SELECTOR, "#overview th")
+    assert heads[2].text == "correspondences"
+    widths = "return [arguments[0].scrollWidth, arguments[0].clientWidth]"
+    for head in heads:
+        needed, given = browser.execute_script(widths, head)
+        assert needed <= given
     # On a phone, still, the last column of the figures can be seen without scrolling: that of the edit.
     table = browser.find_element(By.ID, "figures")
     assert table.find_elements(By.TAG_NAME, "th")[-1].text == "edit"

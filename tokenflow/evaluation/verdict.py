@@ -69,6 +69,10 @@ def _value(figures: Values, key: str, name: str = EDIT) -> float | None:
     return figures.get(key, {}).get(name)
 
 
+def _more(beyond: float) -> str:
+    return f"{beyond:.1f} more" if beyond >= 0.05 else "no more"
+
+
 def _for(technique: str | None, advice: str) -> str:
     return advice if technique else ""
 
@@ -149,7 +153,7 @@ def _drift(figures: Values, technique: str | None) -> Iterator[Finding]:
     level = _graded(beyond, 4, 8)
     text = (
         f"The mean colour drifts by {edited:.1f} grey levels from the beginning to the end, "
-        f"{beyond:.1f} more than without the edit."
+        f"{_more(beyond)} than without the edit."
     )
     advice = "raise keyframe_window, so that more of the video is edited jointly"
     yield Finding(level, text, _for(technique, advice) if level != GOOD else "")
@@ -163,7 +167,7 @@ def _flicker(figures: Values, technique: str | None) -> Iterator[Finding]:
     level = _graded(beyond, 2, 5)
     text = (
         f"Regions that stand still in the source flicker by {edited:.1f} grey levels, "
-        f"{beyond:.1f} more than without the edit."
+        f"{_more(beyond)} than without the edit."
     )
     yield Finding(level, text, _for(technique, STEADIER) if level != GOOD else "")
 
