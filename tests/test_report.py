@@ -173,7 +173,10 @@ def test_what_the_page_shows(browser):
     buttons = browser.find_elements(By.CSS_SELECTOR, "#entries button")
     assert [button.text for button in buttons] == ["11", "22"]
     rows = browser.find_elements(By.CSS_SELECTOR, "#overview tbody tr")
-    assert [row.text.split()[:2] for row in rows] == [["one", "11"], ["two", "22"]]
+    assert [row.text.split()[:2] for row in rows[1:]] == [["one", "11"], ["two", "22"]]
+    # The source, which both are of, stands first: it has only a drift, here, and that is none.
+    cells = [cell.text for cell in rows[0].find_elements(By.TAG_NAME, "td")]
+    assert cells == ["source", "", "\u2013", "0", "\u2013", "\u2013"]
     sheet = browser.find_element(By.CSS_SELECTOR, "#overview img")
     assert browser.execute_script("return arguments[0].naturalWidth", sheet) == 8 * 96
     options = browser.find_elements(By.CSS_SELECTOR, "#options tr")

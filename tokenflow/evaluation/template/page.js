@@ -213,6 +213,15 @@ function asYaml(value) {
   return typeof value === "string" && value ? value : JSON.stringify(value);
 }
 
+/** Rows of what the figures of all edits are compared with, as far as that is the same for all. */
+function floors(keys, nSettings) {
+  const rowOf = (name, entry) => keys.map((key) => number(entry.figures[key]?.[name]));
+  return Object.keys(data.names)
+    .filter((name) => name !== "edit" && data.entries.every((entry) => name in entry.videos))
+    .filter((name) => new Set(data.entries.map((entry) => rowOf(name, entry).join())).size === 1)
+    .map((name) => [data.names[name], ...Array(nSettings).fill(""), ...rowOf(name, data.entries[0])]);
+}
+
 /** The name or a value of an option, which may be a whole prompt. */
 function setting(text) {
   return element("span", { text, className: text.length > 20 ? "setting long" : "setting" });
@@ -298,13 +307,14 @@ function start() {
         return button;
       }),
     );
-    const keys = Object.keys(data.figures).filter((key) => data.entries.some((e) => e.figures[key]?.edit));
+    const keys = Object.keys(data.figures).filter((key) => data.entries.some((e) => "edit" in (e.figures[key] ?? {})));
     const rows = data.entries.map((entry) => [
       element("span", { text: entry.name, title: entry.prompt ?? "" }),
       ...settings.map((name) => setting(entry.settings[name])),
       ...keys.map((key) => number(entry.figures[key]?.edit)),
     ]);
-    fill($("overview").querySelector("table"), ["edit", ...settings.map(setting), ...keys.map(named)], rows);
+    const head = ["edit", ...settings.map(setting), ...keys.map(named)];
+    fill($("overview").querySelector("table"), head, [...floors(keys, settings.length), ...rows]);
     $("overview").querySelector("img").src = data.sheet;
     $("entries").hidden = $("overview").hidden = false;
   }
