@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from glob import glob
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,6 +34,7 @@ from tokenflow.evaluation.figures import (
     summarize,
 )
 from tokenflow.evaluation.run import joint_folder
+from tokenflow.evaluation.subjects import find_subjects
 from tokenflow.evaluation.verdict import FAIR, GOOD, POOR, verdict
 from tokenflow.optical_flow import consistent, dis_flow, flow_of_network, valid_flow
 
@@ -264,13 +266,20 @@ def page_data(path):
     return json.loads(text.split('type="application/json">')[1].split("</script>")[0])
 
 
-def test_evaluate_edits(edited, models, checkpoint):
+def test_evaluate_edits(edited, models, checkpoint, monkeypatch):
     clip, dino = models
     flags = ["--edits", "out/pnp_clip", "out/pnp_clip_2", "--clip", clip, "--dino", dino]
     result = run("evaluate.py", *flags, cwd=edited)
     assert str(last_line(result)) == "out/report.html"
     assert result.stderr.count("skipped: LPIPS") == 1  # for edits with two prompts
     assert "The reconstruction has" in result.stderr
+    monkeypatch.chdir(edited)
+    everything = sorted(glob("out/*"))  # with the report that the first evaluation has left there
+    assert everything[:2] == ["out/edits.csv", "out/edits.png"]
+    subjects = find_subjects(EvaluateConfig(edits=tuple(everything)))
+    assert [subject.name for subject in subjects] == ["pnp_clip", "pnp_clip_2"]
+    refusal(run("evaluate.py", "--edits", "out", cwd=edited), "edits: out has", "its edits.csv")
+    refusal(run("evaluate.py", "--edits", "out/edits.csv", cwd=edited), "not the folder of an edit")
     joint = page_data(edited / "out" / "report.html")
     names = ["pnp_clip", "pnp_clip_2"]
     assert [entry["name"] for entry in joint["entries"]] == names

@@ -14,7 +14,7 @@ import torch
 from tokenflow.metrics import CPU, frame_psnr, frame_ssim, gradient_energy, warp_error
 from tokenflow.optical_flow import Flow, valid_flow
 
-# What a video is in an evaluation. The floors, all but the last two, are what no edit can be better than.
+# What a video is in an evaluation. The floors, all but the last two, are what no edit can be blamed for.
 SOURCE, VAE, RECONSTRUCTION, PER_FRAME, EDIT = (
     "source",
     "vae",

@@ -97,7 +97,7 @@ def _reconstruction(figures: Values) -> Iterator[Finding]:
             if small
             else "use more steps or a better inversion_prompt in preprocess.py"
         )
-    yield Finding(level, f"{text}; an edit can be no better.", advice)
+    yield Finding(level, f"{text}; an edit keeps no more of it.", advice)
 
 
 def _steadiness(figures: Values, technique: str | None) -> Iterator[Finding]:
