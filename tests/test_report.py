@@ -74,7 +74,7 @@ def page(tmp_path_factory):
         replace(entry, options=entry.options | {"correspondences": how})
         for entry, how in zip([*entries, third], found, strict=True)
     ]
-    (folder / "alike").mkdir()
+    # Into a folder that does not exist yet.
     write_report(folder / "alike" / "report.html", "3 edits", alike)
     return folder / "report.html"
 
