@@ -3,6 +3,8 @@
 import json
 import shutil
 import sys
+from glob import glob
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +17,9 @@ from transformers import CLIPModel, CLIPTokenizer, ViTModel
 
 import util
 from benchmarks.flow import accuracy
+from tokenflow.contact_sheet import LABEL_HEIGHT, contact_sheet
 from tokenflow.evaluation import networks
+from tokenflow.evaluation.config import EvaluateConfig
 from tokenflow.evaluation.figures import (
     EDIT,
     FIGURES,
@@ -29,6 +33,8 @@ from tokenflow.evaluation.figures import (
     measure,
     summarize,
 )
+from tokenflow.evaluation.run import joint_folder
+from tokenflow.evaluation.subjects import find_subjects
 from tokenflow.evaluation.verdict import FAIR, GOOD, POOR, verdict
 from tokenflow.optical_flow import consistent, dis_flow, flow_of_network, valid_flow
 
@@ -193,6 +199,8 @@ def test_missing_networks_are_named(tmp_path):
         assert any(words in line for line in skipped)
 
 
+BLURRED = {"psnr": {RECONSTRUCTION: 26.0}, "sharpness": {RECONSTRUCTION: 0.3}}
+SOFT = {"psnr": {RECONSTRUCTION: 27.2}, "sharpness": {RECONSTRUCTION: 0.61}}
 STEADY = {"warp_1": {SOURCE: 0.3, VAE: 0.4, EDIT: 0.9}, "sharpness": {VAE: 0.8, EDIT: 0.75}}
 
 
@@ -202,6 +210,8 @@ STEADY = {"warp_1": {SOURCE: 0.3, VAE: 0.4, EDIT: 0.9}, "sharpness": {VAE: 0.8, 
         ({"psnr": {VAE: 31.0, RECONSTRUCTION: 30.0}}, None, GOOD, "30.0 dB"),
         ({"psnr": {VAE: 19.5, RECONSTRUCTION: 19.0}}, None, POOR, "larger frames"),
         ({"psnr": {VAE: 30.0, RECONSTRUCTION: 22.0}}, None, FAIR, "inversion_prompt"),
+        (BLURRED, None, POOR, "30% of its sharpness"),
+        (SOFT, None, GOOD, "61% of its sharpness"),  # data/shapes.mp4: all textures are there
         (STEADY, "pnp", GOOD, "5.7 grey levels"),
         ({"warp_1": {SOURCE: 0.1, EDIT: 2.5}}, "pnp", POOR, "lower guidance_scale"),
         ({"warp_1": {SOURCE: 0.1, EDIT: 2.5}}, "sdedit", POOR, "lower start"),
@@ -212,7 +222,7 @@ STEADY = {"warp_1": {SOURCE: 0.3, VAE: 0.4, EDIT: 0.9}, "sharpness": {VAE: 0.8, 
             {"sharpness": {VAE: 0.9, EDIT: 0.3}},
             "pnp",
             POOR,
-            "33% of the gradient energy of the VAE",
+            "33% of the sharpness of the VAE",
         ),
         ({"sharpness": {VAE: 0.9, PER_FRAME: 0.3, EDIT: 0.3}}, "pnp", GOOD, "frame by frame"),
         ({"drift": {SOURCE: 3.0, EDIT: 12.0}}, "pnp", POOR, "raise keyframe_window"),
@@ -258,12 +268,20 @@ def page_data(path):
     return json.loads(text.split('type="application/json">')[1].split("</script>")[0])
 
 
-def test_evaluate_edits(edited, models, checkpoint):
+def test_evaluate_edits(edited, models, checkpoint, monkeypatch):
     clip, dino = models
     flags = ["--edits", "out/pnp_clip", "out/pnp_clip_2", "--clip", clip, "--dino", dino]
     result = run("evaluate.py", *flags, cwd=edited)
     assert str(last_line(result)) == "out/report.html"
-    assert "skipped: LPIPS" in result.stderr and "The reconstruction is" in result.stderr
+    assert result.stderr.count("skipped: LPIPS") == 1  # for edits with two prompts
+    assert "The reconstruction has" in result.stderr
+    monkeypatch.chdir(edited)
+    everything = sorted(glob("out/*"))  # with the report that the first evaluation has left there
+    assert everything[:2] == ["out/edits.csv", "out/edits.png"]
+    subjects = find_subjects(EvaluateConfig(edits=tuple(everything)))
+    assert [subject.name for subject in subjects] == ["pnp_clip", "pnp_clip_2"]
+    refusal(run("evaluate.py", "--edits", "out", cwd=edited), "edits: out has", "its edits.csv")
+    refusal(run("evaluate.py", "--edits", "out/edits.csv", cwd=edited), "not the folder of an edit")
     joint = page_data(edited / "out" / "report.html")
     names = ["pnp_clip", "pnp_clip_2"]
     assert [entry["name"] for entry in joint["entries"]] == names
@@ -293,6 +311,27 @@ def test_evaluate_edits(edited, models, checkpoint):
     assert (edited / "out" / "pnp_clip" / "report.html").exists()
     last_line(run("run_tokenflow_pnp.py", *edit, "--overwrite", cwd=edited))
     assert not list((edited / "out" / "pnp_clip").glob("report*"))
+
+
+def test_long_labels_of_a_contact_sheet_are_not_cut_off():
+    """A long prompt would hide the settings behind it: its label has as many lines as it needs."""
+    frames, prompt = np.zeros((8, 32, 32, 3), np.uint8), "a robotic wolf in the snow, " * 8
+    one, many = (contact_sheet({text: frames}) for text in ("pnp_wolf", prompt + "pnp_attn_t 0.3"))
+    n_lines, rest = divmod(len(many) - len(frames[0]), LABEL_HEIGHT)
+    assert len(one) == LABEL_HEIGHT + 32 and n_lines >= 5 and rest == 0
+    lines = many[:-32].reshape(n_lines, LABEL_HEIGHT, -1)
+    assert (lines < 128).any(axis=(1, 2)).all()  # text in each
+    assert (many[:-32, -4:] == 255).all()  # and none at the border
+
+
+def test_the_joint_report_is_named_as_the_edits_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder, edits in {"out": ["out/a", "out/b"], ".": ["a", "b"], "..": ["a", "../b"]}.items():
+        subjects = [SimpleNamespace(folder=Path(edit)) for edit in edits]
+        assert joint_folder(subjects, EvaluateConfig(edits=("a",))) == Path(folder)
+    subjects = [SimpleNamespace(folder=tmp_path / "elsewhere" / name) for name in "ab"]
+    monkeypatch.chdir("/")
+    assert joint_folder(subjects, EvaluateConfig(edits=("a",))) == tmp_path / "elsewhere"
 
 
 def test_preprocess_writes_a_report_of_its_reconstruction(edited):

@@ -4,6 +4,7 @@ Skipped where there is no Chromium, which Debian's packages `chromium` and `chro
 """
 
 import shutil
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -15,7 +16,16 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 import util
-from tokenflow.evaluation.figures import EDIT, SOURCE, Drift, beside_source, measure, summarize
+from tokenflow.evaluation.figures import (
+    EDIT,
+    RECONSTRUCTION,
+    SOURCE,
+    VAE,
+    Drift,
+    beside_source,
+    measure,
+    summarize,
+)
 from tokenflow.evaluation.report import Entry, thumbnails, write_report
 from tokenflow.evaluation.verdict import verdict
 
@@ -43,7 +53,7 @@ def entry_of(folder, name):
     figures = summarize(curves, FPS)
     pictures = thumbnails(videos, N_FRAMES)
     prompt, findings = f"</script><b>{name}</b>", verdict(figures)
-    about = findings, ["LPIPS: no package"], {"seed": SEEDS[name], "model": None}
+    about = findings, ["LPIPS: no package"], {"seed": SEEDS[name], "model": None, "lora": []}
     return Entry(name, prompt, files, Fraction(FPS), N_FRAMES, figures, curves, *about, pictures)
 
 
@@ -52,6 +62,20 @@ def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("a report")
     entries = [entry_of(folder, name) for name in SEEDS]
     write_report(folder / "report.html", "2 edits", entries)
+    # A third one has the second's settings, and figures for as many videos as an edit has.
+    every = {
+        key: dict.fromkeys((SOURCE, VAE, RECONSTRUCTION, EDIT), by_name[EDIT])
+        for key, by_name in entries[1].curves.items()
+    }
+    more = {"curves": every, "figures": summarize(every, FPS)}
+    third = replace(entries[1], name="three", prompt=None, **more)
+    found = "tokens", "flow", "flow"  # another option that the second and the third share
+    alike = [
+        replace(entry, options=entry.options | {"correspondences": how})
+        for entry, how in zip([*entries, third], found, strict=True)
+    ]
+    # Into a folder that does not exist yet.
+    write_report(folder / "alike" / "report.html", "3 edits", alike)
     return folder / "report.html"
 
 
@@ -149,12 +173,17 @@ def test_what_the_page_shows(browser):
     buttons = browser.find_elements(By.CSS_SELECTOR, "#entries button")
     assert [button.text for button in buttons] == ["11", "22"]
     rows = browser.find_elements(By.CSS_SELECTOR, "#overview tbody tr")
-    assert [row.text.split()[:2] for row in rows] == [["one", "11"], ["two", "22"]]
+    assert [row.text.split()[:2] for row in rows[1:]] == [["one", "11"], ["two", "22"]]
+    # The source, which both are of, stands first: it has only a drift, here, and that is none.
+    cells = [cell.text for cell in rows[0].find_elements(By.TAG_NAME, "td")]
+    assert cells == ["source", "", "\u2013", "0", "\u2013", "\u2013"]
     sheet = browser.find_element(By.CSS_SELECTOR, "#overview img")
     assert browser.execute_script("return arguments[0].naturalWidth", sheet) == 8 * 96
+    options = browser.find_elements(By.CSS_SELECTOR, "#options tr")
+    assert [row.text for row in options] == ["seed 11", "model null", "lora []"]  # as in YAML
     for words in (
         "Verdict",
-        "\u201c</script><b>one</b>\u201d",
+        "one: \u201c</script><b>one</b>\u201d",
         "not measured: LPIPS",
         "SSIM",
         "seed",
@@ -173,6 +202,25 @@ def test_it_fits_a_phone(browser):
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 400
     videos = browser.find_elements(By.TAG_NAME, "video")
     assert all(video.rect["width"] > 150 for video in videos)
+
+
+def test_edits_of_equal_settings_are_told_apart_by_name(browser, page):
+    browser.get((page.parent / "alike" / "report.html").as_uri())
+    buttons = browser.find_elements(By.CSS_SELECTOR, "#entries button")
+    assert [button.text for button in buttons] == ["one", "two", "three"]
+    buttons[2].click()
+    assert browser.find_element(By.ID, "prompt").text == "three"
+    # No head of the overview runs into the next.
+    heads = browser.find_elements(By.CSS_SELECTOR, "#overview th")
+    assert heads[2].text == "correspondences"
+    widths = "return [arguments[0].scrollWidth, arguments[0].clientWidth]"
+    for head in heads:
+        needed, given = browser.execute_script(widths, head)
+        assert needed <= given
+    # On a phone, still, the last column of the figures can be seen without scrolling: that of the edit.
+    table = browser.find_element(By.ID, "figures")
+    assert table.find_elements(By.TAG_NAME, "th")[-1].text == "edit"
+    assert table.rect["x"] + table.rect["width"] <= 400
 
 
 def test_nothing_was_logged(browser):

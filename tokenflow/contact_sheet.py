@@ -1,9 +1,11 @@
 """Contact sheets: videos as one picture that a person can judge."""
 
+import textwrap
+
 import cv2
 import numpy as np
 
-LABEL_HEIGHT = 18  # pixels
+LABEL_HEIGHT, MARGIN = 18, 4  # pixels: of a line of text, and to its left
 WHITE = 255
 
 
@@ -24,6 +26,14 @@ def contact_sheet(rows: dict[str, np.ndarray], title: str = "") -> np.ndarray:
 
 
 def _label(text: str, width: int) -> np.ndarray:
-    label = np.full((LABEL_HEIGHT, width, 3), WHITE, np.uint8)
-    at, font = (4, LABEL_HEIGHT - 5), cv2.FONT_HERSHEY_SIMPLEX
-    return cv2.putText(label, text, at, font, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
+    """Text as a picture, uint8 RGB, `width` pixels wide, with as many lines as it needs."""
+    font, scale = cv2.FONT_HERSHEY_SIMPLEX, 0.42
+    (needed, _), _ = cv2.getTextSize(text, font, scale, 1)
+    # Letters differ in width: a tenth is left for lines of wide ones.
+    share = min(1.0, 0.9 * (width - 2 * MARGIN) / max(1, needed))
+    lines = textwrap.wrap(text, max(1, int(share * len(text)))) if share < 1 else [text]
+    label = np.full((LABEL_HEIGHT * len(lines), width, 3), WHITE, np.uint8)
+    for index, line in enumerate(lines, 1):
+        at = (MARGIN, LABEL_HEIGHT * index - 5)
+        cv2.putText(label, line, at, font, scale, (0, 0, 0), 1, cv2.LINE_AA)
+    return label

@@ -14,7 +14,7 @@ import torch
 from tokenflow.metrics import CPU, frame_psnr, frame_ssim, gradient_energy, warp_error
 from tokenflow.optical_flow import Flow, valid_flow
 
-# What a video is in an evaluation. The floors, all but the last two, are what no edit can be better than.
+# What a video is in an evaluation. The floors, all but the last two, are what no edit can be blamed for.
 SOURCE, VAE, RECONSTRUCTION, PER_FRAME, EDIT = (
     "source",
     "vae",
@@ -53,10 +53,10 @@ FIGURES = {
             f"warp error, gap {gap}",
             "x 1e-3",
             "less",
-            f"mean square difference to the frame {gap} earlier along the source's optical flow, pixel "
-            "values from 0 to 1; a blank or blurred video has little, so read it beside the sharpness",
+            f"mean square difference to the frame {when}, along the source's optical flow, pixel values from "
+            "0 to 1; a blank or blurred video has little, so read it beside the sharpness",
         )
-        for gap in GAPS
+        for gap, when in zip(GAPS, ("before", "4 before", "8 before"), strict=True)
     },
     "sharpness": Figure(
         "sharpness",

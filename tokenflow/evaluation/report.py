@@ -85,6 +85,7 @@ def write_report(path: Path, title: str, entries: list[Entry]) -> None:
     data = {"title": title, "names": NAMES, "figures": shown, "entries": []}
     apart = differences([entry.options for entry in entries])
     if len(entries) > 1:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_image(path.with_name(SHEET), sheet_of_edits(entries, apart))
         write_table(path.with_name(TABLE), entries, apart)
         data["sheet"] = SHEET

@@ -61,7 +61,9 @@ def evaluate(config: EvaluateConfig) -> Path:
                 write_report(subject.folder / PAGE, entry.name, [entry])
                 _say(entry)
                 entries.append(entry)
-        page = _joint_folder(subjects, config) / PAGE
+        for line in dict.fromkeys(line for entry in entries for line in entry.skipped):
+            log.info("skipped: %s", line)
+        page = joint_folder(subjects, config) / PAGE
         if len(subjects) > 1 or page.parent != subjects[0].folder:
             write_report(page, f"{len(entries)} edits", entries)
     return page
@@ -75,8 +77,6 @@ def evaluate_together(
     meters, skipped = available(config.clip, config.dino, first.prompt, device)
     if VAE not in first.frames:
         skipped.append("floors of the VAE: only an edit's folder has its round trip")
-    for line in skipped:
-        log.info("skipped: %s", line)
     alone = partial(beside_source, device=device), Drift(float(first.fps), first.n_frames)
     meters = [AlongFlow(flow), *alone, *meters]
     videos = {name: first.read(name) for name in first.frames if name != EDIT}
@@ -122,14 +122,15 @@ def _playable(subject: Subject, name: str) -> Path:
     return path
 
 
-def _joint_folder(subjects: list[Subject], config: EvaluateConfig) -> Path:
-    """The folder of the report over everything."""
+def joint_folder(subjects: list[Subject], config: EvaluateConfig) -> Path:
+    """The folder of the report over everything, absolute if the edits' folders are."""
     if config.output_path:
         return Path(config.output_path)
     if len(subjects) == 1:
         return subjects[0].folder
-    shared = os.path.commonpath([subject.folder.absolute() for subject in subjects])
-    return Path(os.path.relpath(shared))
+    folders = [subject.folder for subject in subjects]
+    shared = os.path.commonpath([os.path.abspath(folder) for folder in folders])
+    return Path(shared if all(f.is_absolute() for f in folders) else os.path.relpath(shared))
 
 
 def _say(entry: Entry) -> None:

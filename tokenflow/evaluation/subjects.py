@@ -15,6 +15,7 @@ from tokenflow.editing.identity import read_identity
 from tokenflow.errors import DamagedError, UserError
 from tokenflow.evaluation.config import EvaluateConfig
 from tokenflow.evaluation.figures import EDIT, PER_FRAME, RECONSTRUCTION, SOURCE, VAE
+from tokenflow.evaluation.report import PAGE, SHEET, TABLE
 from tokenflow.inversion.files import Inversion
 from tokenflow.runtime.digests import check
 from util import decode_frames, fit_frame, frame_rate
@@ -62,12 +63,19 @@ class Subject:
 def find_subjects(config: EvaluateConfig) -> list[Subject]:
     """Everything that a configuration asks to evaluate. Raises UserError for what cannot be."""
     if config.edits:
-        return [_edit(Path(folder), config) for folder in dict.fromkeys(config.edits)]
+        named = [Path(name) for name in dict.fromkeys(config.edits)]
+        # A pattern such as tokenflow-results/* also names the last report over all.
+        folders = [path for path in named if path.is_dir() or path.name not in (PAGE, SHEET, TABLE)]
+        return [_edit(folder, config) for folder in folders or named]
     return [_videos(config)]
 
 
 def _edit(folder: Path, config: EvaluateConfig) -> Subject:
     text = folder / "config.yaml"
+    if (folder / TABLE).is_file() and not (folder / "frames").exists():
+        raise UserError(
+            f"edits: {folder} has only a report of several edits; name the edits, which its {TABLE} lists"
+        )
     if not text.is_file():
         raise UserError(f"edits: {folder} is not the folder of an edit: it has no config.yaml")
     try:

@@ -134,7 +134,7 @@ def write_page(inversion: Inversion, manifest: Manifest, curves: Curves) -> None
         figures=figures,
         curves=curves,
         findings=verdict(figures),
-        skipped=["all but the reconstruction's figures: evaluate.py measures them, of edits"],
+        skipped=["steadiness and agreement with the prompt: evaluate.py measures them for edits"],
         options={key: value for key, value in manifest.config.items() if key not in hidden},
         pictures=thumbnails(
             {name: decode_frames(folder) for name, folder in pictures.items()}, manifest.n_frames

@@ -204,8 +204,22 @@ function fill(table, head, rows) {
 
 function named(key) {
   const { title, unit, better } = data.figures[key];
-  const about = [unit, better].filter(Boolean).join(", ");
+  const about = [unit, better].filter(Boolean).join(", ").replace("-", "\u2011"); // no line ends in 1e-3
   return element("span", { children: [`${title} `, element("small", { text: `(${about})` })] });
+}
+
+/** An option's value as a configuration file has it. */
+function asYaml(value) {
+  return typeof value === "string" && value ? value : JSON.stringify(value);
+}
+
+/** Rows of what the figures of all edits are compared with, as far as that is the same for all. */
+function floors(keys, nSettings) {
+  const rowOf = (name, entry) => keys.map((key) => number(entry.figures[key]?.[name]));
+  return Object.keys(data.names)
+    .filter((name) => name !== "edit" && data.entries.every((entry) => name in entry.videos))
+    .filter((name) => new Set(data.entries.map((entry) => rowOf(name, entry).join())).size === 1)
+    .map((name) => [data.names[name], ...Array(nSettings).fill(""), ...rowOf(name, data.entries[0])]);
 }
 
 /** The name or a value of an option, which may be a whole prompt. */
@@ -221,7 +235,8 @@ function open(index) {
   player?.pause();
   const entry = data.entries[index];
   for (const [i, button] of buttons().entries()) button.setAttribute("aria-current", i === index);
-  $("prompt").textContent = entry.prompt ? `\u201c${entry.prompt}\u201d` : "";
+  const said = [data.entries.length > 1 && entry.name, entry.prompt && `\u201c${entry.prompt}\u201d`];
+  $("prompt").textContent = said.filter(Boolean).join(": ");
   $("verdict").replaceChildren(
     ...entry.findings.map(({ level, text, advice }) => {
       const say = [element("b", { text: level }), " ", element("span", { text })];
@@ -245,7 +260,7 @@ function open(index) {
   $("sheet").src = entry.sheet;
   $("options").replaceChildren(
     ...Object.entries(entry.options).map(([key, value]) =>
-      element("tr", { children: [element("td", { text: key }), element("td", { text: String(value) })] }),
+      element("tr", { children: [element("td", { text: key }), element("td", { text: asYaml(value) })] }),
     ),
   );
 
@@ -275,12 +290,14 @@ function start() {
   document.title = data.title;
   $("title").textContent = data.title;
   if (data.entries.length > 1) {
-    // What tells the edits apart names them; each has the same settings.
+    // Settings, of which each edit has the same ones, name the edits if they tell all of them apart.
     const settings = Object.keys(data.entries[0].settings);
-    if (settings.length) $("entries").append(element("span", { text: `${settings.join(", ")}:` }));
+    const labels = data.entries.map((entry) => settings.map((name) => entry.settings[name]).join(", "));
+    const apart = new Set(labels).size === labels.length;
+    if (apart) $("entries").append(element("span", { text: `${settings.join(", ")}:` }));
     $("entries").append(
       ...data.entries.map((entry, index) => {
-        const text = settings.map((name) => entry.settings[name]).join(", ") || entry.name;
+        const text = apart ? labels[index] : entry.name;
         const button = element("button", { type: "button", text, title: entry.name });
         button.addEventListener("click", () => {
           open(index);
@@ -290,13 +307,14 @@ function start() {
         return button;
       }),
     );
-    const keys = Object.keys(data.figures).filter((key) => data.entries.some((e) => e.figures[key]?.edit));
+    const keys = Object.keys(data.figures).filter((key) => data.entries.some((e) => "edit" in (e.figures[key] ?? {})));
     const rows = data.entries.map((entry) => [
       element("span", { text: entry.name, title: entry.prompt ?? "" }),
       ...settings.map((name) => setting(entry.settings[name])),
       ...keys.map((key) => number(entry.figures[key]?.edit)),
     ]);
-    fill($("overview").querySelector("table"), ["edit", ...settings.map(setting), ...keys.map(named)], rows);
+    const head = ["edit", ...settings.map(setting), ...keys.map(named)];
+    fill($("overview").querySelector("table"), head, [...floors(keys, settings.length), ...rows]);
     $("overview").querySelector("img").src = data.sheet;
     $("entries").hidden = $("overview").hidden = false;
   }
