@@ -156,11 +156,11 @@ def main() -> None:
         for r in rows
     ]
     what = f"Version {args.version}, {args.frames} frames of {args.size} x {args.size}, {args.steps} steps, "
-    text = f"{what}{dtype} on {device}\n\n{markdown(titles, cells)}"
+    print(text := f"{what}{dtype} on {device}\n\n{markdown(titles, cells)}")
     if device.type == "cuda" and args.version in ("1.5", "2.1"):
-        text += "\n" + peak_share(args, device, meter.stages["edit"].seconds)
+        print(share := peak_share(args, device, meter.stages["edit"].seconds))
+        text += "\n" + share
     write_report(args, args.version, text, {"rows": rows})
-    print(text)
 
 
 if __name__ == "__main__":

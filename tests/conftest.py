@@ -6,14 +6,12 @@ from pathlib import Path
 # One thread: on busy cores two wait for each other, and they add floats in another order. Torch reads this
 # when it is imported, here and in the processes that tests start.
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+# The tests are of the CPU, wherever they run: a GPU rounds otherwise. `benchmarks.device` looks at the GPU.
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
 
 import numpy as np
 import pytest
 import torch
-
-# Without a GPU, triton interprets its kernels; it decides so when they are imported.
-os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))
-
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, ViTConfig, ViTModel
 
 from shapes.checkpoint import build_random

@@ -49,10 +49,6 @@ def tiny_networks():
     return build_unet(TINY), build_vae(TINY)
 
 
-without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what it stands in for is there")
-
-
-@without_gpu
 def test_few_copies_are_waited_for():
     config = PnPConfig(data_path="", prompt="x", batch_size=3, pnp_attn_t=1, pnp_f_t=1)
     workload = Workload("tiny", 64, 64, 5, config)
@@ -73,7 +69,6 @@ def test_few_copies_are_waited_for():
     assert edit["steps"] > edit["consensus"] > edit["decoding"] > 0 < edit["consensus_share"] < 1
 
 
-@without_gpu
 @torch.no_grad()
 def test_few_copies_are_waited_for_in_windows():
     """Eight keyframes in windows: the passes before the first frames are done."""
@@ -93,7 +88,6 @@ def test_few_copies_are_waited_for_in_windows():
     assert row.most["blocking_copies"] == 1 and row.most["dependent"] == 0
 
 
-@without_gpu
 @pytest.mark.parametrize(
     "checkpoint, side, controlled", [("sd15", 512, True), ("sd21", 768, False)]
 )
@@ -153,7 +147,6 @@ def test_a_run_says_what_memory_it_needs(checkpoint, monkeypatch, caplog, batch_
     assert memory.plan_memory(edit, (), *on_cpu, 40) == {}
 
 
-@without_gpu
 @torch.no_grad()
 def test_census_by_hand():
     census = Census(torch.device("cuda:0"))

@@ -26,6 +26,7 @@ from tokenflow.errors import UserError
 from tokenflow.evaluation.report import discard_report
 from tokenflow.runtime import run_folder
 from tokenflow.runtime.batching import Batches, Limits
+from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.turns import in_turns
 
 N_FRAMES, STEPS, KILLS = 13, 4, 12
@@ -192,6 +193,14 @@ def test_a_process_that_dies_ends_the_run(source, checkpoint):
     ended = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=600)
     assert ended.returncode != 0
     assert "error (process 1): of this process" in ended.stderr and ended.stdout == ""
+
+
+def test_each_process_needs_a_gpu(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for device in ("cuda", "cuda:1"):
+        with pytest.raises(UserError, match="2 processes.*--num_processes 1"):
+            Processes(torch.device(device))
 
 
 @pytest.mark.parametrize(

@@ -432,8 +432,7 @@ def test_nearest_tokens_in_blocks(monkeypatch):
 
 
 def test_fused_nearest_tokens_equal_the_blocked_ones():
-    """On a GPU if there is one, else in triton's interpreter; skipped without triton."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    """In triton's interpreter; skipped without triton. `benchmarks.device` compares them on a GPU."""
     kernel = pytest.importorskip("tokenflow.nearest_triton")
     generator = torch.Generator().manual_seed(0)
     for tiles, dtype in [
@@ -443,15 +442,14 @@ def test_fused_nearest_tokens_equal_the_blocked_ones():
     ]:
         for n, s, k, d in [(2, 64, 64, 32), (3, 100, 130, 40), (1, 7, 300, 80)]:
             tokens, keys = (
-                torch.randn(*shape, generator=generator).to(device, dtype)
-                for shape in ((n, s, d), (k, d))
+                torch.randn(*shape, generator=generator).to(dtype) for shape in ((n, s, d), (k, d))
             )
             found, expected = (
                 kernel.nearest_fused(tokens, keys, tiles),
                 nearest_in_blocks(tokens, keys),
             )
             assert torch.equal(found, expected), (tiles, dtype)
-        same = torch.ones(1, 3, 8, device=device, dtype=dtype)
+        same = torch.ones(1, 3, 8, dtype=dtype)
         assert kernel.nearest_fused(same, same[0], tiles).tolist() == [
             [0, 0, 0]
         ]  # the first of ties

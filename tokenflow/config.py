@@ -206,7 +206,8 @@ class EditConfig(ModelConfig):
     )
     consensus: int | None = option(
         "how often, in the last 40 % of the steps, predicted clean frames are averaged along the source's "
-        "motion, which is steadier; None: twice, but 0 (never) with propagation previous, as published",
+        "motion, which is steadier; the last time is followed by one step, which sharpens the frames again; "
+        "None: twice, but 0 (never) with propagation previous, as published",
         None,
         low=0,
         high=10,

@@ -15,9 +15,9 @@ import torch
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.fusion import Fusion
 
-# The first and the last consensus, as shares of the steps: before, predictions are too vague to be aligned,
-# and after, too few steps are left to sharpen them.
-FIRST, LAST = 0.6, 0.9
+# The first consensus, as a share of the steps: before, predictions are too vague to be aligned. The last one
+# leaves a single step: that sharpens the average again, while in more of them the frames part again.
+FIRST, STEPS_LEFT = 0.6, 1
 # In frames; nearer neighbours are alike already.
 DISTANCES = (3, 6, 9, 12)
 
@@ -50,5 +50,6 @@ class Consensus:
 
 def consensus_steps(n_steps: int, count: int) -> frozenset[int]:
     """The steps, of `n_steps`, that end with a consensus: `count` of them, spread evenly."""
-    shares = torch.linspace(FIRST, LAST, count, dtype=torch.float64).tolist()
-    return frozenset(int(round(share * n_steps, 6)) for share in shares)
+    first = int(FIRST * n_steps)
+    last = max(first, n_steps - 1 - STEPS_LEFT)
+    return frozenset(torch.linspace(last, first, count, dtype=torch.float64).int().tolist())

@@ -1,5 +1,6 @@
 """The processes of one run (`accelerate launch`, `torchrun`), which share its work through its files."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -7,6 +8,8 @@ from typing import TypeVar
 
 import torch
 from accelerate import PartialState
+
+from tokenflow.errors import UserError
 
 T = TypeVar("T")
 
@@ -18,6 +21,14 @@ class Processes:
     """This process and the others of its run, which may be this process alone."""
 
     def __init__(self, device: torch.device) -> None:
+        """Raises UserError for more processes on this machine than GPUs."""
+        n_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun and accelerate
+        n_gpus = torch.cuda.device_count() if device.index is None else 1  # `cuda:1` is one
+        if device.type == "cuda" and n_here > n_gpus:
+            raise UserError(
+                f"device: {n_here} processes were started on {device}, where {n_gpus} can have a GPU of its "
+                f"own; use --num_processes {n_gpus}"
+            )
         self._state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
 
     @property
