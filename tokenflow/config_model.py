@@ -51,8 +51,8 @@ class ModelConfig:
         False,
     )
     compile: bool = option(
-        "compile the UNet with torch.compile, for a GPU and long videos: it takes minutes at first, and then a "
-        "plain pass takes a quarter less time (on an H100)",
+        "compile the UNet with torch.compile, for a GPU and long videos: it takes minutes at first, and then "
+        "a plain pass takes a quarter less time (on an H100)",
         False,
     )
     clip_skip: int = option(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from tokenflow.errors import UserError
+from tokenflow.runtime.ahead import in_parallel
 from tokenflow.runtime.digests import digest_of
 
 
@@ -69,14 +70,14 @@ class Progress:
         """Whether a part, or a stage without parts, is done and what it wrote is undamaged."""
         file = self._file(stage, part)
         try:
-            return file.is_file() and file.read_bytes() == digest_of(written).encode()
+            return file.is_file() and file.read_bytes() == _digest(written)
         except (OSError, ValueError, EOFError):  # what was written is unreadable
             return False
 
     def done(self, stage: str, *part: int, written: Iterable[bytes]) -> None:
         """Record that a part is done, and the digest of what it wrote."""
         self.folder.mkdir(exist_ok=True)
-        self._file(stage, part).write_bytes(digest_of(written).encode())
+        self._file(stage, part).write_bytes(_digest(written))
 
     def remove(self) -> None:
         """Forget all parts, when the run is done."""
@@ -84,6 +85,12 @@ class Progress:
 
     def _file(self, stage: str, part: Sequence[int]) -> Path:
         return self.folder / "_".join([stage, *map(str, part)])
+
+
+def _digest(written: Iterable[bytes]) -> bytes:
+    """The digest of the digests of what was written, which threads compute side by side."""
+    each = in_parallel(lambda piece: digest_of([piece]).encode(), written)
+    return digest_of(each).encode()
 
 
 @contextmanager
