@@ -23,7 +23,7 @@ from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles, bytes_needed
 from tokenflow.keyframe_cache import BlendedRows, KeyframeCache
 from tokenflow.nearest import nearest_in_blocks, nearest_tokens
-from tokenflow.runtime.ahead import WriteBehind, read_ahead
+from tokenflow.runtime.ahead import WriteBehind, in_parallel, read_ahead
 from tokenflow.runtime.batching import Batches, Limits
 from tokenflow_utils import (
     JointPass,
@@ -483,6 +483,17 @@ for arch, shared in {75: 64, 80: 163, 86: 99, 89: 99, 90: 227}.items():
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_work_in_parallel_comes_in_order():
+    assert list(in_parallel(lambda x: x * x, range(50))) == [x * x for x in range(50)]
+    with pytest.raises(ZeroDivisionError):
+        list(in_parallel(lambda x: 1 // x, [1, 0, 2]))
+    begun = []
+    results = in_parallel(begun.append, range(1000))
+    next(results)
+    results.close()
+    assert 1 <= len(begun) < 100  # few are held in memory
 
 
 def test_reading_ahead():

@@ -30,6 +30,7 @@ from tokenflow.diffusion.ddim import NoisePredictor, Schedule, invert, sample
 from tokenflow.diffusion.depth import load_depth_model
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.errors import DamagedError, UserError
+from tokenflow.evaluation.report import PAGE
 from tokenflow.inversion.files import CLEAN, INVERTED, Inversion, Manifest, noisy
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.report import compare, report_reconstruction
@@ -187,6 +188,8 @@ class InversionRun:
         inversion.write_manifest(replace(self.manifest, keyframes=kept))
         about = inversion, self.manifest, self.config, scores
         log.info(report_reconstruction(self.sd, *about, self.noise_predictor))
+        if not self.config.no_reconstruction:
+            log.info("to look at: %s", self.final.folder / PAGE)
         seal(inversion.folder)
         Progress(inversion.folder).remove()
 
