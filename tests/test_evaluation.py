@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from conftest import build_tiny_clip, build_tiny_dino
 from test_cli import edit_flags, last_line, refusal, run
+from test_util import write_phone_video
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer, ViTModel
 
@@ -169,15 +171,21 @@ def test_structure_distance(models, pattern):
 
 
 def test_lpips_gets_each_video_beside_the_source(monkeypatch, pattern):
+    given = []
+
     def make(net, verbose):
         network = torch.nn.Module()
-        network.forward = lambda a, b: (a - b).abs().mean((1, 2, 3), keepdim=True)
+        network.forward = lambda a, b: given.append((a, b)) or torch.zeros(len(a))
         return network
 
     monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=make))
     black, white = np.zeros((1, 8, 8, 3), np.uint8), np.full((1, 8, 8, 3), 255, np.uint8)
-    curves = measure({SOURCE: black, VAE: black, EDIT: white}, [networks.Lpips(CPU)])
-    assert curves["lpips"] == {VAE: [0], EDIT: [2]}
+    for device in (CPU, torch.device("meta")):
+        curves = measure({SOURCE: black, VAE: black, EDIT: white}, [networks.Lpips(device)])
+        assert curves["lpips"] == {VAE: [0], EDIT: [0]}
+        assert all(images.device == device for images in given[-1])
+    (others, source), _ = given
+    assert source.unique().tolist() == [-1] and others.flatten(1).mean(1).tolist() == [-1, 1]
 
 
 def test_missing_networks_are_named(tmp_path):
@@ -258,10 +266,17 @@ def page_data(path):
     return json.loads(text.split('type="application/json">')[1].split("</script>")[0])
 
 
-def test_evaluate_edits(edited, models, checkpoint):
+def test_evaluate_edits(edited, models, checkpoint, monkeypatch):
     clip, dino = models
     flags = ["--edits", "out/pnp_clip", "out/pnp_clip_2", "--clip", clip, "--dino", dino]
+    flags += ["--prompt", "a circle"]  # with one prompt they are measured together
+    read, read_image = [], util.read_image
+    monkeypatch.setattr(
+        util, "read_image", lambda path: read.append(path.parent) or read_image(path)
+    )
     result = run("evaluate.py", *flags, cwd=edited)
+    # Once for all edits, and once more for a video of them; of an edit one more for its size.
+    assert sorted(Counter(read).values()) == [7, 8, 8, 14, 14]
     assert str(last_line(result)) == "out/report.html"
     assert "skipped: LPIPS" in result.stderr and "The reconstruction is" in result.stderr
     joint = page_data(edited / "out" / "report.html")
@@ -330,6 +345,22 @@ def test_evaluate_any_two_videos(tmp_path, clip, clip_frames, models):
             list(util.decode_frames(tmp_path / "theirs_report" / entry["videos"][name]))
         )
         assert frames.shape == (5, 48, 48, 3)
+
+
+def test_a_turned_source_and_reports_in_a_new_folder(edited, clip_frames):
+    """What a phone has recorded, of the very size of the edit; and a report over several edits."""
+    write_phone_video(edited / "phone.mov", clip_frames[:, :48])
+    util.write_video(edited / "theirs.mp4", 255 - clip_frames[:, :48], 12)
+    alone = ["--clip", "None", "--dino", "None", "--output_path"]
+    two = ["--source", "phone.mov", "--edited", "theirs.mp4", *alone, "two"]
+    assert str(last_line(run("evaluate.py", *two, cwd=edited))) == "two/report.html"
+    several = ["--edits", "out/pnp_clip", "out/pnp_clip_2", *alone, "new/joint"]
+    assert str(last_line(run("evaluate.py", *several, cwd=edited))) == "new/joint/report.html"
+    assert sorted(path.name for path in (edited / "new" / "joint").iterdir()) == [
+        "edits.csv",
+        "edits.png",
+        "report.html",
+    ]
 
 
 @pytest.mark.parametrize(

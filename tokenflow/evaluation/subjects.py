@@ -17,7 +17,7 @@ from tokenflow.evaluation.config import EvaluateConfig
 from tokenflow.evaluation.figures import EDIT, PER_FRAME, RECONSTRUCTION, SOURCE, VAE
 from tokenflow.inversion.files import Inversion
 from tokenflow.runtime.digests import check
-from util import decode_frames, fit_frame, frame_rate
+from util import decode_frames, fit_frame, frame_rate, list_images
 
 # The option that only one technique has.
 TECHNIQUES = {"pnp_attn_t": "pnp", "start": "sdedit", "control_scale": "controlnet"}
@@ -56,7 +56,8 @@ class Subject:
         """The frames of one of the videos, uint8 RGB (H, W, 3), one by one."""
         height, width = self.size
         frames = itertools.islice(decode_frames(self.frames[name]), self.n_frames)
-        return (fit_frame(frame, height, width, self.resize) for frame in frames)
+        fitted = (fit_frame(frame, height, width, self.resize) for frame in frames)
+        return map(np.ascontiguousarray, fitted)  # torch takes no views of turned frames
 
 
 def find_subjects(config: EvaluateConfig) -> list[Subject]:
@@ -138,7 +139,10 @@ def _frame_by_frame(config: EvaluateConfig) -> dict[str, Path]:
 
 def _shortest(videos: dict[str, Path], wanted: int) -> int:
     """The number of frames that all videos have, or the `wanted` ones unless 0. Raises UserError."""
-    counts = {path: sum(1 for _ in decode_frames(path)) for path in videos.values()}
+    counts = {
+        path: len(list_images(path)) if path.is_dir() else sum(1 for _ in decode_frames(path))
+        for path in videos.values()
+    }
     shortest = min(counts, key=counts.__getitem__)
     if counts[shortest] < max(2, wanted):
         raise UserError(
