@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ import util
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.errors import UserError
 from tokenflow.evaluation.report import discard_report
-from tokenflow.runtime import run_folder
+from tokenflow.runtime import distributed, run_folder
 from tokenflow.runtime.batching import Batches, Limits
 from tokenflow.runtime.turns import in_turns
 
@@ -176,6 +177,14 @@ def test_two_processes_equal_one(server, source, checkpoint, whole, technique):
     assert content(folder) == whole[technique]
 
 
+def test_a_process_knows_its_gpu(monkeypatch):
+    """By its index, since another thread of it takes "cuda" for the GPU of index 0."""
+    monkeypatch.setattr(distributed, "PartialState", lambda **options: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    for device, own in {"cuda": "cuda:1", "cuda:2": "cuda:2", "cpu": "cpu"}.items():
+        assert distributed.Processes(torch.device(device)).device == torch.device(own)
+
+
 def test_a_process_that_dies_ends_the_run(source, checkpoint):
     """The others are not left waiting, and the error names the process."""
     flags = [*invert_flags(checkpoint, "died"), "--n_frames", 0]
@@ -253,6 +262,8 @@ def test_what_a_stopped_inversion_left_is_checked(source, checkpoint, whole, mon
         patched.setattr(StableDiffusion, "predict_noise", stops)
         assert run("preprocess.py", *flags, cwd=source).returncode == 130
     shutil.copytree(partial, tmp_path / "left")
+    # Of the disk that all source features take, some is taken by those that are there.
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1))
     features = [f"source_features/{name}_1.npy" for name in ("nearest", "features")]
     ways = itertools.cycle(WAYS)
     for names in (  # of one stage each, since an early one makes all later files new
@@ -268,7 +279,8 @@ def test_what_a_stopped_inversion_left_is_checked(source, checkpoint, whole, mon
             (partial / name).unlink()
             if WAYS[way]:
                 (partial / name).write_bytes(WAYS[way](data))
-        last_line(run("preprocess.py", *flags, cwd=source))
+        result = run("preprocess.py", *flags, cwd=source)
+        assert last_line(result) and "are not kept" not in result.stderr
         assert content(final) == whole["preprocess"], names
 
 

@@ -59,4 +59,4 @@ def check_edit(config: EditConfig, technique: str, shared: Shared) -> EditRun:
     identity, processes = identity_of(config, inversion, files), Processes(device)
     made_from = inversion, schedule, n_frames, identity
     name = f"{technique}_{Path(config.data_path).stem}"
-    return EditRun(config, name, *made_from, processes, device, dtype, shared)
+    return EditRun(config, name, *made_from, processes, dtype, shared)

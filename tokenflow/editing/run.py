@@ -75,7 +75,6 @@ class EditRun:
     n_frames: int
     identity: str
     processes: Processes
-    device: torch.device
     dtype: torch.dtype
     shared: Shared
     folder: Path | None = None
@@ -156,12 +155,12 @@ class EditRun:
     def _load(self) -> StableDiffusion:
         config = self.config
         controlnets = config.controlnet_ids if isinstance(config, ControlNetConfig) else ()
-        where, pixels = (controlnets, self.device, self.dtype), self._choice.H * self._choice.W
-        fits = plan_memory(config, *where, pixels, self.n_frames)
-        log.info("loading %s on %s in %s", config.model_id, self.device, self.dtype)
+        device, pixels = self.processes.device, self._choice.H * self._choice.W
+        fits = plan_memory(config, controlnets, device, self.dtype, pixels, self.n_frames)
+        log.info("loading %s on %s in %s", config.model_id, device, self.dtype)
         options = {"cpu_offload": config.cpu_offload, "version": config.sd_version}
         options |= {"compiled": config.compile}
-        sd = load(config.model_id, (), self.device, self.dtype, **options)
+        sd = load(config.model_id, (), device, self.dtype, **options)
         return replace(sd, clip_skip=config.clip_skip, limits=Limits(fits=fits))
 
     def latents(self, name: str) -> LatentsOf:
@@ -199,8 +198,8 @@ class EditRun:
     def find_conditions(self) -> None:
         """Find what the ControlNets are given of each frame, and show it as a video, side by side."""
         if self.processes.is_main:
-            seen = self.inversion.source_frames, self.n_frames, self._conditions, self.device
-            find = partial(find_conditions, self.config, self._choice, *seen)
+            seen = self.inversion.source_frames, self.n_frames, self._conditions
+            find = partial(find_conditions, self.config, self._choice, *seen, self.processes.device)
             self.shared.get("conditions", conditions_of(self.config), find)
             each = (self._conditions[torch.tensor([index])] for index in range(self.n_frames))
             frames = (np.concatenate(conditions[:, 0], axis=1) for conditions in each)
