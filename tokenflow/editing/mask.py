@@ -129,11 +129,14 @@ def write_relevant(
         inside[frames] = (F.avg_pool2d(pixels.float(), scale) >= TOUCHED).float()
 
 
-def check_mask(path: Path, choice: FrameChoice, n_frames: int) -> None:
-    """Raise UserError if a user's mask has fewer frames than are edited. choice: as for `given`."""
-    if (count := choice.count(path, n_frames)) < n_frames:
+def check_mask(path: Path, choice: FrameChoice, n_frames: int, height: int, width: int) -> None:
+    """Raise UserError if a user's mask has too few frames, or is white in none. Arguments as for `given`."""
+    inside = [bool(mask.any()) for mask in given(path, choice, n_frames, height, width)]
+    choice.check_length("mask", path, n_frames, len(inside))
+    if not any(inside):
         raise UserError(
-            f"mask: {path} has {count} frames for the {n_frames} to edit; it must be as long as the video"
+            f"mask: {path} is white nowhere in the {n_frames} frames to edit, so nothing would change; it "
+            "must be white (255) where the edit may change the video"
         )
 
 
