@@ -4,7 +4,7 @@ import dataclasses
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -139,15 +139,17 @@ class Job:
         edit = Edit(self.sd, technique, self._source(), prompts, self.config)
         all_frames, processes = torch.arange(self.clip.n_frames), Processes(self.sd.device)
         with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            if denoiser is TokenFlowDenoiser and self.config.consensus_count:
-                steps = len(technique.schedule.timesteps), self.config.consensus_count
-                fusion = self._fusion(DISTANCES, folder, processes)
-                consensus = Consensus(self.sd, fusion, consensus_steps(*steps))
+            folder, n_steps = Path(name), len(technique.schedule.timesteps)
+            near_and_far = cache(partial(self._fusion, DISTANCES, folder, processes))
+            if denoiser is TokenFlowDenoiser:
+                agreed = consensus_steps(n_steps, self.config.consensus_count)
+
+                def consensus(step: int) -> Consensus | None:
+                    return Consensus(self.sd, near_and_far()) if step in agreed else None
+
                 edit = dataclasses.replace(edit, consensus=consensus)
             if self.config.mask == "auto":
-                mask = self._mask(self._fusion(DISTANCES, folder, processes))
-                edit = dataclasses.replace(edit, mask=mask)
+                edit = dataclasses.replace(edit, mask=self._mask(near_and_far()))
             checkpoint = EditCheckpoint(folder, self.clean.shape, processes)
             steps = last(denoise(edit, checkpoint, denoiser))
             frames = self.sd.decode_latents(checkpoint.latents(steps)[all_frames])

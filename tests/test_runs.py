@@ -23,6 +23,7 @@ from test_damage import WAYS
 
 import util
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
+from tokenflow.editing.fusion import Fusion
 from tokenflow.errors import UserError
 from tokenflow.evaluation.report import discard_report
 from tokenflow.runtime import distributed, run_folder
@@ -262,8 +263,6 @@ def test_what_a_stopped_inversion_left_is_checked(source, checkpoint, whole, mon
         patched.setattr(StableDiffusion, "predict_noise", stops)
         assert run("preprocess.py", *flags, cwd=source).returncode == 130
     shutil.copytree(partial, tmp_path / "left")
-    # Of the disk that all source features take, some is taken by those that are there.
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1))
     features = [f"source_features/{name}_1.npy" for name in ("nearest", "features")]
     ways = itertools.cycle(WAYS)
     for names in (  # of one stage each, since an early one makes all later files new
@@ -271,6 +270,9 @@ def test_what_a_stopped_inversion_left_is_checked(source, checkpoint, whole, mon
         ["vae/00001.png", "latents/clean_latents.npy", "latents/noisy_latents_1.npy"],
         [*features, "source_features/layers.json", "frames/00000.png"],
     ):
+        # The source features that are there have taken their part of the disk.
+        free = SimpleNamespace(free=10**9 if ".run.json" in names else 1)
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: free)
         for folder in (partial, final):
             shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(tmp_path / "left", partial)
@@ -282,6 +284,30 @@ def test_what_a_stopped_inversion_left_is_checked(source, checkpoint, whole, mon
         result = run("preprocess.py", *flags, cwd=source)
         assert last_line(result) and "are not kept" not in result.stderr
         assert content(final) == whole["preprocess"], names
+
+
+def test_motion_is_found_when_it_is_needed(source, checkpoint, whole, monkeypatch):
+    """For a consensus after the third of four steps; not again after the last, when only decoding is left."""
+    flags = [*edit_flags(checkpoint, "whole", "late"), "--consensus", 1]
+    found, along, decode = [], Fusion.along, StableDiffusion.decode_latents
+
+    def noted(*args):
+        found.append(sorted(path.stem for path in (source / "late").glob("*/.steps/*.npy")))
+        return along(*args)
+
+    def stops(self, latents):
+        if (source / "late" / "pnp_clip" / ".steps" / f"{STEPS}.npy").exists():
+            raise KeyboardInterrupt
+        return decode(self, latents)
+
+    monkeypatch.setattr(Fusion, "along", noted)
+    with monkeypatch.context() as patched:
+        patched.setattr(StableDiffusion, "decode_latents", stops)
+        assert run("run_tokenflow_pnp.py", *flags, cwd=source).returncode == 130
+    assert found == [["2"]]
+    monkeypatch.setattr(StableDiffusion, "predict_noise", None)  # not to be called
+    result = run("run_tokenflow_pnp.py", *flags, cwd=source)
+    assert last_line(result) and "resumed after the last step" in result.stderr and len(found) == 1
 
 
 def test_edits_along_the_flow(server, source, checkpoint, whole, monkeypatch):

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -121,12 +121,15 @@ class EditRun:
         prompts = (self.inversion.prompt, self.config.negative_prompt, self.config.prompt)
         shape = (self.n_frames, *self.inversion.latents(CLEAN).shape[1:])
         checkpoint = EditCheckpoint(self.checkpoints, shape, self.processes)
-        levers = self._consensus(len(technique.schedule.timesteps)), self._mask()
-        edit = Edit(self.sd, technique, self.source, prompts, self.config, *levers)
-        steps = denoise(edit, checkpoint)
+        total, hidden = len(technique.schedule.timesteps), not self.processes.is_main
+        if checkpoint.steps_done == total:
+            log.info("resumed after the last step")
+            return checkpoint.latents(total)
+        consensus = partial(self._consensus, consensus_steps(total, self.config.consensus_count))
+        about = prompts, self.config, consensus, self._mask()
+        steps = denoise(Edit(self.sd, technique, self.source, *about), checkpoint)
         if done := next(steps):
             log.info("resumed after step %d", done)
-        total, hidden = len(technique.schedule.timesteps), not self.processes.is_main
         for _ in tqdm(steps, "Editing", total, initial=done, unit="step", disable=hidden):
             pass
         return checkpoint.latents(total)
@@ -238,11 +241,9 @@ class EditRun:
                 return f"the inversion kept its features for other keyframes ({name})"
         return ""
 
-    def _consensus(self, n_steps: int) -> Consensus | None:
-        if not self.config.consensus_count:
-            return None
-        steps = consensus_steps(n_steps, self.config.consensus_count)
-        return Consensus(self.sd, self._near_and_far, steps)
+    def _consensus(self, steps: Set[int], step: int) -> Consensus | None:
+        """The consensus that ends a step, if one does; before the first, the source's motion is found."""
+        return Consensus(self.sd, self._near_and_far) if step in steps else None
 
     def _mask(self) -> Mask | None:
         if self.config.mask == "none":
@@ -342,7 +343,6 @@ def denoise(
     denoiser: how frames become consistent; benchmarks pass their baselines.
     """
     schedule, share = edit.technique.schedule, checkpoint.processes.share
-    consensus = edit.consensus
     with denoiser.installed(edit) as predictor:
         done = checkpoint.steps_done
         if done is None:
@@ -354,16 +354,16 @@ def denoise(
         for step in range(done, len(schedule.timesteps)):
             t, alphas = schedule.timesteps[step], schedule.alphas[step : step + 2]
             latents = checkpoint.latents(step)
-            agrees = consensus is not None and step in consensus.steps
+            consensus = edit.consensus(step)
             with checkpoint.writing(step + 1) as cleaner:
                 for frames, noise in predictor.noise(latents, t, share(predictor.chunks(t))):
                     moved = ddim_step(latents[frames], noise, *alphas)
                     check_finite(moved, f"the edited latents at timestep {t}")
                     cleaner[frames] = edit.confined(moved, step + 1, frames)
-                    if agrees:
+                    if consensus:
                         clean = predicted_clean(latents[frames], noise, alphas[0])
                         consensus.note(frames, clean)
-                if agrees:
+                if consensus:
                     for frames, correction in consensus.corrections(edit.config.frames_at_once):
                         moved = cleaner[frames] + math.sqrt(alphas[1]) * correction
                         cleaner[frames] = edit.confined(moved, step + 1, frames)
