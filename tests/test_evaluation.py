@@ -354,7 +354,8 @@ def test_a_turned_source_and_reports_in_a_new_folder(edited, clip_frames):
     alone = ["--clip", "None", "--dino", "None", "--output_path"]
     two = ["--source", "phone.mov", "--edited", "theirs.mp4", *alone, "two"]
     assert str(last_line(run("evaluate.py", *two, cwd=edited))) == "two/report.html"
-    several = ["--edits", "out/pnp_clip", "out/pnp_clip_2", *alone, "new/joint"]
+    twice = "out/pnp_clip_2", "out/pnp_clip_2/"  # as a shell completes it
+    several = ["--edits", "out/pnp_clip", *twice, *alone, "new/joint"]
     assert str(last_line(run("evaluate.py", *several, cwd=edited))) == "new/joint/report.html"
     assert sorted(path.name for path in (edited / "new" / "joint").iterdir()) == [
         "edits.csv",

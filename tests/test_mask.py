@@ -1,5 +1,6 @@
 """Masks: where an edit may change the video."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,9 @@ def test_relevance_is_where_prompts_differ():
     prompts = (lambda latents, t, frames: latents), (lambda latents, t, frames: latents + extra)
     found = relevance(lambda t, frames: latents[frames], (5, 3), prompts, FRAMES)
     assert (found[:, :2, :2] == 1).all() and found[:, 2:].max() == 0 == found[:, :, 2:].max()
+    extra[1, 0, 5, 5] = math.inf  # as float16 overflows
+    with pytest.raises(FloatingPointError, match="mask compares at timestep 5"):
+        relevance(lambda t, frames: latents[frames], (5, 3), prompts, FRAMES)
 
 
 def test_relevance_ends_where_the_picture_has_an_edge():

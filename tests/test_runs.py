@@ -178,6 +178,16 @@ def test_two_processes_equal_one(server, source, checkpoint, whole, technique):
     assert content(folder) == whole[technique]
 
 
+def test_more_processes_than_frames(server, source, checkpoint):
+    script, flags = script_and_flags("preprocess", checkpoint, "single")
+    prompted = [*flags, "--n_frames", 1, "--inversion_prompt", "a cat"]
+    folder = folder_of_two(server, source, (script, prompted))
+    assert (folder / "inverted.mp4").is_file()
+    script, flags = script_and_flags("pnp", checkpoint, "single", "single_edits")
+    folder = folder_of_two(server, source, (script, [*flags, "--n_frames", 1, "--mask", "auto"]))
+    assert (folder / "edited.mp4").is_file()
+
+
 def test_a_process_knows_its_gpu(monkeypatch):
     """By its index, since another thread of it takes "cuda" for the GPU of index 0."""
     monkeypatch.setattr(distributed, "PartialState", lambda **options: None)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from kornia.filters import guided_blur
 from tqdm import tqdm
 
+from tokenflow.diffusion.ddim import check_finite
 from tokenflow.editing.fusion import Fusion
 from tokenflow.errors import UserError
 from tokenflow.inversion.source_frames import FrameChoice
@@ -65,6 +66,7 @@ def relevance(
         latents = latents_at(t, frames)
         one, other = (noise(latents, t, frames) for noise in prompts)
         difference = (one - other).abs().mean(1)
+        check_finite(difference, f"the noise that a mask compares at timestep {t}")
         strongest = difference.flatten(1).quantile(STRONG, dim=1)[:, None, None]
         maps.append((difference / strongest.clamp(min=1e-6)).clamp(max=1))
     return torch.stack(maps).mean(0)

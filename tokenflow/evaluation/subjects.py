@@ -63,7 +63,7 @@ class Subject:
 def find_subjects(config: EvaluateConfig) -> list[Subject]:
     """Everything that a configuration asks to evaluate. Raises UserError for what cannot be."""
     if config.edits:
-        return [_edit(Path(folder), config) for folder in dict.fromkeys(config.edits)]
+        return [_edit(folder, config) for folder in dict.fromkeys(map(Path, config.edits))]
     return [_videos(config)]
 
 

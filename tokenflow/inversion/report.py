@@ -41,7 +41,7 @@ def compare(inversion: Inversion, config: PreprocessConfig, processes: Processes
     if processes.is_main:
         FrameArray.create(scores.path, (len(frames), len(pairs), len(KINDS)), torch.float64)
     processes.wait()
-    for frame in processes.share(frames).split(1):
+    for frame in processes.share(frames.split(1)):
         shown = {f: read_image(frame_path(f, frame.item())) for f in set(sum(pairs, ()))}
         of_pairs = [beside_source({SOURCE: [shown[a]], VAE: [shown[b]]}, device) for a, b in pairs]
         values = [[of_pair[kind][VAE] for kind in KINDS] for of_pair in of_pairs]
