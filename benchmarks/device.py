@@ -21,12 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import (
-    AutoencoderKL,
-    ControlNetModel,
-    MultiControlNetModel,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, ControlNetModel, MultiControlNetModel, UNet2DConditionModel
 from tqdm import tqdm
 
 from benchmarks.census import CPU, Census, Counts

@@ -59,10 +59,10 @@ def relevance(
 
     The mean absolute difference of the noise under both prompts, relative to a frame's strongest (Couairon
     et al., DiffEdit, arXiv 2210.11427, section 3.2, but on the inverted latents instead of random noise).
-    latents_at: maps a timestep and frames (n,) to inverted latents (n, 4, h, w).
+    latents_at: maps a timestep and frames (n,) to inverted latents (n, 4, h, w). timesteps: of the schedule.
     """
     maps = []
-    for t in timesteps:
+    for t in (timesteps[int(share * len(timesteps))] for share in COMPARED):
         latents = latents_at(t, frames)
         one, other = (noise(latents, t, frames) for noise in prompts)
         difference = (one - other).abs().mean(1)
@@ -159,8 +159,3 @@ def reduced(image: np.ndarray, height: int, width: int) -> torch.Tensor:
     """A grey image (H, W), uint8, in a smaller size: each pixel the mean of those it replaces, 0 to 1."""
     smaller = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
     return torch.from_numpy(smaller).float() / 255
-
-
-def compared(timesteps: tuple[int, ...]) -> tuple[int, ...]:
-    """The timesteps, of a schedule's, at which `relevance` compares prompts."""
-    return tuple(timesteps[int(share * len(timesteps))] for share in COMPARED)

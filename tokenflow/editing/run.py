@@ -22,7 +22,7 @@ from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.consensus import DISTANCES, Consensus, consensus_steps
 from tokenflow.editing.denoiser import Denoiser, Edit, Source, TokenFlowDenoiser, keyframe_schedule
 from tokenflow.editing.fusion import Fusion
-from tokenflow.editing.mask import Mask, compared, given, relevance, write_relevant
+from tokenflow.editing.mask import Mask, given, relevance, write_relevant
 from tokenflow.editing.shared import Shared
 from tokenflow.editing.techniques import LatentsOf, Technique
 from tokenflow.errors import DamagedError, UserError
@@ -267,9 +267,8 @@ class EditRun:
                 VideoNoisePredictor(self.sd, prompt, batches, depth=self._depth)
                 for prompt in prompts
             )
-            relevant = partial(
-                relevance, self._source_latents, compared(self.schedule.timesteps), noises
-            )
+            about = self._source_latents, self.schedule.timesteps, noises
+            relevant = partial(relevance, *about)
             write_relevant(inside, self._near_and_far, relevant, self._picture, self.sd.device)
         elif self.processes.is_main:
             masks = given(self.config.mask_path, self._choice, self.n_frames, height, width)

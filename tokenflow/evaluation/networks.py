@@ -129,10 +129,7 @@ class Lpips:
             from lpips import LPIPS
 
             self.network = LPIPS(net="alex", verbose=False).eval().to(device)
-        except (
-            ImportError,
-            RuntimeError,
-        ) as error:  # RuntimeError: torchvision is for another torch
+        except (ImportError, RuntimeError) as error:  # the latter: torchvision is for another torch
             raise Unavailable(f"the package lpips cannot be used ({error})") from error
         except OSError as error:
             raise Unavailable(f"lpips cannot download its weights ({error})") from error

@@ -32,14 +32,7 @@ from tokenflow.evaluation.figures import (
     summarize,
 )
 from tokenflow.evaluation.networks import available
-from tokenflow.evaluation.report import (
-    PAGE,
-    PARTS,
-    Entry,
-    thumbnails,
-    write_measured,
-    write_report,
-)
+from tokenflow.evaluation.report import PAGE, PARTS, Entry, thumbnails, write_measured, write_report
 from tokenflow.evaluation.subjects import Subject, find_subjects
 from tokenflow.evaluation.verdict import verdict
 from tokenflow.optical_flow import Flow, dis_flow, raft_flow

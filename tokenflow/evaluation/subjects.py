@@ -36,9 +36,7 @@ class Subject:
     prompt: str | None = None
     technique: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    playable: dict[str, Path] = field(
-        default_factory=dict
-    )  # H.264 videos that exist, by what they are
+    playable: dict[str, Path] = field(default_factory=dict)  # H.264 videos that are there
 
     @cached_property
     def size(self) -> tuple[int, int]:
