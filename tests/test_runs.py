@@ -443,6 +443,15 @@ def test_parts_take_turns():
         in_turns(fails, [7, 8, 9])
 
 
+def test_what_a_killed_run_was_replacing_goes(tmp_path):
+    """It had put the old folder aside, and not yet the new one in its place."""
+    (tmp_path / ".replaced-frames" / "old").mkdir(parents=True)
+    for _ in range(2):
+        with run_folder.staged(tmp_path / "frames") as partial:
+            partial.mkdir()
+        assert [path.name for path in tmp_path.iterdir()] == ["frames"]
+
+
 def test_what_did_not_fit_is_known_to_a_resumed_run(source, checkpoint, monkeypatch):
     """No later stage and no resumed run tries again what was too much."""
     seen, stop_at = [], None

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -181,6 +182,24 @@ def test_each_edit_is_as_if_made_alone(
         assert edit_of(folder / out / name) == edit_of(expected)
         texts = [(path / "config.yaml").read_text() for path in (folder / out / name, expected)]
         assert texts[0] == texts[1].replace(f"alone_{out}", out)
+
+
+def test_an_edits_controlnets_do_not_outlive_it(work, checkpoint, monkeypatch):
+    folder, flags = work
+    made, with_controlnets = [], editing.with_controlnets
+
+    def noted(*args):
+        assert not any(earlier() for earlier in made)
+        sd = with_controlnets(*args)
+        made.append(weakref.ref(sd.controlnet))
+        return sd
+
+    monkeypatch.setattr(editing, "with_controlnets", noted)
+    several = [[f"{checkpoint}/controlnet"], [f"{checkpoint}/../{checkpoint.name}/controlnet"]]
+    (folder / "networks.yaml").write_text(yaml.safe_dump({"controlnet": several}))
+    flags = [*flags, "--config_path", "networks.yaml", "--output_path", "networks"]
+    last_line(run("run_tokenflow_controlnet.py", *flags, cwd=folder))
+    assert len(made) == 2
 
 
 def test_a_sweep_that_was_stopped_is_resumed(work, monkeypatch):

@@ -152,7 +152,8 @@ class EditRun:
         sd = get("checkpoint", None, self._load)
         controlled = partial(with_controlnets, sd, config.model_id, controlnets)
         sd = get("ControlNets", controlnets, controlled)
-        adapted = get("LoRAs", loras, partial(with_loras, sd, *loras)).adapted
+        # Not all that it returns is shared, since the ControlNets of one edit would outlive it.
+        adapted = get("LoRAs", loras, lambda: with_loras(sd, *loras).adapted)
         return replace(sd, adapted=adapted, limits=sd.limits.kept_in(self.checkpoints))
 
     def _load(self) -> StableDiffusion:
