@@ -379,6 +379,7 @@ def test_a_turned_source_and_reports_in_a_new_folder(edited, clip_frames):
         (["--edits", "out/pnp_clip_2", "--n_frames", 8], ["n_frames", "only 7"]),
         (["--edits", "a", "b", "--frame_by_frame", "c"], ["frame_by_frame", "one edit"]),
         (["--source", "clip.mp4", "--edited", "none.mp4"], ["none.mp4", "no such file"]),
+        (["--source", "clip.mp4", "--edited", "small"], ["small: its frames of 8 x 9 pixels"]),
         (["--edits", "a", "--device", "tpu"], ["device: 'tpu'"]),
         (["--edit", "a"], ["did you mean 'edits'"]),
         (["--config_path", "bad.yaml"], ["flow: 'farneback' is none of dis, raft"]),
@@ -386,6 +387,8 @@ def test_a_turned_source_and_reports_in_a_new_folder(edited, clip_frames):
 )
 def test_evaluate_refuses(edited, flags, words):
     (edited / "bad.yaml").write_text("edits: [a, b]\nflow: farneback\n")
+    (edited / "small").mkdir(exist_ok=True)
+    util.save_frames(edited / "small", 0, np.zeros((2, 8, 9, 3), np.uint8))
     refusal(run("evaluate.py", *flags, cwd=edited), *words)
 
 

@@ -19,6 +19,8 @@ from tokenflow.inversion.files import Inversion
 from tokenflow.runtime.digests import check
 from util import decode_frames, fit_frame, frame_rate, list_images
 
+SMALLEST = 16  # pixels, for the optical flow and SSIM
+
 # The option that only one technique has.
 TECHNIQUES = {"pnp_attn_t": "pnp", "start": "sdedit", "control_scale": "controlnet"}
 
@@ -40,8 +42,13 @@ class Subject:
 
     @cached_property
     def size(self) -> tuple[int, int]:
-        """Height and width of all frames: the edit's, made even, as videos need it."""
+        """Height and width of all frames: the edit's, made even, as videos need it. Raises UserError."""
         height, width = next(decode_frames(self.frames[EDIT])).shape[:2]
+        if min(height, width) < SMALLEST:
+            raise UserError(
+                f"edited: {self.frames[EDIT]}: its frames of {height} x {width} pixels are too small to be "
+                f"measured; at least {SMALLEST} on each side are needed"
+            )
         return height - height % 2, width - width % 2
 
     @property

@@ -23,7 +23,7 @@ def read_ahead(read: Callable[[A], R], items: Sequence[A]) -> Iterator[tuple[A, 
 class WriteBehind:
     """Calls functions that write, one after the other, in a thread that ends with the `with` block.
 
-    One call at most waits for another, so that what is to be written does not fill the memory.
+    Each waits for the one before it, so that what is to be written does not fill the memory.
     """
 
     def __enter__(self) -> Self:
@@ -36,7 +36,7 @@ class WriteBehind:
             self.flush()
 
     def later(self, write: Callable[..., Any], *arguments: Any) -> None:
-        """Call `write` with these arguments. Raises the error of a call before it."""
+        """Wait for the call before, raise its error, and begin to call `write` with these arguments."""
         self.flush()
         self._last = self._thread.submit(write, *arguments)
 
