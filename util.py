@@ -46,7 +46,8 @@ def decode_frames(path: Path) -> Iterator[np.ndarray]:
         try:
             for frame in container.decode(video=0):
                 # Phones store turned frames; this counter-clockwise rotation makes them upright.
-                yield np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+                turned = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+                yield np.ascontiguousarray(turned)  # torch takes no views of turned frames
         except av.FFmpegError as error:
             raise UserError(f"{path}: cannot be decoded ({error.strerror})") from error
 

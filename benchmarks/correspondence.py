@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -116,9 +115,9 @@ def errors(job: Job) -> Iterator[dict]:
         true = truth(*pairs)[:, 0]  # m h w 2
         flows = {way: motion(*pairs)[:, 0] for way, motion in motions.items()}
         kept = job.files.read(t, rest, False, torch.device("cpu")).nearest
-        by_size = groupby(sorted(kept.values(), key=len_of), len_of)
-        for n_tokens, layers in by_size:
-            nearest = torch.stack([layer[at, blended] for layer in layers])  # layers m s
+        for n_tokens in sorted({layer.shape[-1] for layer in kept.values()}):
+            of_size = (layer for layer in kept.values() if layer.shape[-1] == n_tokens)
+            nearest = torch.stack([layer[at, blended] for layer in of_size])  # layers m s
             side = math.isqrt(math.prod(true.shape[1:3]) // n_tokens)
             moved = true[:, side // 2 :: side, side // 2 :: side].flatten(1, 2)  # m s 2
             fails, stays = torch.tensor(-1), torch.arange(n_tokens)
@@ -139,14 +138,9 @@ def errors(job: Job) -> Iterator[dict]:
                 }
 
 
-def len_of(nearest: torch.Tensor) -> int:
-    """The number of a frame's tokens."""
-    return nearest.shape[-1]
-
-
 def distances(found: torch.Tensor, true: torch.Tensor, side: int) -> torch.Tensor:
     """From tokens that were found (..., s) to where the flow (..., s, 2) leads: (..., s), in cells."""
-    own = torch.arange(len_of(found))
+    own = torch.arange(found.shape[-1])
     width = math.isqrt(len(own))
     moved = found % width - own % width, found // width - own // width
     return (side * torch.stack(moved, -1) - true).norm(dim=-1)

@@ -21,12 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import (
-    AutoencoderKL,
-    ControlNetModel,
-    MultiControlNetModel,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, ControlNetModel, MultiControlNetModel, UNet2DConditionModel
 from tqdm import tqdm
 
 from benchmarks.census import CPU, Census, Counts
@@ -245,7 +240,7 @@ def consensus_of_a_frame(sd: TalliedDiffusion, clean: torch.Tensor, folder: Path
     """What a consensus takes of one frame, with the latents `clean` (1, 4, h, w) and four neighbours."""
     image = sd.decode_latents(clean)[0]
     fusion = Fusion.along(lambda index: image, 5, range(1, 5), folder, Processes(CPU))
-    consensus = Consensus(sd, fusion, frozenset())
+    consensus = Consensus(sd, fusion)
     with sd.tally.passes("editing", "consensus of a frame"):
         consensus.note(torch.tensor([0]), clean)
         next(consensus.corrections(1))

@@ -4,7 +4,7 @@ import dataclasses
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.consensus import DISTANCES, Consensus, consensus_steps
 from tokenflow.editing.denoiser import Denoiser, Edit, Source, TokenFlowDenoiser, keyframe_schedule
 from tokenflow.editing.fusion import Fusion
-from tokenflow.editing.mask import Mask, compared, relevance, write_relevant
+from tokenflow.editing.mask import Mask, relevance, write_relevant
 from tokenflow.editing.run import denoise
 from tokenflow.editing.techniques import Technique, controlnet, plug_and_play, sdedit
 from tokenflow.inversion.predictor import VideoNoisePredictor
@@ -64,7 +64,8 @@ class Job:
         schedule = Schedule.of(sd.scheduler, config.n_timesteps)
         clean, frames = sd.encode_frames(clip.frames), torch.arange(clip.n_frames)
         fixed_point = inversion == "fixed_point"
-        inverted = dict(invert(clean, frames, schedule, predictor_of(sd, clip), fixed_point))
+        predictor = predictor_of(sd, clip.source_prompt)
+        inverted = dict(invert(clean, frames, schedule, predictor, fixed_point))
         config = dataclasses.replace(config, prompt=clip.prompt)
         return cls(sd, clip, clean, inverted, folder, schedule, config)
 
@@ -73,7 +74,7 @@ class Job:
         frames = torch.arange(self.clip.n_frames)
         keyframes = keyframe_schedule(self.config, self.sd.scheduler, self.clip.n_frames)
         self.files.create(self.sd.unet, self.clean.shape, self.schedule.timesteps)
-        predictor, saved = predictor_of(self.sd, self.clip), self._source_latents
+        predictor, saved = predictor_of(self.sd, self.clip.source_prompt), self._source_latents
         with RecordingPredictor(predictor, keyframes, saved, self.files).installed() as recording:
             return last(sample(self.first_latents(frames), frames, self.schedule, recording))
 
@@ -139,15 +140,17 @@ class Job:
         edit = Edit(self.sd, technique, self._source(), prompts, self.config)
         all_frames, processes = torch.arange(self.clip.n_frames), Processes(self.sd.device)
         with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            if denoiser is TokenFlowDenoiser and self.config.consensus_count:
-                steps = len(technique.schedule.timesteps), self.config.consensus_count
-                fusion = self._fusion(DISTANCES, folder, processes)
-                consensus = Consensus(self.sd, fusion, consensus_steps(*steps))
+            folder, n_steps = Path(name), len(technique.schedule.timesteps)
+            near_and_far = cache(partial(self._fusion, DISTANCES, folder, processes))
+            if denoiser is TokenFlowDenoiser:
+                agreed = consensus_steps(n_steps, self.config.consensus_count)
+
+                def consensus(step: int) -> Consensus | None:
+                    return Consensus(self.sd, near_and_far()) if step in agreed else None
+
                 edit = dataclasses.replace(edit, consensus=consensus)
             if self.config.mask == "auto":
-                mask = self._mask(self._fusion(DISTANCES, folder, processes))
-                edit = dataclasses.replace(edit, mask=mask)
+                edit = dataclasses.replace(edit, mask=self._mask(near_and_far()))
             checkpoint = EditCheckpoint(folder, self.clean.shape, processes)
             steps = last(denoise(edit, checkpoint, denoiser))
             frames = self.sd.decode_latents(checkpoint.latents(steps)[all_frames])
@@ -164,12 +167,9 @@ class Job:
     def _mask(self, fusion: Fusion) -> Mask:
         n_frames, _, *size = self.clean.shape
         inside = FrameArray.create(fusion.folder / "mask.npy", (n_frames, 1, *size), torch.float32)
-        noises = tuple(
-            VideoNoisePredictor(self.sd, prompt, Batches(INVERSION_BATCH, adapts=False))
-            for prompt in (self.clip.source_prompt, self.clip.prompt)
-        )
-        timesteps = compared(self.schedule.timesteps)
-        relevant = partial(relevance, self._source_latents, timesteps, noises)
+        prompts = self.clip.source_prompt, self.clip.prompt
+        noises = tuple(predictor_of(self.sd, prompt) for prompt in prompts)
+        relevant = partial(relevance, self._source_latents, self.schedule.timesteps, noises)
         source, device = self.clip.frames.__getitem__, self.sd.device
         write_relevant(inside, fusion, relevant, source, device)
         return Mask(inside, self._source_latents)
@@ -186,14 +186,14 @@ class Job:
         return (self.clean if t is None else self.inverted[t])[frames]
 
 
-def predictor_of(sd: StableDiffusion, clip: Clip) -> VideoNoisePredictor:
-    """Predicts the noise of a clip's frames under its own caption."""
-    return VideoNoisePredictor(sd, clip.source_prompt, Batches(INVERSION_BATCH, adapts=False))
+def predictor_of(sd: StableDiffusion, prompt: str) -> VideoNoisePredictor:
+    """Predicts the noise of a clip's frames under a prompt."""
+    return VideoNoisePredictor(sd, prompt, Batches(INVERSION_BATCH, adapts=False))
 
 
 def reconstruction_psnr(sd: StableDiffusion, clip: Clip, n_steps: int, fixed_point: bool) -> float:
     """PSNR (dB), against the VAE's round trip, of inverting and sampling in `n_steps` steps."""
-    schedule, predictor = Schedule.of(sd.scheduler, n_steps), predictor_of(sd, clip)
+    schedule, predictor = Schedule.of(sd.scheduler, n_steps), predictor_of(sd, clip.source_prompt)
     clean, frames = sd.encode_frames(clip.frames), torch.arange(clip.n_frames)
     _, noisiest = last(invert(clean, frames, schedule, predictor, fixed_point))
     reconstructed = last(sample(noisiest, frames, schedule, predictor))

@@ -70,7 +70,7 @@ def published(meter: Meter, sd: StableDiffusion, clip: Clip, config: PnPConfig) 
     """500 naive steps there, 500 back, and an edit by the published algorithm."""
     schedule = Schedule.of(sd.scheduler, PUBLISHED_STEPS)
     editing = Schedule.of(sd.scheduler, config.n_timesteps)
-    predictor, frames = predictor_of(sd, clip), torch.arange(clip.n_frames)
+    predictor, frames = predictor_of(sd, clip.source_prompt), torch.arange(clip.n_frames)
     with meter.stage("inversion"):
         clean = sd.encode_frames(clip.frames)
         inverted = dict(invert(clean, frames, schedule, predictor))

@@ -222,8 +222,7 @@ def shapes_edits(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "invert, edit, decibels",
-    [(("--no_reconstruction",), ("--consensus", 0), 80), ((), (), 50)],
+    "invert, edit, decibels", [(("--no_reconstruction",), ("--consensus", 0), 80), ((), (), 50)]
 )
 def test_kept_source_features_do_not_change_the_edit(shapes_edits, invert, edit, decibels):
     """An edit that denoises the source stream itself gives the same frames.

@@ -91,9 +91,7 @@ def test_consensus_comes_late():
 
 
 class Nudge:
-    """In place of a `Consensus` after the last step: moves all clean latents by one half."""
-
-    steps = frozenset({9})
+    """In place of a `Consensus`: moves all clean latents by one half."""
 
     def __init__(self):
         self.noted = torch.empty(7, 4, 16, 16)
@@ -112,9 +110,9 @@ def test_a_consensus_moves_the_clean_latents(sd, tmp_path):
     edit, nudge = edit_of(sd, source_of(source), latents), Nudge()
     before, plain, moved = (torch.empty(7, 4, 16, 16) for _ in range(3))
     for consensus, result in ((None, plain), (nudge, moved)):
-        folder = tmp_path / str(consensus is None)
+        folder, at_last = tmp_path / str(consensus is None), {9: consensus}
         checkpoint = EditCheckpoint(folder, latents.shape, Processes(CPU))
-        for done in denoise(replace(edit, consensus=consensus), checkpoint):
+        for done in denoise(replace(edit, consensus=at_last.get), checkpoint):
             if done == 9:
                 before[:] = checkpoint.latents(9)[torch.arange(7)]
         result[:] = checkpoint.latents(10)[torch.arange(7)]

@@ -143,6 +143,12 @@ def test_a_run_says_what_memory_it_needs(checkpoint, monkeypatch, caplog, batch_
         assert ("fewer frames pass at once" in too_little) == (batch_size is None)
         assert ("--batch_size 1" in too_little) == (batch_size is not None)
         assert ("--keyframe_window 6" in too_little) == (config is edit)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 10**6)
+    caplog.clear()
+    least = PreprocessConfig(**{**options, "batch_size": 1}, cpu_offload=True, keep_source=False)
+    memory.plan_memory(least, (), where[0], torch.float16, where[2], 400)
+    assert caplog.messages[0].endswith("; less with smaller frames")
+    monkeypatch.undo()
     on_cpu = torch.device("cpu"), torch.float32, 512 * 512
     assert memory.plan_memory(edit, (), *on_cpu, 40) == {}
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections import Counter
 from glob import glob
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 import torch
 from conftest import build_tiny_clip, build_tiny_dino
 from test_cli import edit_flags, last_line, refusal, run
+from test_util import write_phone_video
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer, ViTModel
 
@@ -175,15 +177,21 @@ def test_structure_distance(models, pattern):
 
 
 def test_lpips_gets_each_video_beside_the_source(monkeypatch, pattern):
+    given = []
+
     def make(net, verbose):
         network = torch.nn.Module()
-        network.forward = lambda a, b: (a - b).abs().mean((1, 2, 3), keepdim=True)
+        network.forward = lambda a, b: given.append((a, b)) or torch.zeros(len(a))
         return network
 
     monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=make))
     black, white = np.zeros((1, 8, 8, 3), np.uint8), np.full((1, 8, 8, 3), 255, np.uint8)
-    curves = measure({SOURCE: black, VAE: black, EDIT: white}, [networks.Lpips(CPU)])
-    assert curves["lpips"] == {VAE: [0], EDIT: [2]}
+    for device in (CPU, torch.device("meta")):
+        curves = measure({SOURCE: black, VAE: black, EDIT: white}, [networks.Lpips(device)])
+        assert curves["lpips"] == {VAE: [0], EDIT: [0]}
+        assert all(images.device == device for images in given[-1])
+    (others, source), _ = given
+    assert source.unique().tolist() == [-1] and others.flatten(1).mean(1).tolist() == [-1, 1]
 
 
 def test_missing_networks_are_named(tmp_path):
@@ -271,7 +279,14 @@ def page_data(path):
 def test_evaluate_edits(edited, models, checkpoint, monkeypatch):
     clip, dino = models
     flags = ["--edits", "out/pnp_clip", "out/pnp_clip_2", "--clip", clip, "--dino", dino]
+    flags += ["--prompt", "a circle"]  # with one prompt they are measured together
+    read, read_image = [], util.read_image
+    monkeypatch.setattr(
+        util, "read_image", lambda path: read.append(path.parent) or read_image(path)
+    )
     result = run("evaluate.py", *flags, cwd=edited)
+    # Once for all edits, and once more for a video of them; of an edit one more for its size.
+    assert sorted(Counter(read).values()) == [7, 8, 8, 14, 14]
     assert str(last_line(result)) == "out/report.html"
     assert result.stderr.count("skipped: LPIPS") == 1  # for edits with two prompts
     assert "The reconstruction has" in result.stderr
@@ -371,6 +386,23 @@ def test_evaluate_any_two_videos(tmp_path, clip, clip_frames, models):
         assert frames.shape == (5, 48, 48, 3)
 
 
+def test_a_turned_source_and_reports_in_a_new_folder(edited, clip_frames):
+    """What a phone has recorded, of the very size of the edit; and a report over several edits."""
+    write_phone_video(edited / "phone.mov", clip_frames[:, :48])
+    util.write_video(edited / "theirs.mp4", 255 - clip_frames[:, :48], 12)
+    alone = ["--clip", "None", "--dino", "None", "--output_path"]
+    two = ["--source", "phone.mov", "--edited", "theirs.mp4", *alone, "two"]
+    assert str(last_line(run("evaluate.py", *two, cwd=edited))) == "two/report.html"
+    twice = "out/pnp_clip_2", "out/pnp_clip_2/"  # as a shell completes it
+    several = ["--edits", "out/pnp_clip", *twice, *alone, "new/joint"]
+    assert str(last_line(run("evaluate.py", *several, cwd=edited))) == "new/joint/report.html"
+    assert sorted(path.name for path in (edited / "new" / "joint").iterdir()) == [
+        "edits.csv",
+        "edits.png",
+        "report.html",
+    ]
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
@@ -386,6 +418,7 @@ def test_evaluate_any_two_videos(tmp_path, clip, clip_frames, models):
         (["--edits", "out/pnp_clip_2", "--n_frames", 8], ["n_frames", "only 7"]),
         (["--edits", "a", "b", "--frame_by_frame", "c"], ["frame_by_frame", "one edit"]),
         (["--source", "clip.mp4", "--edited", "none.mp4"], ["none.mp4", "no such file"]),
+        (["--source", "clip.mp4", "--edited", "small"], ["small: its frames of 8 x 9 pixels"]),
         (["--edits", "a", "--device", "tpu"], ["device: 'tpu'"]),
         (["--edit", "a"], ["did you mean 'edits'"]),
         (["--config_path", "bad.yaml"], ["flow: 'farneback' is none of dis, raft"]),
@@ -393,6 +426,8 @@ def test_evaluate_any_two_videos(tmp_path, clip, clip_frames, models):
 )
 def test_evaluate_refuses(edited, flags, words):
     (edited / "bad.yaml").write_text("edits: [a, b]\nflow: farneback\n")
+    (edited / "small").mkdir(exist_ok=True)
+    util.save_frames(edited / "small", 0, np.zeros((2, 8, 9, 3), np.uint8))
     refusal(run("evaluate.py", *flags, cwd=edited), *words)
 
 

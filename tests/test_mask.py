@@ -1,10 +1,12 @@
 """Masks: where an edit may change the video."""
 
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from test_util import write_phone_video
 
 from tokenflow.editing.fusion import Fusion
 from tokenflow.editing.mask import (
@@ -45,8 +47,21 @@ def test_a_given_mask_is_read_as_the_source_was(tmp_path):
 
 
 def test_too_short_a_mask_is_refused(tmp_path):
-    with pytest.raises(UserError, match="2 frames for the 3"):
-        check_mask(masks(tmp_path / "masks", 5), CHOICE, 3)
+    path = masks(tmp_path / "masks", 5)
+    check_mask(path, CHOICE, 2, 8, 8)
+    with pytest.raises(
+        UserError, match="mask: .* has 2 frames for 3 of the source, from start_frame 1"
+    ):
+        check_mask(path, CHOICE, 3, 8, 8)
+
+
+def test_a_mask_that_a_phone_turned(tmp_path, clip_frames):
+    write_phone_video(tmp_path / "phone.mov", clip_frames[:, :48])
+    choice = FrameChoice(H=48, W=64, resize="crop", start_frame=0, stride=1)
+    assert len(list(given(tmp_path / "phone.mov", choice, 7, 6, 8))) == 7
+    assert all(
+        torch.from_numpy(f).shape == (48, 64, 3) for f in choice.fitted(tmp_path / "phone.mov", 7)
+    )
 
 
 def test_relevance_is_where_prompts_differ():
@@ -57,6 +72,9 @@ def test_relevance_is_where_prompts_differ():
     prompts = (lambda latents, t, frames: latents), (lambda latents, t, frames: latents + extra)
     found = relevance(lambda t, frames: latents[frames], (5, 3), prompts, FRAMES)
     assert (found[:, :2, :2] == 1).all() and found[:, 2:].max() == 0 == found[:, :, 2:].max()
+    extra[1, 0, 5, 5] = math.inf  # as float16 overflows
+    with pytest.raises(FloatingPointError, match="mask compares at timestep 5"):
+        relevance(lambda t, frames: latents[frames], (5, 3), prompts, FRAMES)
 
 
 def test_relevance_ends_where_the_picture_has_an_edge():

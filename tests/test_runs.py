@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,9 +23,10 @@ from test_damage import WAYS
 
 import util
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
+from tokenflow.editing.fusion import Fusion
 from tokenflow.errors import UserError
 from tokenflow.evaluation.report import discard_report
-from tokenflow.runtime import run_folder
+from tokenflow.runtime import distributed, run_folder
 from tokenflow.runtime.batching import Batches, Limits
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.turns import in_turns
@@ -177,6 +179,24 @@ def test_two_processes_equal_one(server, source, checkpoint, whole, technique):
     assert content(folder) == whole[technique]
 
 
+def test_more_processes_than_frames(server, source, checkpoint):
+    script, flags = script_and_flags("preprocess", checkpoint, "single")
+    prompted = [*flags, "--n_frames", 1, "--inversion_prompt", "a cat"]
+    folder = folder_of_two(server, source, (script, prompted))
+    assert (folder / "inverted.mp4").is_file()
+    script, flags = script_and_flags("pnp", checkpoint, "single", "single_edits")
+    folder = folder_of_two(server, source, (script, [*flags, "--n_frames", 1, "--mask", "auto"]))
+    assert (folder / "edited.mp4").is_file()
+
+
+def test_a_process_knows_its_gpu(monkeypatch):
+    """By its index, since another thread of it takes "cuda" for the GPU of index 0."""
+    monkeypatch.setattr(distributed, "PartialState", lambda **options: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    for device, own in {"cuda": "cuda:1", "cuda:2": "cuda:2", "cpu": "cpu"}.items():
+        assert distributed.Processes(torch.device(device)).device == torch.device(own)
+
+
 def test_a_process_that_dies_ends_the_run(source, checkpoint):
     """The others are not left waiting, and the error names the process."""
     flags = [*invert_flags(checkpoint, "died"), "--n_frames", 0]
@@ -269,6 +289,9 @@ def test_what_a_stopped_inversion_left_is_checked(source, checkpoint, whole, mon
         ["vae/00001.png", "latents/clean_latents.npy", "latents/noisy_latents_1.npy"],
         [*features, "source_features/layers.json", "frames/00000.png"],
     ):
+        # The source features that are there have taken their part of the disk.
+        free = SimpleNamespace(free=10**9 if ".run.json" in names else 1)
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: free)
         for folder in (partial, final):
             shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(tmp_path / "left", partial)
@@ -277,8 +300,33 @@ def test_what_a_stopped_inversion_left_is_checked(source, checkpoint, whole, mon
             (partial / name).unlink()
             if WAYS[way]:
                 (partial / name).write_bytes(WAYS[way](data))
-        last_line(run("preprocess.py", *flags, cwd=source))
+        result = run("preprocess.py", *flags, cwd=source)
+        assert last_line(result) and "are not kept" not in result.stderr
         assert content(final) == whole["preprocess"], names
+
+
+def test_motion_is_found_when_it_is_needed(source, checkpoint, whole, monkeypatch):
+    """For a consensus after the third of four steps; not again after the last, when only decoding is left."""
+    flags = [*edit_flags(checkpoint, "whole", "late"), "--consensus", 1]
+    found, along, decode = [], Fusion.along, StableDiffusion.decode_latents
+
+    def noted(*args):
+        found.append(sorted(path.stem for path in (source / "late").glob("*/.steps/*.npy")))
+        return along(*args)
+
+    def stops(self, latents):
+        if (source / "late" / "pnp_clip" / ".steps" / f"{STEPS}.npy").exists():
+            raise KeyboardInterrupt
+        return decode(self, latents)
+
+    monkeypatch.setattr(Fusion, "along", noted)
+    with monkeypatch.context() as patched:
+        patched.setattr(StableDiffusion, "decode_latents", stops)
+        assert run("run_tokenflow_pnp.py", *flags, cwd=source).returncode == 130
+    assert found == [["2"]]
+    monkeypatch.setattr(StableDiffusion, "predict_noise", None)  # not to be called
+    result = run("run_tokenflow_pnp.py", *flags, cwd=source)
+    assert last_line(result) and "resumed after the last step" in result.stderr and len(found) == 1
 
 
 def test_edits_along_the_flow(server, source, checkpoint, whole, monkeypatch):
@@ -402,6 +450,15 @@ def test_parts_take_turns():
 
     with pytest.raises(ZeroDivisionError):
         in_turns(fails, [7, 8, 9])
+
+
+def test_what_a_killed_run_was_replacing_goes(tmp_path):
+    """It had put the old folder aside, and not yet the new one in its place."""
+    (tmp_path / ".replaced-frames" / "old").mkdir(parents=True)
+    for _ in range(2):
+        with run_folder.staged(tmp_path / "frames") as partial:
+            partial.mkdir()
+        assert [path.name for path in tmp_path.iterdir()] == ["frames"]
 
 
 def test_what_did_not_fit_is_known_to_a_resumed_run(source, checkpoint, monkeypatch):

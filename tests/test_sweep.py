@@ -3,7 +3,9 @@
 import csv
 import itertools
 import math
+import weakref
 
+import numpy as np
 import pytest
 import yaml
 from test_cli import TECHNIQUES, last_line, refusal, run
@@ -182,6 +184,24 @@ def test_each_edit_is_as_if_made_alone(
         assert texts[0] == texts[1].replace(f"alone_{out}", out)
 
 
+def test_an_edits_controlnets_do_not_outlive_it(work, checkpoint, monkeypatch):
+    folder, flags = work
+    made, with_controlnets = [], editing.with_controlnets
+
+    def noted(*args):
+        assert not any(earlier() for earlier in made)
+        sd = with_controlnets(*args)
+        made.append(weakref.ref(sd.controlnet))
+        return sd
+
+    monkeypatch.setattr(editing, "with_controlnets", noted)
+    several = [[f"{checkpoint}/controlnet"], [f"{checkpoint}/../{checkpoint.name}/controlnet"]]
+    (folder / "networks.yaml").write_text(yaml.safe_dump({"controlnet": several}))
+    flags = [*flags, "--config_path", "networks.yaml", "--output_path", "networks"]
+    last_line(run("run_tokenflow_controlnet.py", *flags, cwd=folder))
+    assert len(made) == 2
+
+
 def test_a_sweep_that_was_stopped_is_resumed(work, monkeypatch):
     folder, flags = work
     flags = [*flags, "--pnp_attn_t", 0, 1, "--output_path", "stopped"]
@@ -226,7 +246,11 @@ def test_a_sweep_that_was_stopped_is_resumed(work, monkeypatch):
         ({"pnp_attn_t": [0.5, 2]}, ["pnp_attn_t 2: pnp_attn_t: 2 is out of range"]),
         ({"n_timesteps": [2, 3]}, ["n_timesteps 3: n_timesteps: 3 steps visit"]),
         ({"mask": ["none", "none.mp4"]}, ["mask none.mp4: mask: none.mp4 is neither"]),
-        ({"mask": ["none", "short"]}, ["mask short: mask: short has 2 frames for the 4"]),
+        ({"mask": ["none", "short"]}, ["mask short: mask: short has 2 frames for 4"]),
+        ({"mask": "black"}, ["mask: black is white nowhere in the 4 frames"]),
+        ({"mask": "wrong.yaml"}, ["wrong.yaml: is no video"]),
+        ({"mask": "empty"}, ["empty: holds no images"]),
+        ({"mask": "auto", "prompt": "a red square "}, ["mask: auto", "are the same"]),
         ({"lora": [[], ["none.safetensors"]]}, ["lora none.safetensors: lora: none.safetensors"]),
         ({"device": ["cpu", "auto"]}, ["device: the edits of a sweep share it"]),
         ({"seed": [1, 2], "n_frames": 1}, ["n_frames: 1", "at least 2"]),
@@ -239,6 +263,12 @@ def test_mistakes_are_found_before_anything_is_loaded(work, monkeypatch, sweep, 
         util.save_frames(folder / "short", 0, util.decode_frames(folder / "clip.mp4"))
         for index in range(2, N_FRAMES):
             util.frame_path(folder / "short", index).unlink()
+        for name in ("black", "empty"):
+            (folder / name).mkdir()
+        dark = np.full(
+            (N_FRAMES, 64, 64, 3), 100, np.uint8
+        )  # as of a mask whose white is 1 or a colour
+        util.save_frames(folder / "black", 0, dark)
 
     def loads(*args, **options):
         raise AssertionError("it is too late")

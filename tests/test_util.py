@@ -42,17 +42,20 @@ def test_fractional_frame_rate_is_kept(tmp_path, clip_frames):
     assert util.frame_rate(tmp_path / "a.mp4") == ntsc
 
 
-def test_phone_video_comes_out_upright(tmp_path, clip_frames):
-    """A mov whose display matrix turns it a quarter clockwise."""
+def write_phone_video(path, frames):
+    """Write a mov of 12 frames a second whose display matrix turns it a quarter clockwise, to the frames."""
     # The sensor saw the frames turned a quarter counter-clockwise.
-    turned = np.rot90(clip_frames, 1, axes=(1, 2))
-    path = tmp_path / "phone.mov"
-    util.write_video(path, turned[:, :, :48], 12)
+    util.write_video(path, np.rot90(frames, 1, axes=(1, 2)), 12)
     data = bytearray(path.read_bytes())
     # The matrix stands 40 bytes into the track header's fields, after its 8 bytes of box header.
     matrix = data.index(b"tkhd") + 4 + 40
     data[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
     path.write_bytes(data)
+
+
+def test_phone_video_comes_out_upright(tmp_path, clip_frames):
+    path = tmp_path / "phone.mov"
+    write_phone_video(path, clip_frames[:, :48])
     frames = np.stack(list(util.decode_frames(path)))
     assert frames.shape == (7, 48, 64, 3)
     assert mean_error(frames, clip_frames[:, :48]) < 5

@@ -17,12 +17,7 @@ from test_cli import last_line, refusal, run
 
 import util
 from shapes.versions import CONFIGURATIONS, build_narrow, build_on_meta
-from tokenflow.diffusion.checkpoints import (
-    check_checkpoint,
-    load,
-    networks_on_meta,
-    trained_side,
-)
+from tokenflow.diffusion.checkpoints import check_checkpoint, load, networks_on_meta, trained_side
 from tokenflow.diffusion.lora import with_loras
 from tokenflow.errors import UserError
 from tokenflow.layouts import features_shape, tokens_by_layer

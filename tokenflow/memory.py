@@ -162,8 +162,8 @@ def plan_memory(
             text += ", so fewer frames pass at once"
         else:
             ways["--batch_size 1"] = needs(batch_size=1)
-        lower = sorted((needs, way) for way, needs in ways.items() if needs < needed)
-        advice = ", ".join(f"{way} ({needs / 1e9:.1f} GB)" for needs, way in lower)
-        log.warning("warning: %s; less with %s", text, f"{advice}, or smaller frames")
+        lower = sorted((less, way) for way, less in ways.items() if less < needed)
+        advice = "".join(f"{way} ({less / 1e9:.1f} GB), " for less, way in lower)
+        log.warning("warning: %s; less with %s%ssmaller frames", text, advice, "or " * bool(lower))
     vae = {"encoding": frames, "decoding": frames}
     return vae | {"inversion": samples, "joint": samples, "propagation": max(1, samples // STREAMS)}

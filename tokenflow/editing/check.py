@@ -17,6 +17,7 @@ from tokenflow.editing.mask import check_mask
 from tokenflow.editing.run import EditRun
 from tokenflow.editing.shared import Shared
 from tokenflow.errors import UserError
+from tokenflow.inversion.files import CLEAN
 from tokenflow.inversion.find import conditions_of, find_inversion, preprocess_command
 from tokenflow.inversion.source_frames import FrameChoice, check_conditions, control_identity
 from tokenflow.runtime.distributed import Processes
@@ -41,6 +42,11 @@ def check_edit(config: EditConfig, technique: str, shared: Shared) -> EditRun:
             "mask: auto compares prompt with inversion_prompt, which is empty; recompute the inversion with: "
             f"{recompute} --overwrite"
         )
+    if config.mask == "auto" and config.prompt.strip() == inversion.prompt.strip():
+        raise UserError(
+            "mask: auto compares prompt with inversion_prompt, which are the same; say in prompt what the "
+            "edited video shows, or use --mask none"
+        )
     device, dtype = choose_device(config.device, config.dtype)
     choice = FrameChoice.of(inversion.manifest.config)
     check_loras(config.lora, config.model_id, config.sd_version)
@@ -52,11 +58,11 @@ def check_edit(config: EditConfig, technique: str, shared: Shared) -> EditRun:
         )
         files += [control_identity(config)] if config.control_path else []
     if config.mask_path:
-        shared.get(
-            "mask checked", config.mask, partial(check_mask, config.mask_path, choice, n_frames)
-        )
+        size = inversion.latents(CLEAN).shape[2:]
+        check = partial(check_mask, config.mask_path, choice, n_frames, *size)
+        shared.get("mask checked", config.mask, check)
         files.append(fingerprint(config.mask_path))
     identity, processes = identity_of(config, inversion, files), Processes(device)
     made_from = inversion, schedule, n_frames, identity
     name = f"{technique}_{Path(config.data_path).stem}"
-    return EditRun(config, name, *made_from, processes, device, dtype, shared)
+    return EditRun(config, name, *made_from, processes, dtype, shared)

@@ -24,11 +24,10 @@ DISTANCES = (3, 6, 9, 12)
 
 @dataclass(frozen=True)
 class Consensus:
-    """Draws frames towards each other after some `steps` (counted from 0) of an edit."""
+    """Draws frames towards each other at the end of a step of an edit."""
 
     sd: StableDiffusion
     fusion: Fusion
-    steps: frozenset[int]
 
     def note(self, frames: torch.Tensor, clean: torch.Tensor) -> None:
         """Take the predicted clean latents (n, 4, h, w) of the frames (n,)."""

@@ -72,14 +72,18 @@ class Source:
 
 @dataclass(frozen=True)
 class Edit:
-    """All that decides what an edited video looks like. prompts: for source, uncond and cond."""
+    """All that decides what an edited video looks like.
+
+    prompts: for source, uncond and cond. consensus: maps a step, counted from 0, to the consensus that ends
+    it, if one does.
+    """
 
     sd: StableDiffusion
     technique: Technique
     source: Source
     prompts: tuple[str, str, str]
     config: EditConfig
-    consensus: Consensus | None = None
+    consensus: Callable[[int], Consensus | None] = lambda step: None
     mask: Mask | None = None
 
     def confined(self, latents: torch.Tensor, step: int, frames: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from kornia.filters import guided_blur
 from tqdm import tqdm
 
+from tokenflow.diffusion.ddim import check_finite
 from tokenflow.editing.fusion import Fusion
 from tokenflow.errors import UserError
 from tokenflow.inversion.source_frames import FrameChoice
@@ -58,13 +59,14 @@ def relevance(
 
     The mean absolute difference of the noise under both prompts, relative to a frame's strongest (Couairon
     et al., DiffEdit, arXiv 2210.11427, section 3.2, but on the inverted latents instead of random noise).
-    latents_at: maps a timestep and frames (n,) to inverted latents (n, 4, h, w).
+    latents_at: maps a timestep and frames (n,) to inverted latents (n, 4, h, w). timesteps: of the schedule.
     """
     maps = []
-    for t in timesteps:
+    for t in (timesteps[int(share * len(timesteps))] for share in COMPARED):
         latents = latents_at(t, frames)
         one, other = (noise(latents, t, frames) for noise in prompts)
         difference = (one - other).abs().mean(1)
+        check_finite(difference, f"the noise that a mask compares at timestep {t}")
         strongest = difference.flatten(1).quantile(STRONG, dim=1)[:, None, None]
         maps.append((difference / strongest.clamp(min=1e-6)).clamp(max=1))
     return torch.stack(maps).mean(0)
@@ -129,11 +131,14 @@ def write_relevant(
         inside[frames] = (F.avg_pool2d(pixels.float(), scale) >= TOUCHED).float()
 
 
-def check_mask(path: Path, choice: FrameChoice, n_frames: int) -> None:
-    """Raise UserError if a user's mask has fewer frames than are edited. choice: as for `given`."""
-    if (count := choice.count(path, n_frames)) < n_frames:
+def check_mask(path: Path, choice: FrameChoice, n_frames: int, height: int, width: int) -> None:
+    """Raise UserError if a user's mask has too few frames, or is white in none. Arguments as for `given`."""
+    inside = [bool(mask.any()) for mask in given(path, choice, n_frames, height, width)]
+    choice.check_length("mask", path, n_frames, len(inside))
+    if not any(inside):
         raise UserError(
-            f"mask: {path} has {count} frames for the {n_frames} to edit; it must be as long as the video"
+            f"mask: {path} is white nowhere in the {n_frames} frames to edit, so nothing would change; it "
+            "must be white (255) where the edit may change the video"
         )
 
 
@@ -154,8 +159,3 @@ def reduced(image: np.ndarray, height: int, width: int) -> torch.Tensor:
     """A grey image (H, W), uint8, in a smaller size: each pixel the mean of those it replaces, 0 to 1."""
     smaller = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
     return torch.from_numpy(smaller).float() / 255
-
-
-def compared(timesteps: tuple[int, ...]) -> tuple[int, ...]:
-    """The timesteps, of a schedule's, at which `relevance` compares prompts."""
-    return tuple(timesteps[int(share * len(timesteps))] for share in COMPARED)

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -22,7 +22,7 @@ from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.consensus import DISTANCES, Consensus, consensus_steps
 from tokenflow.editing.denoiser import Denoiser, Edit, Source, TokenFlowDenoiser, keyframe_schedule
 from tokenflow.editing.fusion import Fusion
-from tokenflow.editing.mask import Mask, compared, given, relevance, write_relevant
+from tokenflow.editing.mask import Mask, given, relevance, write_relevant
 from tokenflow.editing.shared import Shared
 from tokenflow.editing.techniques import LatentsOf, Technique
 from tokenflow.errors import DamagedError, UserError
@@ -75,7 +75,6 @@ class EditRun:
     n_frames: int
     identity: str
     processes: Processes
-    device: torch.device
     dtype: torch.dtype
     shared: Shared
     folder: Path | None = None
@@ -122,12 +121,15 @@ class EditRun:
         prompts = (self.inversion.prompt, self.config.negative_prompt, self.config.prompt)
         shape = (self.n_frames, *self.inversion.latents(CLEAN).shape[1:])
         checkpoint = EditCheckpoint(self.checkpoints, shape, self.processes)
-        levers = self._consensus(len(technique.schedule.timesteps)), self._mask()
-        edit = Edit(self.sd, technique, self.source, prompts, self.config, *levers)
-        steps = denoise(edit, checkpoint)
+        total, hidden = len(technique.schedule.timesteps), not self.processes.is_main
+        if checkpoint.steps_done == total:
+            log.info("resumed after the last step")
+            return checkpoint.latents(total)
+        consensus = partial(self._consensus, consensus_steps(total, self.config.consensus_count))
+        about = prompts, self.config, consensus, self._mask()
+        steps = denoise(Edit(self.sd, technique, self.source, *about), checkpoint)
         if done := next(steps):
             log.info("resumed after step %d", done)
-        total, hidden = len(technique.schedule.timesteps), not self.processes.is_main
         for _ in tqdm(steps, "Editing", total, initial=done, unit="step", disable=hidden):
             pass
         return checkpoint.latents(total)
@@ -150,18 +152,19 @@ class EditRun:
         sd = get("checkpoint", None, self._load)
         controlled = partial(with_controlnets, sd, config.model_id, controlnets)
         sd = get("ControlNets", controlnets, controlled)
-        adapted = get("LoRAs", loras, partial(with_loras, sd, *loras)).adapted
+        # Not all that it returns is shared, since the ControlNets of one edit would outlive it.
+        adapted = get("LoRAs", loras, lambda: with_loras(sd, *loras).adapted)
         return replace(sd, adapted=adapted, limits=sd.limits.kept_in(self.checkpoints))
 
     def _load(self) -> StableDiffusion:
         config = self.config
         controlnets = config.controlnet_ids if isinstance(config, ControlNetConfig) else ()
-        where, pixels = (controlnets, self.device, self.dtype), self._choice.H * self._choice.W
-        fits = plan_memory(config, *where, pixels, self.n_frames)
-        log.info("loading %s on %s in %s", config.model_id, self.device, self.dtype)
+        device, pixels = self.processes.device, self._choice.H * self._choice.W
+        fits = plan_memory(config, controlnets, device, self.dtype, pixels, self.n_frames)
+        log.info("loading %s on %s in %s", config.model_id, device, self.dtype)
         options = {"cpu_offload": config.cpu_offload, "version": config.sd_version}
         options |= {"compiled": config.compile}
-        sd = load(config.model_id, (), self.device, self.dtype, **options)
+        sd = load(config.model_id, (), device, self.dtype, **options)
         return replace(sd, clip_skip=config.clip_skip, limits=Limits(fits=fits))
 
     def latents(self, name: str) -> LatentsOf:
@@ -199,8 +202,8 @@ class EditRun:
     def find_conditions(self) -> None:
         """Find what the ControlNets are given of each frame, and show it as a video, side by side."""
         if self.processes.is_main:
-            seen = self.inversion.source_frames, self.n_frames, self._conditions, self.device
-            find = partial(find_conditions, self.config, self._choice, *seen)
+            seen = self.inversion.source_frames, self.n_frames, self._conditions
+            find = partial(find_conditions, self.config, self._choice, *seen, self.processes.device)
             self.shared.get("conditions", conditions_of(self.config), find)
             each = (self._conditions[torch.tensor([index])] for index in range(self.n_frames))
             frames = (np.concatenate(conditions[:, 0], axis=1) for conditions in each)
@@ -239,11 +242,9 @@ class EditRun:
                 return f"the inversion kept its features for other keyframes ({name})"
         return ""
 
-    def _consensus(self, n_steps: int) -> Consensus | None:
-        if not self.config.consensus_count:
-            return None
-        steps = consensus_steps(n_steps, self.config.consensus_count)
-        return Consensus(self.sd, self._near_and_far, steps)
+    def _consensus(self, steps: Set[int], step: int) -> Consensus | None:
+        """The consensus that ends a step, if one does; before the first, the source's motion is found."""
+        return Consensus(self.sd, self._near_and_far) if step in steps else None
 
     def _mask(self) -> Mask | None:
         if self.config.mask == "none":
@@ -267,9 +268,8 @@ class EditRun:
                 VideoNoisePredictor(self.sd, prompt, batches, depth=self._depth)
                 for prompt in prompts
             )
-            relevant = partial(
-                relevance, self._source_latents, compared(self.schedule.timesteps), noises
-            )
+            about = self._source_latents, self.schedule.timesteps, noises
+            relevant = partial(relevance, *about)
             write_relevant(inside, self._near_and_far, relevant, self._picture, self.sd.device)
         elif self.processes.is_main:
             masks = given(self.config.mask_path, self._choice, self.n_frames, height, width)
@@ -343,7 +343,6 @@ def denoise(
     denoiser: how frames become consistent; benchmarks pass their baselines.
     """
     schedule, share = edit.technique.schedule, checkpoint.processes.share
-    consensus = edit.consensus
     with denoiser.installed(edit) as predictor:
         done = checkpoint.steps_done
         if done is None:
@@ -355,16 +354,16 @@ def denoise(
         for step in range(done, len(schedule.timesteps)):
             t, alphas = schedule.timesteps[step], schedule.alphas[step : step + 2]
             latents = checkpoint.latents(step)
-            agrees = consensus is not None and step in consensus.steps
+            consensus = edit.consensus(step)
             with checkpoint.writing(step + 1) as cleaner:
                 for frames, noise in predictor.noise(latents, t, share(predictor.chunks(t))):
                     moved = ddim_step(latents[frames], noise, *alphas)
                     check_finite(moved, f"the edited latents at timestep {t}")
                     cleaner[frames] = edit.confined(moved, step + 1, frames)
-                    if agrees:
+                    if consensus:
                         clean = predicted_clean(latents[frames], noise, alphas[0])
                         consensus.note(frames, clean)
-                if agrees:
+                if consensus:
                     for frames, correction in consensus.corrections(edit.config.frames_at_once):
                         moved = cleaner[frames] + math.sqrt(alphas[1]) * correction
                         cleaner[frames] = edit.confined(moved, step + 1, frames)

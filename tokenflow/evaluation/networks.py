@@ -124,14 +124,12 @@ class Lpips:
 
     def __init__(self, device: torch.device) -> None:
         """Raises Unavailable, if the package `lpips` or the weights that it downloads are missing."""
+        self.device = device
         try:
             from lpips import LPIPS
 
             self.network = LPIPS(net="alex", verbose=False).eval().to(device)
-        except (
-            ImportError,
-            RuntimeError,
-        ) as error:  # RuntimeError: torchvision is for another torch
+        except (ImportError, RuntimeError) as error:  # the latter: torchvision is for another torch
             raise Unavailable(f"the package lpips cannot be used ({error})") from error
         except OSError as error:
             raise Unavailable(f"lpips cannot download its weights ({error})") from error
@@ -142,7 +140,7 @@ class Lpips:
         source's, at full size; 0 if equal.
         """
         images = torch.from_numpy(np.stack([frames[-1] for frames in recent.values()]))
-        images = images.permute(0, 3, 1, 2) / 127.5 - 1  # n 3 H W
+        images = images.to(self.device).permute(0, 3, 1, 2) / 127.5 - 1  # n 3 H W
         source, others = images[:1], images[1:]
         distances = self.network(others, source.expand_as(others)).flatten().tolist()
         names = [name for name in recent if name != SOURCE]

@@ -2,16 +2,20 @@
 
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
+from tokenflow.contact_sheet import moments
 from tokenflow.diffusion.checkpoints import choose_device
 from tokenflow.evaluation.config import EvaluateConfig
 from tokenflow.evaluation.figures import (
@@ -21,24 +25,21 @@ from tokenflow.evaluation.figures import (
     AlongFlow,
     Curves,
     Drift,
+    Recent,
+    Values,
     beside_source,
     measure,
     summarize,
 )
 from tokenflow.evaluation.networks import available
-from tokenflow.evaluation.report import (
-    PAGE,
-    PARTS,
-    Entry,
-    thumbnails,
-    write_measured,
-    write_report,
-)
+from tokenflow.evaluation.report import PAGE, PARTS, Entry, thumbnails, write_measured, write_report
 from tokenflow.evaluation.subjects import Subject, find_subjects
 from tokenflow.evaluation.verdict import verdict
 from tokenflow.optical_flow import Flow, dis_flow, raft_flow
-from tokenflow.runtime.run_folder import locked
+from tokenflow.runtime.run_folder import locked, staged
 from util import write_video
+
+T = TypeVar("T")
 
 log = logging.getLogger("tokenflow")
 
@@ -65,6 +66,7 @@ def evaluate(config: EvaluateConfig) -> Path:
             log.info("skipped: %s", line)
         page = joint_folder(subjects, config) / PAGE
         if len(subjects) > 1 or page.parent != subjects[0].folder:
+            page.parent.mkdir(parents=True, exist_ok=True)
             write_report(page, f"{len(entries)} edits", entries)
     return page
 
@@ -78,30 +80,59 @@ def evaluate_together(
     if VAE not in first.frames:
         skipped.append("floors of the VAE: only an edit's folder has its round trip")
     alone = partial(beside_source, device=device), Drift(float(first.fps), first.n_frames)
-    meters = [AlongFlow(flow), *alone, *meters]
+    seen = Seen(first.n_frames)
+    meters = [AlongFlow(flow), *alone, *meters, seen]
     videos = {name: first.read(name) for name in first.frames if name != EDIT}
     doing = f"Measuring {first.name if len(subjects) == 1 else f'{len(subjects)} edits'}"
     videos[SOURCE] = tqdm(videos[SOURCE], doing, first.n_frames, unit="frame")
     edits = {f"{EDIT} {index}": subject for index, subject in enumerate(subjects)}
     videos |= {name: subject.read(EDIT) for name, subject in edits.items()}
-    curves = measure(videos, meters)
+    curves, written = measure(videos, meters), {}
     for name, subject in edits.items():
-        others = edits.keys() - {name}
-        own = {
-            key: {EDIT if n == name else n: curve for n, curve in of.items() if n not in others}
-            for key, of in curves.items()
-        }
-        yield subject, _entry(subject, own, skipped)
+
+        def own(of: dict[str, T], name: str = name) -> dict[str, T]:
+            return {
+                EDIT if n == name else n: x for n, x in of.items() if n not in edits or n == name
+            }
+
+        of_edit = {key: own(of) for key, of in curves.items()}
+        yield subject, _entry(subject, of_edit, own(seen.pictures), skipped, written)
 
 
-def _entry(subject: Subject, curves: Curves, skipped: list[str]) -> Entry:
+class Seen:
+    """Meter that measures nothing, and keeps small frames of each video of its `moments`."""
+
+    def __init__(self, n_frames: int) -> None:
+        self.moments, self.n_seen, self._kept = moments(n_frames), 0, []
+
+    def __call__(self, recent: Recent) -> Values:
+        """No values."""
+        if self.n_seen in self.moments:
+            self._kept.append(
+                thumbnails({name: [frames[-1]] for name, frames in recent.items()}, 1)
+            )
+        self.n_seen += 1
+        return {}
+
+    @property
+    def pictures(self) -> dict[str, np.ndarray]:
+        """The small frames of each video: uint8 RGB (n, H, W, 3)."""
+        return {name: np.concatenate([kept[name] for kept in self._kept]) for name in self._kept[0]}
+
+
+def _entry(
+    subject: Subject,
+    curves: Curves,
+    pictures: dict[str, np.ndarray],
+    skipped: list[str],
+    written: dict[str, Path],
+) -> Entry:
     """What the page shows of one edit; writes the videos that it shows and nobody has written yet."""
     figures = summarize(curves, float(subject.fps))
-    pictures = {name: subject.read(name) for name in subject.frames}
     return Entry(
         name=subject.name,
         prompt=subject.prompt,
-        videos={name: _playable(subject, name) for name in subject.frames},
+        videos={name: _playable(subject, name, written) for name in subject.frames},
         fps=subject.fps,
         n_frames=subject.n_frames,
         figures=figures,
@@ -109,16 +140,24 @@ def _entry(subject: Subject, curves: Curves, skipped: list[str]) -> Entry:
         findings=verdict(figures, subject.technique),
         skipped=skipped,
         options=subject.options,
-        pictures=thumbnails(pictures, subject.n_frames),
+        pictures=pictures,
     )
 
 
-def _playable(subject: Subject, name: str) -> Path:
-    """One of the videos as H.264 in the report's folders, written if it is not there."""
+def _playable(subject: Subject, name: str, written: dict[str, Path]) -> Path:
+    """One of the videos as H.264 in the report's folders, written if it is not there.
+
+    written: those that were, for another edit that is compared with the same videos; they are copied.
+    """
     if name in subject.playable:
         return subject.playable[name]
     path = subject.folder / PARTS / f"{name}.mp4"
-    write_video(path, subject.read(name), subject.fps)
+    if name in written:
+        with staged(path) as partial:
+            shutil.copyfile(written[name], partial)
+    else:
+        write_video(path, subject.read(name), subject.fps)
+        written[name] = path
     return path
 
 

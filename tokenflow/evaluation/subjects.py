@@ -18,7 +18,9 @@ from tokenflow.evaluation.figures import EDIT, PER_FRAME, RECONSTRUCTION, SOURCE
 from tokenflow.evaluation.report import PAGE, SHEET, TABLE
 from tokenflow.inversion.files import Inversion
 from tokenflow.runtime.digests import check
-from util import decode_frames, fit_frame, frame_rate
+from util import decode_frames, fit_frame, frame_rate, list_images
+
+SMALLEST = 16  # pixels, for the optical flow and SSIM
 
 # The option that only one technique has.
 TECHNIQUES = {"pnp_attn_t": "pnp", "start": "sdedit", "control_scale": "controlnet"}
@@ -37,14 +39,17 @@ class Subject:
     prompt: str | None = None
     technique: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    playable: dict[str, Path] = field(
-        default_factory=dict
-    )  # H.264 videos that exist, by what they are
+    playable: dict[str, Path] = field(default_factory=dict)  # H.264 videos that are there
 
     @cached_property
     def size(self) -> tuple[int, int]:
-        """Height and width of all frames: the edit's, made even, as videos need it."""
+        """Height and width of all frames: the edit's, made even, as videos need it. Raises UserError."""
         height, width = next(decode_frames(self.frames[EDIT])).shape[:2]
+        if min(height, width) < SMALLEST:
+            raise UserError(
+                f"edited: {self.frames[EDIT]}: its frames of {height} x {width} pixels are too small to be "
+                f"measured; at least {SMALLEST} on each side are needed"
+            )
         return height - height % 2, width - width % 2
 
     @property
@@ -63,7 +68,7 @@ class Subject:
 def find_subjects(config: EvaluateConfig) -> list[Subject]:
     """Everything that a configuration asks to evaluate. Raises UserError for what cannot be."""
     if config.edits:
-        named = [Path(name) for name in dict.fromkeys(config.edits)]
+        named = list(dict.fromkeys(map(Path, config.edits)))
         # A pattern such as tokenflow-results/* also names the last report over all.
         folders = [path for path in named if path.is_dir() or path.name not in (PAGE, SHEET, TABLE)]
         return [_edit(folder, config) for folder in folders or named]
@@ -146,7 +151,10 @@ def _frame_by_frame(config: EvaluateConfig) -> dict[str, Path]:
 
 def _shortest(videos: dict[str, Path], wanted: int) -> int:
     """The number of frames that all videos have, or the `wanted` ones unless 0. Raises UserError."""
-    counts = {path: sum(1 for _ in decode_frames(path)) for path in videos.values()}
+    counts = {
+        path: len(list_images(path)) if path.is_dir() else sum(1 for _ in decode_frames(path))
+        for path in videos.values()
+    }
     shortest = min(counts, key=counts.__getitem__)
     if counts[shortest] < max(2, wanted):
         raise UserError(

@@ -29,15 +29,14 @@ from util import decode_frames, frame_path, read_image, write_video_from_folders
 KINDS = ("psnr", "ssim", "sharpness")
 
 
-def compare(
-    inversion: Inversion, config: PreprocessConfig, processes: Processes, device: torch.device
-) -> FrameArray:
+def compare(inversion: Inversion, config: PreprocessConfig, processes: Processes) -> FrameArray:
     """How close, by each of the KINDS, each frame of the VAE's round trip is to the source and, if there is
     one, of the reconstruction to the source and to the round trip: (N, 1 or 3, 3).
 
-    Processes divide the frames, and compute on the device.
+    Processes divide the frames, and compute on their devices.
     """
     source, vae, whole = inversion.source_frames, inversion.vae, inversion.reconstruction
+    device = processes.device
     pairs = [(source, vae), (source, whole), (vae, whole)][: 1 if config.no_reconstruction else 3]
     scores = FrameArray(Progress(inversion.folder).folder / "scores.npy")
     frames = torch.arange(len(inversion.latents(CLEAN)))
@@ -49,7 +48,7 @@ def compare(
         folders = set(sum(pairs, ()))
         return frame, {folder: read_image(frame_path(folder, frame.item())) for folder in folders}
 
-    for frame, shown in in_parallel(read, processes.share(frames).split(1)):
+    for frame, shown in in_parallel(read, processes.share(frames.split(1))):
         of_pairs = [beside_source({SOURCE: [shown[a]], VAE: [shown[b]]}, device) for a, b in pairs]
         values = [[of_pair[kind][VAE] for kind in KINDS] for of_pair in of_pairs]
         scores[frame] = torch.tensor([values], dtype=torch.float64)

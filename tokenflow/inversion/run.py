@@ -83,9 +83,7 @@ def open_inversion(config: PreprocessConfig) -> Iterator["InversionRun"]:
     final = Inversion.of(config, manifest.n_frames)
     processes = Processes(device)
     inversion = Inversion(partial_path(final.folder))
-    run = InversionRun(
-        config, manifest, schedule, editing, final, inversion, processes, device, dtype
-    )
+    run = InversionRun(config, manifest, schedule, editing, final, inversion, processes, dtype)
     if is_there(final, manifest, config.overwrite):
         log.info("this inversion exists already; --overwrite recomputes it")
         yield replace(run, is_finished=True)
@@ -111,7 +109,6 @@ class InversionRun:
     final: Inversion  # where the result will be
     inversion: Inversion  # where it is written first
     processes: Processes
-    device: torch.device
     dtype: torch.dtype
     is_finished: bool = False
 
@@ -175,7 +172,7 @@ class InversionRun:
 
     def finish(self) -> None:
         """Write the video and the manifest, and say how good the reconstruction is."""
-        scores = compare(self.inversion, self.config, self.processes, self.device)
+        scores = compare(self.inversion, self.config, self.processes)
         if not self.processes.is_main:
             return
         inversion, n_frames = self.inversion, self.manifest.n_frames
@@ -196,10 +193,10 @@ class InversionRun:
     @cached_property
     def sd(self) -> StableDiffusion:
         """The checkpoint, loaded when it is first needed."""
-        config = self.config
-        where, pixels = (config.controlnet_ids, self.device, self.dtype), config.H * config.W
+        config, device = self.config, self.processes.device
+        where, pixels = (config.controlnet_ids, device, self.dtype), config.H * config.W
         fits = plan_memory(config, *where, pixels, self.manifest.n_frames)
-        log.info("loading %s on %s in %s", config.model_id, self.device, self.dtype)
+        log.info("loading %s on %s in %s", config.model_id, device, self.dtype)
         options = {"cpu_offload": config.cpu_offload, "version": config.sd_version}
         sd = load(config.model_id, *where, **options, compiled=config.compile)
         limits = Limits(Progress(self.inversion.folder).folder, fits)
@@ -215,7 +212,7 @@ class InversionRun:
 
     @property
     def _frames_at_once(self) -> int:
-        return frames_at_once(self.config, 1, self.device)
+        return frames_at_once(self.config, 1, self.processes.device)
 
     @cached_property
     def _predictor(self) -> VideoNoisePredictor:
@@ -238,14 +235,14 @@ class InversionRun:
     def _see(self) -> None:
         """Find what the ControlNets are given of the frames, and the depth that the UNet takes."""
         config, inversion, n_frames = self.config, self.inversion, self.manifest.n_frames
-        seen = inversion.source_frames, n_frames, self._conditions, self.device
+        seen = inversion.source_frames, n_frames, self._conditions, self.processes.device
         if config.controlnet_ids:
             find_conditions(config, self._choice, *seen)
         if not self.sd.takes_depth:
             return
         parts = (None, None) if config.depth_model else ("depth_estimator", "feature_extractor")
         where = config.depth_model or configuration_of(config.model_id, config.sd_version)
-        model = load_depth_model(where, self.device, parts)
+        model = load_depth_model(where, self.processes.device, parts)
         shape = self.sd.latent_shape(n_frames, config.H, config.W)
         depth = inversion.create_depth((n_frames, 1, *shape[2:]))
         find_depth(model, inversion.source_frames, depth)
@@ -300,7 +297,8 @@ class InversionRun:
             inversion.latents(name).ensure(shape, torch.float32)
         for folder in (inversion.vae, inversion.reconstruction):
             folder.mkdir(exist_ok=True)
-        if can_keep_source_features(self.sd, inversion.folder, config, shape, self.editing):
+        parts = self.sd, inversion.folder, config, shape, self.editing
+        if self._keeps_source_features or can_keep_source_features(*parts):
             inversion.source_features.create(self.sd.unet, shape, self.editing.timesteps)
 
     @property

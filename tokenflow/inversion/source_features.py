@@ -144,10 +144,7 @@ class SourceFeatureFiles:
     folder: Path
 
     def create(
-        self,
-        unet: UNet2DConditionModel,
-        latent_shape: tuple[int, ...],
-        timesteps: Iterable[int],
+        self, unet: UNet2DConditionModel, latent_shape: tuple[int, ...], timesteps: Iterable[int]
     ) -> None:
         """Create the files for latents (N, 4, h, w) at the timesteps, unless they exist."""
         tokens, n_frames = tokens_by_layer(unet, latent_shape), latent_shape[0]

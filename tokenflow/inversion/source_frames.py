@@ -51,12 +51,21 @@ class FrameChoice:
 
     def fitted(self, video: Path, n_frames: int) -> Iterator[np.ndarray]:
         """The same frames, fitted to the chosen size (H, W, 3)."""
-        for frame in self.frames(video, n_frames):
+        for frame in self.frames(video, n_frames):  # torch takes no views of turned frames
             yield fit_frame(frame, self.H, self.W, self.resize)
 
     def count(self, video: Path, n_frames: int = 0) -> int:
         """How many of the first `n_frames` frames (0: all) there are."""
         return sum(1 for _ in self.frames(video, n_frames))
+
+    def check_length(self, option: str, video: Path, n_frames: int, count: int) -> None:
+        """Raise UserError if of a video, which an option names, there are fewer than `n_frames` frames."""
+        if count < n_frames:
+            raise UserError(
+                f"{option}: {video} has {count} frames for {n_frames} of the source, from start_frame "
+                f"{self.start_frame} with stride {self.stride}; it needs one for each frame of the "
+                "whole source"
+            )
 
     def write(self, video: Path, folder: Path, n_frames: int) -> None:
         """Write the first `n_frames` frames as PNG into `folder`. Raises UserError if there are fewer."""
@@ -85,12 +94,7 @@ def check_conditions(config: ControlConfig, choice: FrameChoice, n_frames: int) 
         return
     if not (path := Path(config.control_path)).exists():
         raise UserError(f"control_path: {path}: no such file or folder")
-    if (count := choice.count(path, n_frames)) < n_frames:
-        raise UserError(
-            f"control_path: {config.control_path} has {count} frames for {n_frames} of the source, from "
-            f"start_frame {choice.start_frame} with stride {choice.stride}; it needs one for each frame of "
-            "the whole source"
-        )
+    choice.check_length("control_path", path, n_frames, choice.count(path, n_frames))
 
 
 def control_identity(config: ControlConfig) -> str | None:

@@ -41,7 +41,7 @@ def in_parallel(function: Callable[[A], R], items: Iterable[A]) -> Iterator[R]:
 class WriteBehind:
     """Calls functions that write, one after the other, in a thread that ends with the `with` block.
 
-    One call at most waits for another, so that what is to be written does not fill the memory.
+    Each waits for the one before it, so that what is to be written does not fill the memory.
     """
 
     def __enter__(self) -> Self:
@@ -54,7 +54,7 @@ class WriteBehind:
             self.flush()
 
     def later(self, write: Callable[..., Any], *arguments: Any) -> None:
-        """Call `write` with these arguments. Raises the error of a call before it."""
+        """Wait for the call before, raise its error, and begin to call `write` with these arguments."""
         self.flush()
         self._last = self._thread.submit(write, *arguments)
 

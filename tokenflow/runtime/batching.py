@@ -49,7 +49,7 @@ class Limits:
             self._file(kind).write_bytes(str(size).encode())
 
     def kept_in(self, folder: Path) -> "Limits":
-        """These limits; what fails from now on is kept in the folder of another run, too."""
+        """These limits, which stay common; what fails from now on is kept in the folder of another run."""
         limits = Limits(folder, self._fits)
         limits._known = self._known
         return limits

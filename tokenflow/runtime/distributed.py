@@ -18,7 +18,11 @@ PATIENCE = timedelta(days=7)
 
 
 class Processes:
-    """This process and the others of its run, which may be this process alone."""
+    """This process and the others of its run, which may be this process alone.
+
+    device: where this process computes. Each thread has its own current GPU, at first the one of index 0, so
+    the index stands in it.
+    """
 
     def __init__(self, device: torch.device) -> None:
         """Raises UserError for more processes on this machine than GPUs."""
@@ -30,6 +34,8 @@ class Processes:
                 f"own; use --num_processes {n_gpus}"
             )
         self._state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
+        is_any_gpu = device == torch.device("cuda")
+        self.device = torch.device("cuda", torch.cuda.current_device()) if is_any_gpu else device
 
     @property
     def is_main(self) -> bool:

@@ -153,14 +153,12 @@ def remove(path: Path) -> None:
 
 
 def _replace(partial: Path, path: Path) -> None:
+    replaced = path.with_name(f".replaced-{path.name}")
+    remove(replaced)  # of a run that was killed right here
     if path.is_dir():  # a folder cannot be renamed over one that has files
-        replaced = path.with_name(f".replaced-{path.name}")
-        remove(replaced)
         path.rename(replaced)
-        partial.rename(path)
-        remove(replaced)
-    else:
-        partial.replace(path)
+    partial.replace(path)
+    remove(replaced)
 
 
 @contextmanager
