@@ -93,10 +93,10 @@ class Fusion:
 
         def check(frame: int) -> None:
             row = torch.zeros(self._reliability.shape[1:])
+            there = self._flow[torch.tensor([frame])][0]
             for column, other in self._neighbours(frame):
-                back = self.offsets.index(frame - other)
-                ways = self._flow[torch.tensor([frame, other])].float().numpy()
-                ways = ways[0, column], ways[1, back]
+                back = self._flow[torch.tensor([other])][0, self.offsets.index(frame - other)]
+                ways = (way.float().numpy() for way in (there[column], back))
                 row[column] = torch.from_numpy(reliability(source(frame), source(other), *ways))
             self._reliability[torch.tensor([frame])] = (255 * row).round()[None]
 
