@@ -28,7 +28,7 @@ class Processes:
         """Raises UserError for more processes on this machine than GPUs."""
         n_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun and accelerate
         n_gpus = torch.cuda.device_count() if device.index is None else 1  # `cuda:1` is one
-        if device.type == "cuda" and n_here > n_gpus:
+        if device.type == "cuda" and n_here > max(1, n_gpus):
             raise UserError(
                 f"device: {n_here} processes were started on {device}, where {n_gpus} can have a GPU of its "
                 f"own; use --num_processes {n_gpus}"
