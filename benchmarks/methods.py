@@ -44,6 +44,7 @@ METHODS = {
     "flow_no_consensus": Method(settings=_flow | {"consensus": 0}),
     "exact_flow": Method(_exact_flow, settings=_flow),
     "exact_flow_no_consensus": Method(_exact_flow, settings=_flow | {"consensus": 0}),
+    "fuse_1": Method(settings={"fuse": 1}),
     "fuse_3": Method(settings={"fuse": 3}),
     "mask_auto": Method(settings={"mask": "auto"}),
     "previous_fixed_point": Method(settings=_previous),
