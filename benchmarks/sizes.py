@@ -16,7 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from benchmarks.arguments import benchmark_parser
 from benchmarks.clips import held_out_clips
@@ -26,7 +25,7 @@ from benchmarks.meter import Meter
 from benchmarks.report import markdown, write_report
 from benchmarks.sd15 import filled
 from shapes.checkpoint import TINY, build_scheduler, build_tokenizer
-from shapes.versions import CONFIGURATIONS, build_on_meta, build_text_encoder
+from shapes.versions import CONFIGURATIONS, build_on_meta, build_text_encoder, save_pipeline
 from shapes.world import render
 from tokenflow.config import PnPConfig, PreprocessConfig
 from tokenflow.diffusion.checkpoints import choose_device
@@ -56,12 +55,7 @@ def save_random(folder: Path, version: str, device: torch.device, dtype: torch.d
     for number, text in enumerate(texts):
         suffix = "_2" if number else ""
         parts |= {"tokenizer" + suffix: tokenizer, "text_encoder" + suffix: text}
-    if config.is_xl:
-        pipeline = StableDiffusionXLPipeline(**parts, add_watermarker=False)
-    else:
-        none = {"safety_checker": None, "feature_extractor": None}
-        pipeline = StableDiffusionPipeline(**parts, **none, requires_safety_checker=False)
-    pipeline.save_pretrained(folder)
+    save_pipeline(folder, parts, config.is_xl)
 
 
 def run_commands(args: argparse.Namespace, folder: Path, meter: Meter) -> None:

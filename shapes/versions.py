@@ -140,12 +140,7 @@ def build_narrow(folder: Path, version: str, seed: int = 0) -> Path:
             parts["tokenizer" + suffix] = tokenizer
             parts["text_encoder" + suffix] = build_text_encoder(text, tokenizer, bool(number))
         parts["scheduler"] = DDIMScheduler.from_config(build_scheduler().config, **config.scheduler)
-        if config.is_xl:
-            pipeline = StableDiffusionXLPipeline(**parts, add_watermarker=False)
-        else:
-            none = {"safety_checker": None, "feature_extractor": None}
-            pipeline = StableDiffusionPipeline(**parts, **none, requires_safety_checker=False)
-        pipeline.save_pretrained(folder)
+        save_pipeline(folder, parts, config.is_xl)
         if unet.config.in_channels == 4:
             channels = TINY.control_channels
             controlnet = ControlNetModel.from_unet(
@@ -155,6 +150,16 @@ def build_narrow(folder: Path, version: str, seed: int = 0) -> Path:
                 torch.nn.init.normal_(layer.weight, std=0.1)
             controlnet.save_pretrained(Path(folder) / "controlnet")
     return Path(folder)
+
+
+def save_pipeline(folder: Path, parts: dict[str, Any], is_xl: bool) -> None:
+    """Write the parts of a checkpoint in diffusers layout."""
+    if is_xl:
+        pipeline = StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    else:
+        none = {"safety_checker": None, "feature_extractor": None}
+        pipeline = StableDiffusionPipeline(**parts, **none, requires_safety_checker=False)
+    pipeline.save_pretrained(folder)
 
 
 def build_on_meta(version: str) -> tuple[UNet2DConditionModel, AutoencoderKL]:
