@@ -29,6 +29,7 @@ from shapes.versions import CONFIGURATIONS, build_on_meta, build_text_encoder, s
 from shapes.world import render
 from tokenflow.config import PnPConfig, PreprocessConfig
 from tokenflow.diffusion.checkpoints import choose_device
+from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.sweep import open_edits
 from tokenflow.editing.techniques import plug_and_play
 from tokenflow.inversion.run import open_inversion
@@ -78,6 +79,7 @@ def run_commands(args: argparse.Namespace, folder: Path, meter: Meter) -> None:
         with meter.stage("inversion: checks"):
             run = held.enter_context(open_inversion(inverting))
         with meter.stage("inversion: weights"):
+            read_weights(run.sd)
             meter.watch(run.sd.unet)
         with meter.stage("inversion: frames read"):
             run.read_frames()
@@ -102,11 +104,19 @@ def run_commands(args: argparse.Namespace, folder: Path, meter: Meter) -> None:
         with meter.stage("edit: checks"):
             run = next(iter(held.enter_context(open_edits([editing], "pnp"))))
         with meter.stage("edit: weights"):
+            read_weights(run.sd)
             meter.watch(run.sd.unet)
         with meter.stage("edit"):
             edited = run.edit(plug_and_play(run.config, run.schedule, run.first_latents))
         with meter.stage("edit: decoding, videos"):
             run.write(edited)
+
+
+def read_weights(sd: StableDiffusion) -> None:
+    """Read what loading only maps to files on a CPU, lest the first pass be charged with it."""
+    for network in filter(None, (sd.vae, sd.text_encoder, sd.text_encoder_2, sd.unet)):
+        for parameter in network.parameters():
+            parameter.sum()
 
 
 def peak_share(args: argparse.Namespace, device: torch.device, seconds: float) -> str:
