@@ -91,9 +91,8 @@ class Census(TorchDispatchMode):
                 if parameter is not None:
                     with self.fake if self.is_fake else ExitStack():
                         moved = torch.empty(parameter.shape, dtype=dtype, device=self.device)
-                    if (
-                        not self.is_fake and moved.ndim > 1
-                    ):  # half of what keeps variance: no overflow
+                    if not self.is_fake and moved.ndim > 1:
+                        # Half of what keeps the variance, lest float16 overflow.
                         moved.normal_(0, moved[0].numel() ** -0.5 / 2)
                     elif not self.is_fake:
                         moved.fill_(name == "weight")

@@ -24,8 +24,8 @@ from benchmarks.gpu import matmul_peak
 from benchmarks.meter import Meter
 from benchmarks.report import markdown, write_report
 from benchmarks.sd15 import filled
-from shapes.checkpoint import TINY, build_scheduler, build_tokenizer
-from shapes.versions import CONFIGURATIONS, build_on_meta, build_text_encoder, save_pipeline
+from shapes.checkpoint import TINY, build_tokenizer
+from shapes.versions import CONFIGURATIONS, build_on_meta, build_text_encoders, save_pipeline
 from shapes.world import render
 from tokenflow.config import PnPConfig, PreprocessConfig
 from tokenflow.diffusion.checkpoints import choose_device
@@ -45,18 +45,10 @@ def save_random(folder: Path, version: str, device: torch.device, dtype: torch.d
     config, tokenizer = CONFIGURATIONS[version], build_tokenizer(["a"], TINY.prompt_tokens)
     unet, vae = build_on_meta(version)
     with torch.device("meta"):
-        texts = [
-            build_text_encoder(text, tokenizer, pooled=bool(number))
-            for number, text in enumerate(config.texts)
-        ]
+        texts = build_text_encoders(config, tokenizer)
     vae, unet, *texts = (filled(network, device, dtype) for network in (vae, unet, *texts))
     unet.conv_out.weight.data *= QUIET
-    scheduler = type(build_scheduler()).from_config(build_scheduler().config, **config.scheduler)
-    parts = {"vae": vae, "unet": unet, "scheduler": scheduler}
-    for number, text in enumerate(texts):
-        suffix = "_2" if number else ""
-        parts |= {"tokenizer" + suffix: tokenizer, "text_encoder" + suffix: text}
-    save_pipeline(folder, parts, config.is_xl)
+    save_pipeline(folder, config, tokenizer, unet, vae, texts)
 
 
 def run_commands(args: argparse.Namespace, folder: Path, meter: Meter) -> None:

@@ -4,6 +4,7 @@ Written from the `config.json` files of the hub's repositories, as far as these 
 defaults.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -134,13 +136,8 @@ def build_narrow(folder: Path, version: str, seed: int = 0) -> Path:
         torch.manual_seed(seed)
         tokenizer = build_tokenizer(["a", "red", "blue", "circle"], TINY.prompt_tokens)
         unet = UNet2DConditionModel(**config.unet)
-        parts: dict[str, Any] = {"vae": build_vae(TINY), "unet": unet}
-        for number, text in enumerate(config.texts):
-            suffix = "_2" if number else ""
-            parts["tokenizer" + suffix] = tokenizer
-            parts["text_encoder" + suffix] = build_text_encoder(text, tokenizer, bool(number))
-        parts["scheduler"] = DDIMScheduler.from_config(build_scheduler().config, **config.scheduler)
-        save_pipeline(folder, parts, config.is_xl)
+        vae, texts = build_vae(TINY), build_text_encoders(config, tokenizer)
+        save_pipeline(folder, config, tokenizer, unet, vae, texts)
         if unet.config.in_channels == 4:
             channels = TINY.control_channels
             controlnet = ControlNetModel.from_unet(
@@ -152,9 +149,28 @@ def build_narrow(folder: Path, version: str, seed: int = 0) -> Path:
     return Path(folder)
 
 
-def save_pipeline(folder: Path, parts: dict[str, Any], is_xl: bool) -> None:
-    """Write the parts of a checkpoint in diffusers layout."""
-    if is_xl:
+def build_text_encoders(config: Configuration, tokenizer: CLIPTokenizer) -> list[nn.Module]:
+    """All text encoders of a version; the second one also embeds the whole prompt."""
+    return [
+        build_text_encoder(text, tokenizer, pooled=bool(number))
+        for number, text in enumerate(config.texts)
+    ]
+
+
+def save_pipeline(
+    folder: Path,
+    config: Configuration,
+    tokenizer: CLIPTokenizer,
+    unet: UNet2DConditionModel,
+    vae: AutoencoderKL,
+    texts: Sequence[nn.Module],
+) -> None:
+    """Write the networks of a version, and its noise schedule, in diffusers layout."""
+    scheduler = DDIMScheduler.from_config(build_scheduler().config, **config.scheduler)
+    parts = {"vae": vae, "unet": unet, "scheduler": scheduler}
+    for suffix, text in zip(("", "_2"), texts, strict=False):
+        parts |= {"tokenizer" + suffix: tokenizer, "text_encoder" + suffix: text}
+    if config.is_xl:
         pipeline = StableDiffusionXLPipeline(**parts, add_watermarker=False)
     else:
         none = {"safety_checker": None, "feature_extractor": None}

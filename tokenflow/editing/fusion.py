@@ -86,7 +86,8 @@ class Fusion:
 
     def _find_motion(self, source: Callable[[int], np.ndarray]) -> None:
         def find(frame: int) -> None:
-            row, flow = torch.zeros(self._flow.shape[1:]), dis_flow()
+            row = torch.zeros(self._flow.shape[1:])
+            flow = dis_flow()  # which holds buffers, so that threads cannot share one
             for column, other in self._neighbours(frame):
                 row[column] = torch.from_numpy(flow(source(frame), source(other)))
             self._flow[torch.tensor([frame])] = row[None]

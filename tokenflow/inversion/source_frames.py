@@ -51,7 +51,7 @@ class FrameChoice:
 
     def fitted(self, video: Path, n_frames: int) -> Iterator[np.ndarray]:
         """The same frames, fitted to the chosen size (H, W, 3)."""
-        for frame in self.frames(video, n_frames):  # torch takes no views of turned frames
+        for frame in self.frames(video, n_frames):
             yield fit_frame(frame, self.H, self.W, self.resize)
 
     def count(self, video: Path, n_frames: int = 0) -> int:
