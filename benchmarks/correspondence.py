@@ -43,8 +43,8 @@ from tokenflow_utils import flanking_blend
 
 # The last leaves each token where it is, as if nothing moved.
 WAYS = "tokens", "flow", "exact_flow", "same_place"
-EDITS = ("default", "flow", "exact_flow", *(f"{m}_no_consensus" for m in ("flow", "exact_flow")))
-EDITS += ("no_consensus",)
+EDITS = ("default", "flow", "exact_flow", *(f"{m}_unaveraged" for m in ("flow", "exact_flow")))
+EDITS += ("unaveraged",)
 # Of Stable Diffusion 1.5 at 512x512 pixels: tokens of a frame, channels, self-attentions.
 SD15 = ((4096, 320, 5), (1024, 640, 5), (256, 1280, 5), (64, 1280, 1))
 SEARCHING = 2  # frames, each in two keyframes

@@ -154,8 +154,9 @@ class Job:
             checkpoint = EditCheckpoint(folder, self.clean.shape, processes)
             steps = last(denoise(edit, checkpoint, denoiser))
             frames = self.sd.decode_latents(checkpoint.latents(steps)[all_frames])
-            if denoiser is TokenFlowDenoiser and self.config.fuse:
-                fusion = self._fusion(range(1, self.config.fuse + 1), folder, processes)
+            reach = self.config.fuse_distance
+            if denoiser is TokenFlowDenoiser and reach:
+                fusion = self._fusion(range(1, reach + 1), folder, processes)
                 fusion.put(all_frames, frames)
                 frames = fusion.fused(all_frames, self.sd.device)
         return frames

@@ -29,6 +29,7 @@ class Method:
 
 _alone = methodcaller("edit_pnp", FrameByFrame)
 _previous = {"propagation": "previous"}
+_unaveraged = {"consensus": 0, "fuse": 0}
 _flow = {"correspondences": "flow"}
 _exact_flow = methodcaller("edit_along_exact_flow")
 
@@ -40,11 +41,13 @@ METHODS = {
     "extended_attention": Method(methodcaller("edit_pnp", ExtendedAttention)),
     "default": Method(),
     "no_consensus": Method(settings={"consensus": 0}),
+    "no_fuse": Method(settings={"fuse": 0}),
+    "unaveraged": Method(settings=_unaveraged),
     "flow": Method(settings=_flow),
-    "flow_no_consensus": Method(settings=_flow | {"consensus": 0}),
+    "flow_unaveraged": Method(settings=_flow | _unaveraged),
     "exact_flow": Method(_exact_flow, settings=_flow),
-    "exact_flow_no_consensus": Method(_exact_flow, settings=_flow | {"consensus": 0}),
-    "fuse_1": Method(settings={"fuse": 1}),
+    "exact_flow_unaveraged": Method(_exact_flow, settings=_flow | _unaveraged),
+    "fuse_2": Method(settings={"fuse": 2}),
     "fuse_3": Method(settings={"fuse": 3}),
     "mask_auto": Method(settings={"mask": "auto"}),
     "previous_fixed_point": Method(settings=_previous),

@@ -194,23 +194,30 @@ def followed_by_hand(flow: list, nearest: torch.Tensor) -> torch.Tensor:
 def fused_by_hand(
     frame: torch.Tensor, others: torch.Tensor, flows: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """The mean of a frame (c, H, W) and others (k, c, H, W) read along flows (k, H, W, 2), pixel by pixel."""
+    """The mean of a frame (c, H, W) and others (k, c, H, W) read along flows (k, H, W, 2), pixel by pixel.
+
+    Others are read by cubic convolution: Keys (1981), equation 4 with a = -0.75, as PyTorch and OpenCV do.
+    """
+
+    def weight_at(distance: float) -> float:
+        a, x = -0.75, abs(distance)
+        if x <= 1:
+            return (a + 2) * x**3 - (a + 3) * x**2 + 1
+        return a * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0
+
     height, width = frame.shape[1:]
     mean = torch.empty_like(frame)
     for y in range(height):
         for x in range(width):
             total, weight = frame[:, y, x].clone(), 1.0
             for other, flow, w in zip(others, flows, weights, strict=True):
-                at_x = min(max(x + flow[y, x, 0].item(), 0), width - 1)
-                at_y = min(max(y + flow[y, x, 1].item(), 0), height - 1)
-                left, top = min(int(at_x), width - 2), min(int(at_y), height - 2)
-                part_x, part_y = at_x - left, at_y - top
-                value = (
-                    (1 - part_x) * (1 - part_y) * other[:, top, left]
-                    + part_x * (1 - part_y) * other[:, top, left + 1]
-                    + (1 - part_x) * part_y * other[:, top + 1, left]
-                    + part_x * part_y * other[:, top + 1, left + 1]
-                )
+                at_x, at_y = x + flow[y, x, 0].item(), y + flow[y, x, 1].item()
+                value = torch.zeros(len(other))
+                for row in range(math.floor(at_y) - 1, math.floor(at_y) + 3):
+                    for column in range(math.floor(at_x) - 1, math.floor(at_x) + 3):
+                        inside = min(max(row, 0), height - 1), min(max(column, 0), width - 1)
+                        share = weight_at(at_y - row) * weight_at(at_x - column)
+                        value += share * other[:, inside[0], inside[1]]
                 total += w[y, x] * value
                 weight += w[y, x].item()
             mean[:, y, x] = total / weight

@@ -217,9 +217,10 @@ class EditConfig(ModelConfig):
         "differ, else a video or folder of images as long as the source, white where the edit may change it",
         "none",
     )
-    fuse: int = option(
-        "frames on each side that finished frames are averaged with along the source's motion; more blurs",
-        0,
+    fuse: int | None = option(
+        "frames on each side that finished frames are averaged with along the source's motion, which takes "
+        "their flicker; more takes fine detail, too; None: 1, but 0 with propagation previous, as published",
+        None,
         low=0,
         high=50,
     )
@@ -255,13 +256,23 @@ class EditConfig(ModelConfig):
     @property
     def consensus_count(self) -> int:
         """How often the frames' predictions are averaged."""
-        default = 2 if self.propagation == "flanking" else 0
-        return default if self.consensus is None else self.consensus
+        return self._unless_published(self.consensus, 2)
+
+    @property
+    def fuse_distance(self) -> int:
+        """Frames on each side that finished frames are averaged with."""
+        return self._unless_published(self.fuse, 1)
 
     @property
     def inversions(self) -> tuple[str, ...]:
         """Folders in `latents_path` that may hold this edit's inversion, the preferred one first."""
         return (inversion_name(self.model, self.sd_version, conditioned=False),)
+
+    def _unless_published(self, value: int | None, default: int) -> int:
+        """An option's value; if the user gave none, the default, which the published algorithm is without."""
+        if value is None:
+            return default if self.propagation == "flanking" else 0
+        return value
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,10 +38,14 @@ def fused(
 
 
 def warped(images: torch.Tensor, flows: torch.Tensor) -> torch.Tensor:
-    """Images (k, c, H, W) read where the flows (k, H, W, 2) lead, in pixels; its border goes on outside."""
+    """Images (k, c, H, W) read where the flows (k, H, W, 2) lead, in pixels; its border goes on outside.
+
+    Between pixels they are interpolated with cubic polynomials, which can exceed the range of the images:
+    linear interpolation would blur them.
+    """
     height, width = images.shape[-2:]
     x, y = (torch.arange(size, device=flows.device) for size in (width, height))
     grid_x = 2 * (x + flows[..., 0]) / (width - 1) - 1
     grid_y = 2 * (y[:, None] + flows[..., 1]) / (height - 1) - 1
     grid = torch.stack([grid_x, grid_y], -1)
-    return F.grid_sample(images, grid, padding_mode="border", align_corners=True)
+    return F.grid_sample(images, grid, "bicubic", padding_mode="border", align_corners=True)

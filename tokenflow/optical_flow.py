@@ -13,14 +13,19 @@ from tokenflow.errors import UserError
 Flow = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 RAFT_SMALLEST, RAFT_MULTIPLE = 128, 8  # pixels; the frame sizes that RAFT takes
+SMALL = 256  # pixels; dense inverse search takes frames whose shorter side is no longer in full resolution
 
 
 def dis_flow() -> Flow:
-    """Dense inverse search (Kroeger et al., ECCV 2016, arXiv 1603.03590), by OpenCV, on the CPU."""
+    """Dense inverse search (Kroeger et al., ECCV 2016, arXiv 1603.03590), by OpenCV, on the CPU.
+
+    It works at half of the frames' resolution; in small frames, whose half shows too little, at the whole.
+    """
     dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
 
     def flow(frame: np.ndarray, later: np.ndarray) -> np.ndarray:
         grey = (cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in (frame, later))
+        dis.setFinestScale(int(min(frame.shape[:2]) > SMALL))
         return dis.calc(*grey, None)
 
     return flow

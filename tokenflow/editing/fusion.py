@@ -74,7 +74,7 @@ class Fusion:
         flows = to_device(self._flow[at][0, columns], device).float()
         weights = to_device(self._reliability[at][0, columns], device).float() / 255
         mean = fused(pictures[0], pictures[1:], flows, weights)
-        return mean.round().byte().permute(1, 2, 0).cpu().numpy()
+        return mean.round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
 
     def _create_files(self, shape: tuple[int, int, int]) -> None:
         if self.processes.is_main:

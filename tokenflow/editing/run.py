@@ -297,8 +297,8 @@ class EditRun:
 
     def _decode(self, edited: FrameArray) -> None:
         processes, frames = self.processes, self.folder / "frames"
-        fuse = self.config.fuse
-        fusion = self._fusion("fuse", range(1, fuse + 1)) if fuse else None
+        reach = self.config.fuse_distance
+        fusion = self._fusion("fuse", range(1, reach + 1)) if reach else None
         with staged(frames) if processes.is_main else nullcontext(partial_path(frames)) as partial:
             if processes.is_main:
                 partial.mkdir()
