@@ -159,7 +159,7 @@ class Job:
                 fusion = self._fusion(range(1, reach + 1), folder, processes)
                 fusion.put(all_frames, frames)
                 frames = fusion.fused(all_frames, self.sd.device)
-        return frames
+            return edit.mask.composed(frames, all_frames) if edit.mask else frames
 
     def _fusion(self, distances: Iterable[int], folder: Path, processes: Processes) -> Fusion:
         source, n_frames = self.clip.frames.__getitem__, self.clip.n_frames
@@ -173,7 +173,7 @@ class Job:
         relevant = partial(relevance, self._source_latents, self.schedule.timesteps, noises)
         source, device = self.clip.frames.__getitem__, self.sd.device
         write_relevant(inside, fusion, relevant, source, device)
-        return Mask(inside, self._source_latents)
+        return Mask(inside, self._source_latents, source)
 
     def _source(self) -> Source:
         features = partial(self.files.read, device=self.sd.device)

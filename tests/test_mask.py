@@ -106,7 +106,19 @@ def test_a_flickering_mask_is_steadied(tmp_path):
 def test_outside_stays_the_source(tmp_path):
     inside = FrameArray.create(tmp_path / "mask.npy", (3, 1, 2, 2), torch.float32)
     inside[FRAMES] = torch.tensor([[[[1.0, 0.0], [0.0, 1.0]]]]).repeat(3, 1, 1, 1)
-    mask = Mask(inside, lambda t, frames: torch.full((len(frames), 4, 2, 2), float(t)))
+    source = np.full((16, 16, 3), 7, np.uint8)
+
+    def noisy(t: int, frames: torch.Tensor) -> torch.Tensor:
+        return torch.full((len(frames), 4, 2, 2), float(t))
+
+    mask = Mask(inside, noisy, lambda index: source + index)
     confined = mask.confined(torch.ones(3, 4, 2, 2), 7, FRAMES)
     expected = torch.tensor([[1.0, 7.0], [7.0, 1.0]]).expand(3, 4, 2, 2)
     assert torch.equal(confined, expected)
+
+    pictures = mask.composed(np.full((2, 16, 16, 3), 207, np.uint8), torch.tensor([2, 0]))
+    for picture, outside in zip(pictures, (9, 7), strict=True):
+        assert (picture[:4, :4] == 207).all() and (picture[12:, 12:] == 207).all()
+        assert (picture[:4, 12:] == outside).all() and (picture[12:, :4] == outside).all()
+        row = picture[0, :, 0].astype(int)
+        assert (np.diff(row) <= 0).all() and abs(row[7] + row[8] - 207 - outside) <= 1

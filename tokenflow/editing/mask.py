@@ -35,18 +35,30 @@ Noise = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Mask:
-    """Keeps the source's latents wherever an edit may change nothing.
+    """Keeps the source's latents, and in the end its pixels, wherever an edit may change nothing.
 
     inside: (N, 1, h, w): 1 where the edit is taken, else 0.
     source: maps a timestep and frames (n,) to the source's latents (n, 4, h, w); None names the clean ones.
+    picture: maps a frame's index to the source's frame, uint8 RGB (H, W, 3).
     """
 
     inside: FrameArray
     source: Callable[[int | None, torch.Tensor], torch.Tensor]
+    picture: Callable[[int], np.ndarray]
 
     def confined(self, latents: torch.Tensor, t: int | None, frames: torch.Tensor) -> torch.Tensor:
         """Edited latents (n, 4, h, w) at a timestep inside, and the source's outside."""
         return self.source(t, frames).lerp(latents, self.inside[frames])
+
+    def composed(self, edited: np.ndarray, frames: torch.Tensor) -> np.ndarray:
+        """Edited frames (n, H, W, 3), uint8 RGB, inside, and outside the source's, without the VAE's error.
+
+        Between the two, which are alike there, one passes into the other within a latent's width.
+        """
+        source = np.stack([self.picture(frame) for frame in frames.tolist()])
+        inside = F.interpolate(self.inside[frames], edited.shape[1:3], mode="bilinear")
+        inside = inside.permute(0, 2, 3, 1).numpy()
+        return (inside * edited + (1 - inside) * source).round().astype(np.uint8)
 
 
 def relevance(

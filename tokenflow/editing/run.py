@@ -251,7 +251,8 @@ class EditRun:
             return None
         config = self.config
         key = config.mask, config.prompt, config.lora, config.lora_scales, config.n_timesteps
-        return Mask(self.shared.get("mask", key, self._inside), self._source_latents)
+        inside = self.shared.get("mask", key, self._inside)
+        return Mask(inside, self._source_latents, self._picture)
 
     def _inside(self) -> FrameArray:
         """Where the edit may change the video, written to a file for all processes."""
@@ -296,9 +297,14 @@ class EditRun:
         return read_image(frame_path(self.inversion.source_frames, index))
 
     def _decode(self, edited: FrameArray) -> None:
-        processes, frames = self.processes, self.folder / "frames"
+        processes, frames, mask = self.processes, self.folder / "frames", self._mask()
         reach = self.config.fuse_distance
         fusion = self._fusion("fuse", range(1, reach + 1)) if reach else None
+
+        def save(batch: torch.Tensor, finished: np.ndarray) -> None:
+            shown = mask.composed(finished, batch) if mask else finished
+            save_frames(partial, batch[0].item(), shown)
+
         with staged(frames) if processes.is_main else nullcontext(partial_path(frames)) as partial:
             if processes.is_main:
                 partial.mkdir()
@@ -309,10 +315,10 @@ class EditRun:
                 if fusion:
                     fusion.put(batch, decoded)
                 else:
-                    save_frames(partial, batch[0].item(), decoded)
+                    save(batch, decoded)
             processes.wait()
             for batch in batches if fusion else ():
-                save_frames(partial, batch[0].item(), fusion.fused(batch, self.sd.device))
+                save(batch, fusion.fused(batch, self.sd.device))
             processes.wait()
 
     def _show(self) -> None:
