@@ -18,7 +18,7 @@ from tokenflow.diffusion.detectors import canny
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.consensus import DISTANCES, Consensus, consensus_steps
 from tokenflow.editing.denoiser import Denoiser, Edit, Source, TokenFlowDenoiser, keyframe_schedule
-from tokenflow.editing.fusion import Fusion
+from tokenflow.editing.fusion import FLICKER, Fusion
 from tokenflow.editing.mask import Mask, relevance, write_relevant
 from tokenflow.editing.run import denoise
 from tokenflow.editing.techniques import Technique, controlnet, plug_and_play, sdedit
@@ -158,7 +158,7 @@ class Job:
             if denoiser is TokenFlowDenoiser and reach:
                 fusion = self._fusion(range(1, reach + 1), folder, processes)
                 fusion.put(all_frames, frames)
-                frames = fusion.fused(all_frames, self.sd.device)
+                frames = fusion.fused(all_frames, self.sd.device, FLICKER)
             return edit.mask.composed(frames, all_frames) if edit.mask else frames
 
     def _fusion(self, distances: Iterable[int], folder: Path, processes: Processes) -> Fusion:

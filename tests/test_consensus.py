@@ -10,7 +10,7 @@ from reference import fused_by_hand
 from test_tokenflow import edit_of, source_of, video_of
 
 from tokenflow.editing.consensus import consensus_steps
-from tokenflow.editing.fusion import Fusion
+from tokenflow.editing.fusion import FLICKER, Fusion
 from tokenflow.editing.run import denoise
 from tokenflow.motion import fused, reliability, warped
 from tokenflow.runtime.distributed import Processes
@@ -36,7 +36,8 @@ def test_fused_equals_the_reference():
     weights = torch.rand(2, 9, 7, generator=generator)
     flows = 6 * torch.rand(2, 9, 7, 2, generator=generator) - 3  # some leave the frame
     expected = fused_by_hand(frame, others, flows, weights)
-    torch.testing.assert_close(fused(frame, others, flows, weights), expected, rtol=0, atol=1e-5)
+    result = fused(frame, warped(others, flows), weights)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
 
 
 def test_warped_by_whole_pixels():
@@ -74,6 +75,20 @@ def test_flicker_goes_and_detail_stays(moving, tmp_path):
     assert error(result) < 0.6 * error(noisy)
     fusion.put(torch.arange(6), moving)
     assert error(fusion.fused(torch.arange(6), CPU)) < 2  # grey levels
+
+
+def test_what_does_not_follow_the_source_is_not_smeared(moving, tmp_path):
+    """Stripes that stand still, while the source moves across them, stay stripes."""
+    fusion = Fusion.along(moving.__getitem__, 6, (1,), tmp_path, Processes(CPU))
+    columns = np.arange(64) // 2 % 2
+    stripes = np.zeros_like(moving) + np.uint8(60 + 140 * columns)[:, None]
+    fusion.put(torch.arange(6), stripes)
+
+    def contrast(tolerance: float | None) -> float:
+        return fusion.fused(torch.arange(6), CPU, tolerance)[1:5, 20:44, 20:44].std() / 70
+
+    assert contrast(FLICKER) > 0.98
+    assert contrast(None) < 0.6
 
 
 def test_pictures_without_neighbours_stay(moving, tmp_path):

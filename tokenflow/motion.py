@@ -4,12 +4,14 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from kornia.filters import gaussian_blur2d
 
 from tokenflow.optical_flow import consistent, squared_length, targets
 
 # Grey levels by which two frames of the source may differ where the flow is right: compression, noise, light.
 SOURCE_NOISE = 12.0
 SMOOTHING = 1.0  # pixels; the standard deviation of the neighbourhood in which frames are compared
+WINDOW = 7  # pixels; the side of that neighbourhood
 
 
 def reliability(
@@ -26,15 +28,23 @@ def reliability(
     return consistent(forward, backward) * np.exp(-squared / (2 * SOURCE_NOISE**2))
 
 
-def fused(
-    frame: torch.Tensor, others: torch.Tensor, flows: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
-    """The mean of a frame (c, H, W), of weight 1, and k others (k, c, H, W) moved to it: (c, H, W).
+def agreement(frame: torch.Tensor, moved: torch.Tensor, tolerance: float) -> torch.Tensor:
+    """How far others, moved to a frame, show the same there: (k, H, W), 0 to 1.
 
-    flows: (k, H, W, 2), in pixels, from the frame to each of the others. weights: (k, H, W).
+    frame: (c, H, W). moved: (k, c, H, W). It falls as exp(-d^2 / 2 tolerance^2) where they differ by d.
+    """
+    squared = (moved - frame).square().mean(1, keepdim=True)
+    squared = gaussian_blur2d(squared, WINDOW, (SMOOTHING, SMOOTHING), "replicate")
+    return (-squared[:, 0] / (2 * tolerance**2)).exp()
+
+
+def fused(frame: torch.Tensor, moved: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The mean of a frame (c, H, W), of weight 1, and k others (k, c, H, W), moved to it: (c, H, W).
+
+    weights: (k, H, W).
     """
     weights = weights[:, None]
-    return (frame + (weights * warped(others, flows)).sum(0)) / (1 + weights.sum(0))
+    return (frame + (weights * moved).sum(0)) / (1 + weights.sum(0))
 
 
 def warped(images: torch.Tensor, flows: torch.Tensor) -> torch.Tensor:

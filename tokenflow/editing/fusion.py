@@ -9,12 +9,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from tokenflow.motion import fused, reliability
+from tokenflow.motion import agreement, fused, reliability, warped
 from tokenflow.optical_flow import dis_flow
 from tokenflow.runtime.ahead import in_parallel
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.frame_array import FrameArray
 from tokenflow.runtime.transfer import to_device
+
+# Grey levels: flicker is less, and a neighbour in which the edit has not followed the source differs more.
+FLICKER = 25.0
 
 
 @dataclass(frozen=True)
@@ -55,16 +58,21 @@ class Fusion:
         """Take the pictures (n, H, W, 3), uint8 RGB, of the frames (n,)."""
         self.pictures[frames] = torch.from_numpy(pictures)
 
-    def fused(self, frames: torch.Tensor, device: torch.device) -> np.ndarray:
-        """The averages (n, H, W, 3), uint8 RGB, for the frames (n,), computed on a device."""
-        return np.stack([self._fused(frame, device) for frame in frames.tolist()])
+    def fused(
+        self, frames: torch.Tensor, device: torch.device, tolerance: float | None = None
+    ) -> np.ndarray:
+        """The averages (n, H, W, 3), uint8 RGB, for the frames (n,), computed on a device.
+
+        tolerance: in grey levels; a neighbour counts the less the more it differs. None: it counts anyway.
+        """
+        return np.stack([self._fused(frame, device, tolerance) for frame in frames.tolist()])
 
     @property
     def pictures(self) -> FrameArray:
         """What is to be averaged: (N, H, W, 3), uint8 RGB."""
         return FrameArray(self.folder / "pictures.npy")
 
-    def _fused(self, frame: int, device: torch.device) -> np.ndarray:
+    def _fused(self, frame: int, device: torch.device, tolerance: float | None) -> np.ndarray:
         neighbours, at = self._neighbours(frame), torch.tensor([frame])
         if not neighbours:  # in a very short video
             return self.pictures[at][0].numpy()
@@ -73,7 +81,10 @@ class Fusion:
         pictures = to_device(pictures, device).permute(0, 3, 1, 2).float()
         flows = to_device(self._flow[at][0, columns], device).float()
         weights = to_device(self._reliability[at][0, columns], device).float() / 255
-        mean = fused(pictures[0], pictures[1:], flows, weights)
+        moved = warped(pictures[1:], flows)
+        if tolerance:
+            weights = weights * agreement(pictures[0], moved, tolerance)
+        mean = fused(pictures[0], moved, weights)
         return mean.round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
 
     def _create_files(self, shape: tuple[int, int, int]) -> None:

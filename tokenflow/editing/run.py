@@ -21,7 +21,7 @@ from tokenflow.diffusion.lora import with_loras
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.consensus import DISTANCES, Consensus, consensus_steps
 from tokenflow.editing.denoiser import Denoiser, Edit, Source, TokenFlowDenoiser, keyframe_schedule
-from tokenflow.editing.fusion import Fusion
+from tokenflow.editing.fusion import FLICKER, Fusion
 from tokenflow.editing.mask import Mask, given, relevance, write_relevant
 from tokenflow.editing.shared import Shared
 from tokenflow.editing.techniques import LatentsOf, Technique
@@ -318,7 +318,7 @@ class EditRun:
                     save(batch, decoded)
             processes.wait()
             for batch in batches if fusion else ():
-                save(batch, fusion.fused(batch, self.sd.device))
+                save(batch, fusion.fused(batch, self.sd.device, FLICKER))
             processes.wait()
 
     def _show(self) -> None:
