@@ -119,7 +119,7 @@ def test_edit(work, sd, frames, checkpoint, technique, propagation):
     flags += ["--prompt", PROMPT, "--negative_prompt", NEGATIVE, "--seed", SEED]
     flags += ["--guidance_scale", GUIDANCE, "--propagation", propagation, "--dtype", "float32"]
     if propagation == "flanking":
-        flags += ["--consensus", 0]  # with previous it is the default
+        flags += ["--consensus", 0, "--fuse", 0]  # with previous they are the default
     if technique == "pnp":
         flags += ["--pnp_attn_t", 0.4, "--pnp_f_t", 0.8]
     else:

@@ -307,7 +307,7 @@ def test_what_a_stopped_inversion_left_is_checked(source, checkpoint, whole, mon
 
 def test_motion_is_found_when_it_is_needed(source, checkpoint, whole, monkeypatch):
     """For a consensus after the third of four steps; not again after the last, when only decoding is left."""
-    flags = [*edit_flags(checkpoint, "whole", "late"), "--consensus", 1]
+    flags = [*edit_flags(checkpoint, "whole", "late"), "--consensus", 1, "--fuse", 0]
     found, along, decode = [], Fusion.along, StableDiffusion.decode_latents
 
     def noted(*args):

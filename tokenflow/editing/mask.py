@@ -24,9 +24,9 @@ STRONG = 0.98  # the quantile of a frame's differences that counts as 1
 BATCH = 8  # frames at once
 REACH = 2  # latent pixels, within which the picture shows where a difference ends
 EVEN = 1e-3  # the variance of colours in [0, 1] below which a surface has no edges
-# What is inside, relative to the difference that divides a video's pixels best: a little less, since a mask
-# may not cut the edit; and what is far above it before edges are sought, since that may lose what is small.
-RELEVANT, CERTAIN = 0.75, 1.2
+# Where the border is between the mean differences outside (0) and inside (1): below the middle, since a mask
+# may not cut the edit.
+BORDER = 0.3
 TOUCHED = 0.25  # the share of a latent's pixels that must be inside for it to be, too
 
 # Maps latents (n, 4, h, w), a timestep and frames (n,) to their noise (n, 4, h, w), under one prompt.
@@ -94,12 +94,16 @@ def drawn_to_edges(relevant: torch.Tensor, picture: torch.Tensor, scale: int) ->
     return guided_blur(picture[None], relevant[None, None], size, EVEN)[0, 0].clamp(0, 1)
 
 
-def dividing(values: np.ndarray) -> float:
-    """The middle between the two groups into which values, uint8, divide best (Otsu, 1979)."""
+def border(values: np.ndarray) -> float:
+    """The value from which on values, uint8, are inside: `BORDER` of the way between their two groups.
+
+    The groups are those into which they divide best (Otsu, 1979). Of equal values all are inside.
+    """
     values = values.reshape(1, -1)
     _, high = cv2.threshold(values, 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
     groups = [group for group in (values[high == 0], values[high > 0]) if group.size]
-    return float(np.mean([group.mean() for group in groups]))
+    outside, inside = groups[0].mean(), groups[-1].mean()
+    return float(outside + BORDER * (inside - outside))
 
 
 def write_relevant(
@@ -116,10 +120,9 @@ def write_relevant(
     """
     n_frames, height, width, _ = fusion.pictures.shape
     scale, processes = height // inside.shape[2], fusion.processes
-    # Relevance in uint8 before and after it is drawn to edges.
     maps = FrameArray(fusion.folder / "relevance.npy")
     if processes.is_main:
-        FrameArray.create(maps.path, (n_frames, 2, height, width), torch.uint8)
+        FrameArray.create(maps.path, (n_frames, 1, height, width), torch.uint8)
     batches = processes.share(torch.arange(n_frames).split(BATCH))
     for frames in tqdm(batches, "Finding mask", disable=not processes.is_main):
         shown = F.interpolate(relevant(frames)[:, None], (height, width), mode="bilinear")
@@ -129,18 +132,16 @@ def write_relevant(
     for frame in (frame for frames in batches for frame in frames.split(1)):
         steady = torch.from_numpy(fusion.fused(frame, device)[0, ..., 0]).to(device) / 255
         picture = torch.from_numpy(source(frame.item())).to(device).permute(2, 0, 1) / 255
-        both = torch.stack([steady, drawn_to_edges(steady, picture, scale)])
-        maps[frame] = (255 * both).round().byte()[None]
+        maps[frame] = (255 * drawn_to_edges(steady, picture, scale)).round().byte()[None, None]
     processes.wait()
     every = max(1, scale // 2)  # pixel, which is enough to find what divides them
     sampled = [
-        maps[frame][:, 1, ::every, ::every].numpy() for frame in torch.arange(n_frames).split(1)
+        maps[frame][..., ::every, ::every].numpy() for frame in torch.arange(n_frames).split(1)
     ]
-    middle = dividing(np.stack(sampled))
+    least = border(np.stack(sampled))
     for frames in batches:
-        before, drawn = maps[frames].float().split(1, dim=1)
-        pixels = (drawn >= RELEVANT * middle) | (before >= CERTAIN * middle)
-        inside[frames] = (F.avg_pool2d(pixels.float(), scale) >= TOUCHED).float()
+        pixels = (maps[frames] >= least).float()
+        inside[frames] = (F.avg_pool2d(pixels, scale) >= TOUCHED).float()
 
 
 def check_mask(path: Path, choice: FrameChoice, n_frames: int, height: int, width: int) -> None:
