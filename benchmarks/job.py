@@ -166,13 +166,13 @@ class Job:
         return Fusion.along(source, n_frames, distances, folder, processes)
 
     def _mask(self, fusion: Fusion) -> Mask:
-        n_frames, _, *size = self.clean.shape
-        inside = FrameArray.create(fusion.folder / "mask.npy", (n_frames, 1, *size), torch.float32)
+        n_frames, *size, _ = self.clip.frames.shape
+        inside = FrameArray.create(fusion.folder / "mask.npy", (n_frames, 1, *size), torch.uint8)
         prompts = self.clip.source_prompt, self.clip.prompt
         noises = tuple(predictor_of(self.sd, prompt) for prompt in prompts)
         relevant = partial(relevance, self._source_latents, self.schedule.timesteps, noises)
-        source, device = self.clip.frames.__getitem__, self.sd.device
-        write_relevant(inside, fusion, relevant, source, device)
+        source, scale = self.clip.frames.__getitem__, size[0] // self.clean.shape[2]
+        write_relevant(inside, fusion, relevant, scale, source, self.sd.device)
         return Mask(inside, self._source_latents, source)
 
     def _source(self) -> Source:

@@ -38,27 +38,27 @@ def masks(folder: Path, n_frames: int) -> Path:
 
 
 def test_a_given_mask_is_read_as_the_source_was(tmp_path):
-    found = list(given(masks(tmp_path / "masks", 6), CHOICE, 3, 8, 8))
+    found = list(given(masks(tmp_path / "masks", 6), CHOICE, 3))
     for index, mask in enumerate(found):
-        frame = 1 + 2 * index
-        expected = torch.zeros(8, 8)
-        expected[1:3, frame : frame + 2] = 1
+        left = 8 * (1 + 2 * index)
+        expected = torch.zeros(64, 64, dtype=torch.bool)
+        expected[8:24, left : left + 16] = True
         assert torch.equal(mask, expected)
 
 
 def test_too_short_a_mask_is_refused(tmp_path):
     path = masks(tmp_path / "masks", 5)
-    check_mask(path, CHOICE, 2, 8, 8)
+    check_mask(path, CHOICE, 2)
     with pytest.raises(
         UserError, match="mask: .* has 2 frames for 3 of the source, from start_frame 1"
     ):
-        check_mask(path, CHOICE, 3, 8, 8)
+        check_mask(path, CHOICE, 3)
 
 
 def test_a_mask_that_a_phone_turned(tmp_path, clip_frames):
     write_phone_video(tmp_path / "phone.mov", clip_frames[:, :48])
     choice = FrameChoice(H=48, W=64, resize="crop", start_frame=0, stride=1)
-    assert len(list(given(tmp_path / "phone.mov", choice, 7, 6, 8))) == 7
+    assert len(list(given(tmp_path / "phone.mov", choice, 7))) == 7
     assert all(
         torch.from_numpy(f).shape == (48, 64, 3) for f in choice.fitted(tmp_path / "phone.mov", 7)
     )
@@ -96,29 +96,32 @@ def test_a_flickering_mask_is_steadied(tmp_path):
     maps = torch.full((9, 8, 8), 0.1)
     maps[:, 2:5, 2:5] = 1
     maps[4] = 0.1
-    inside = FrameArray.create(tmp_path / "mask.npy", (9, 1, 8, 8), torch.float32)
-    write_relevant(inside, fusion, maps.__getitem__, lambda index: source, cpu)
-    expected = torch.zeros(8, 8)
-    expected[2:5, 2:5] = 1
+    inside = FrameArray.create(tmp_path / "mask.npy", (9, 1, 64, 64), torch.uint8)
+    write_relevant(inside, fusion, maps.__getitem__, 8, lambda index: source, cpu)
+    expected = torch.zeros(64, 64, dtype=torch.uint8)
+    expected[16:40, 16:40] = 1
     assert all(torch.equal(mask[0], expected) for mask in inside[torch.arange(9)])
 
 
 def test_outside_stays_the_source(tmp_path):
-    inside = FrameArray.create(tmp_path / "mask.npy", (3, 1, 2, 2), torch.float32)
-    inside[FRAMES] = torch.tensor([[[[1.0, 0.0], [0.0, 1.0]]]]).repeat(3, 1, 1, 1)
-    source = np.full((16, 16, 3), 7, np.uint8)
+    """Latents of which a pixel is inside are edited; around the inside pixels pass into the source's."""
+    inside = FrameArray.create(tmp_path / "mask.npy", (3, 1, 16, 24), torch.uint8)
+    shape = torch.zeros(3, 1, 16, 24)
+    shape[..., 2:9, :7] = 1
+    inside[FRAMES] = shape
+    source = np.full((16, 24, 3), 7, np.uint8)
 
     def noisy(t: int, frames: torch.Tensor) -> torch.Tensor:
-        return torch.full((len(frames), 4, 2, 2), float(t))
+        return torch.full((len(frames), 4, 2, 3), float(t))
 
     mask = Mask(inside, noisy, lambda index: source + index)
-    confined = mask.confined(torch.ones(3, 4, 2, 2), 7, FRAMES)
-    expected = torch.tensor([[1.0, 7.0], [7.0, 1.0]]).expand(3, 4, 2, 2)
+    confined = mask.confined(torch.ones(3, 4, 2, 3), 7, FRAMES)
+    expected = torch.tensor([[1.0, 7.0, 7.0], [1.0, 7.0, 7.0]]).expand(3, 4, 2, 3)
     assert torch.equal(confined, expected)
 
-    pictures = mask.composed(np.full((2, 16, 16, 3), 207, np.uint8), torch.tensor([2, 0]))
+    pictures = mask.composed(np.full((2, 16, 24, 3), 207, np.uint8), torch.tensor([2, 0]))
     for picture, outside in zip(pictures, (9, 7), strict=True):
-        assert (picture[:4, :4] == 207).all() and (picture[12:, 12:] == 207).all()
-        assert (picture[:4, 12:] == outside).all() and (picture[12:, :4] == outside).all()
-        row = picture[0, :, 0].astype(int)
-        assert (np.diff(row) <= 0).all() and abs(row[7] + row[8] - 207 - outside) <= 1
+        assert (picture[2:9, :7] == 207).all()
+        assert (picture[13:] == outside).all() and (picture[:, 11:] == outside).all()
+        ramp = picture[4, 6:12, 0].astype(int)
+        assert (np.diff(ramp) < 0)[:-1].all() and ramp[0] == 207 and ramp[-1] == outside

@@ -17,7 +17,6 @@ from tokenflow.editing.mask import check_mask
 from tokenflow.editing.run import EditRun
 from tokenflow.editing.shared import Shared
 from tokenflow.errors import UserError
-from tokenflow.inversion.files import CLEAN
 from tokenflow.inversion.find import conditions_of, find_inversion, preprocess_command
 from tokenflow.inversion.source_frames import FrameChoice, check_conditions, control_identity
 from tokenflow.runtime.distributed import Processes
@@ -58,8 +57,7 @@ def check_edit(config: EditConfig, technique: str, shared: Shared) -> EditRun:
         )
         files += [control_identity(config)] if config.control_path else []
     if config.mask_path:
-        size = inversion.latents(CLEAN).shape[2:]
-        check = partial(check_mask, config.mask_path, choice, n_frames, *size)
+        check = partial(check_mask, config.mask_path, choice, n_frames)
         shared.get("mask checked", config.mask, check)
         files.append(fingerprint(config.mask_path))
     identity, processes = identity_of(config, inversion, files), Processes(device)

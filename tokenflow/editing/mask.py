@@ -26,8 +26,9 @@ REACH = 2  # latent pixels, within which the picture shows where a difference en
 EVEN = 1e-3  # the variance of colours in [0, 1] below which a surface has no edges
 # Where the border is between the mean differences outside (0) and inside (1): below the middle, since a mask
 # may not cut the edit.
-BORDER = 0.3
-TOUCHED = 0.25  # the share of a latent's pixels that must be inside for it to be, too
+BORDER = 0.25
+WHITE = 128  # grey levels from which on a pixel of a user's mask is white
+RAMP = 2  # pixels around the inside that the edit keeps whole, and then over as many fades
 
 # Maps latents (n, 4, h, w), a timestep and frames (n,) to their noise (n, 4, h, w), under one prompt.
 Noise = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
@@ -37,7 +38,7 @@ Noise = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
 class Mask:
     """Keeps the source's latents, and in the end its pixels, wherever an edit may change nothing.
 
-    inside: (N, 1, h, w): 1 where the edit is taken, else 0.
+    inside: (N, 1, H, W), uint8: 1 where the edit is taken, else 0.
     source: maps a timestep and frames (n,) to the source's latents (n, 4, h, w); None names the clean ones.
     picture: maps a frame's index to the source's frame, uint8 RGB (H, W, 3).
     """
@@ -47,18 +48,21 @@ class Mask:
     picture: Callable[[int], np.ndarray]
 
     def confined(self, latents: torch.Tensor, t: int | None, frames: torch.Tensor) -> torch.Tensor:
-        """Edited latents (n, 4, h, w) at a timestep inside, and the source's outside."""
-        return self.source(t, frames).lerp(latents, self.inside[frames])
+        """Edited latents (n, 4, h, w) at a timestep where any pixel is inside, and the source's elsewhere."""
+        inside = F.adaptive_max_pool2d(self.inside[frames].float(), latents.shape[-2:])
+        return self.source(t, frames).lerp(latents, inside)
 
     def composed(self, edited: np.ndarray, frames: torch.Tensor) -> np.ndarray:
-        """Edited frames (n, H, W, 3), uint8 RGB, inside, and outside the source's, without the VAE's error.
-
-        Between the two, which are alike there, one passes into the other within a latent's width.
-        """
+        """Edited frames (n, H, W, 3), uint8 RGB, inside, and the source's, free of the VAE's error, outside."""
         source = np.stack([self.picture(frame) for frame in frames.tolist()])
-        inside = F.interpolate(self.inside[frames], edited.shape[1:3], mode="bilinear")
-        inside = inside.permute(0, 2, 3, 1).numpy()
-        return (inside * edited + (1 - inside) * source).round().astype(np.uint8)
+        share = softened(self.inside[frames].float()).permute(0, 2, 3, 1).numpy()
+        return (share * edited + (1 - share) * source).round().astype(np.uint8)
+
+
+def softened(inside: torch.Tensor) -> torch.Tensor:
+    """A mask (n, 1, H, W) that is 1 inside and falls to 0 around it."""
+    wider = F.max_pool2d(inside, 2 * RAMP + 1, stride=1, padding=RAMP)
+    return F.avg_pool2d(wider, 2 * RAMP + 1, stride=1, padding=RAMP, count_include_pad=False)
 
 
 def relevance(
@@ -110,16 +114,17 @@ def write_relevant(
     inside: FrameArray,
     fusion: Fusion,
     relevant: Callable[[torch.Tensor], torch.Tensor],
+    scale: int,
     source: Callable[[int], np.ndarray],
     device: torch.device,
 ) -> None:
     """Write the mask of relevant places, which are averaged along the motion first; processes divide it.
 
-    inside: (N, 1, h, w). relevant: maps frames (n,) to their `relevance` (n, h, w). source: maps a frame to
-    its picture, uint8 RGB (H, W, 3).
+    inside: (N, 1, H, W), uint8. relevant: maps frames (n,) to their `relevance` (n, h, w). scale: pixels to
+    a side of a latent. source: maps a frame to its picture, uint8 RGB (H, W, 3).
     """
     n_frames, height, width, _ = fusion.pictures.shape
-    scale, processes = height // inside.shape[2], fusion.processes
+    processes = fusion.processes
     maps = FrameArray(fusion.folder / "relevance.npy")
     if processes.is_main:
         FrameArray.create(maps.path, (n_frames, 1, height, width), torch.uint8)
@@ -140,13 +145,12 @@ def write_relevant(
     ]
     least = border(np.stack(sampled))
     for frames in batches:
-        pixels = (maps[frames] >= least).float()
-        inside[frames] = (F.avg_pool2d(pixels, scale) >= TOUCHED).float()
+        inside[frames] = maps[frames] >= least
 
 
-def check_mask(path: Path, choice: FrameChoice, n_frames: int, height: int, width: int) -> None:
+def check_mask(path: Path, choice: FrameChoice, n_frames: int) -> None:
     """Raise UserError if a user's mask has too few frames, or is white in none. Arguments as for `given`."""
-    inside = [bool(mask.any()) for mask in given(path, choice, n_frames, height, width)]
+    inside = [bool(mask.any()) for mask in given(path, choice, n_frames)]
     choice.check_length("mask", path, n_frames, len(inside))
     if not any(inside):
         raise UserError(
@@ -155,20 +159,11 @@ def check_mask(path: Path, choice: FrameChoice, n_frames: int, height: int, widt
         )
 
 
-def given(
-    path: Path, choice: FrameChoice, n_frames: int, height: int, width: int
-) -> Iterator[torch.Tensor]:
-    """Yield for each frame where a user's mask is white, in latent pixels: 0 or 1, (height, width).
+def given(path: Path, choice: FrameChoice, n_frames: int) -> Iterator[torch.Tensor]:
+    """Yield for each frame where a user's mask is white: bool (H, W).
 
     path: a video or folder of images of the source's whole length, white inside. choice: which frames the
     inversion used of the source.
     """
     for frame in choice.fitted(path, n_frames):
-        grey = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
-        yield (reduced(grey, height, width) >= 0.5).float()
-
-
-def reduced(image: np.ndarray, height: int, width: int) -> torch.Tensor:
-    """A grey image (H, W), uint8, in a smaller size: each pixel the mean of those it replaces, 0 to 1."""
-    smaller = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-    return torch.from_numpy(smaller).float() / 255
+        yield torch.from_numpy(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) >= WHITE)

@@ -256,10 +256,10 @@ class EditRun:
 
     def _inside(self) -> FrameArray:
         """Where the edit may change the video, written to a file for all processes."""
-        n_frames, _, height, width = self.inversion.latents(CLEAN).shape
-        inside = FrameArray(self.scratch / "mask.npy")
+        choice, inside = self._choice, FrameArray(self.scratch / "mask.npy")
         if self.processes.is_main:
-            FrameArray.create(inside.path, (self.n_frames, 1, height, width), torch.float32)
+            shape = self.n_frames, 1, choice.H, choice.W
+            FrameArray.create(inside.path, shape, torch.uint8)
         self.processes.wait()
         if self.config.mask == "auto":
             adapts = self.config.batch_size is None
@@ -271,9 +271,11 @@ class EditRun:
             )
             about = self._source_latents, self.schedule.timesteps, noises
             relevant = partial(relevance, *about)
-            write_relevant(inside, self._near_and_far, relevant, self._picture, self.sd.device)
+            scale = choice.H // self.inversion.latents(CLEAN).shape[2]
+            shown = scale, self._picture, self.sd.device
+            write_relevant(inside, self._near_and_far, relevant, *shown)
         elif self.processes.is_main:
-            masks = given(self.config.mask_path, self._choice, self.n_frames, height, width)
+            masks = given(self.config.mask_path, choice, self.n_frames)
             for index, mask in enumerate(masks):
                 inside[torch.tensor([index])] = mask[None, None]
         self.processes.wait()
