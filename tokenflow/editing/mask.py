@@ -53,7 +53,7 @@ class Mask:
         return self.source(t, frames).lerp(latents, inside)
 
     def composed(self, edited: np.ndarray, frames: torch.Tensor) -> np.ndarray:
-        """Edited frames (n, H, W, 3), uint8 RGB, inside, and the source's, free of the VAE's error, outside."""
+        """Edited frames (n, H, W, 3), uint8 RGB, inside, else the source's, free of the VAE's error."""
         source = np.stack([self.picture(frame) for frame in frames.tolist()])
         share = softened(self.inside[frames].float()).permute(0, 2, 3, 1).numpy()
         return (share * edited + (1 - share) * source).round().astype(np.uint8)
