@@ -186,7 +186,7 @@ def test_more_processes_than_frames(server, source, checkpoint):
     assert (folder / "inverted.mp4").is_file()
     script, flags = script_and_flags("pnp", checkpoint, "single", "single_edits")
     folder = folder_of_two(server, source, (script, [*flags, "--n_frames", 1, "--mask", "auto"]))
-    assert (folder / "edited.mp4").is_file()
+    assert (folder / "edited.mp4").is_file() and (folder / "mask.mp4").is_file()
 
 
 def test_a_process_knows_its_gpu(monkeypatch):

@@ -58,6 +58,11 @@ class Mask:
         share = softened(self.inside[frames].float()).permute(0, 2, 3, 1).numpy()
         return (share * edited + (1 - share) * source).round().astype(np.uint8)
 
+    def shown(self) -> Iterator[np.ndarray]:
+        """Yield for each frame a picture, uint8 (H, W, 3): white where the edit is taken, else black."""
+        for frame in torch.arange(len(self.inside)).split(1):
+            yield (255 * self.inside[frame][0]).expand(3, -1, -1).permute(1, 2, 0).numpy()
+
 
 def softened(inside: torch.Tensor) -> torch.Tensor:
     """A mask (n, 1, H, W) that is 1 inside and falls to 0 around it."""

@@ -335,6 +335,8 @@ class EditRun:
         rows = {label: load_frames(f, moments(n_frames)) for label, f in shown.items()}
         write_image(sheet, contact_sheet(rows))
         write_video_from_folders(folder / "vae_reconstruction.mp4", [inversion.vae], n_frames, fps)
+        if mask := self._mask():
+            write_video(folder / "mask.mp4", mask.shown(), fps)
         if depth := inversion.depth:
             size = self._choice.H, self._choice.W
             write_depth_video(folder / DEPTH_VIDEO, depth, n_frames, size, fps)
