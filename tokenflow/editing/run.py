@@ -329,7 +329,7 @@ class EditRun:
         shown = {"source": inversion.source_frames}
         if inversion.reconstruction.exists():
             shown["reconstruction"] = inversion.reconstruction
-        shown[self.config.prompt] = folder / "frames"
+        shown[f"edit: {self.config.prompt}"] = folder / "frames"
         comparison, sheet = folder / "comparison.mp4", folder / "contact_sheet.png"
         write_video_from_folders(comparison, list(shown.values()), n_frames, fps)
         rows = {label: load_frames(f, moments(n_frames)) for label, f in shown.items()}
