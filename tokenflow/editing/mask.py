@@ -28,7 +28,7 @@ EVEN = 1e-3  # the variance of colours in [0, 1] below which a surface has no ed
 # may not cut the edit.
 BORDER = 0.25
 WHITE = 128  # grey levels from which on a pixel of a user's mask is white
-RAMP = 2  # pixels around the inside that the edit keeps whole, and then over as many fades
+RAMP = 1  # pixels by which a mask is widened and blurred, where the edit passes into the source
 
 # Maps latents (n, 4, h, w), a timestep and frames (n,) to their noise (n, 4, h, w), under one prompt.
 Noise = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
