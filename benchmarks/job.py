@@ -22,6 +22,8 @@ from tokenflow.editing.fusion import FLICKER, Fusion
 from tokenflow.editing.mask import Mask, relevance, write_relevant
 from tokenflow.editing.run import denoise
 from tokenflow.editing.techniques import Technique, controlnet, plug_and_play, sdedit
+from tokenflow.inversion.dense_motion import DenseMotion
+from tokenflow.inversion.kept_pairs import KeptPairs
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles
 from tokenflow.inversion.source_motion import SourceMotion, dis_between, furthest_keyframe
@@ -124,10 +126,10 @@ class Job:
         if self.exact_flow:
             between, name = self.clip.exact_between, "exact_flow"
         cell = self.clip.frames.shape[1] // self.clean.shape[2]
-        about = self.clean.shape, cell, self.config.max_displacement
-        motion = SourceMotion(self.folder / name, between, *about)
-        motion.create(furthest_keyframe(self.config.interval, n_frames), Processes(device))
-        return motion
+        pairs = KeptPairs(self.folder / name, n_frames, (2, *self.clean.shape[2:], 2))
+        apart = range(1, furthest_keyframe(self.config.interval, n_frames) + 1)
+        pairs.create(apart, n_frames, Processes(device))
+        return SourceMotion(pairs, between, cell, self.config.max_displacement)
 
     def first_latents(self, frames: torch.Tensor) -> torch.Tensor:
         """The inverted latents (n, 4, h, w) of the first editing timestep, of the frames (n,)."""
@@ -150,7 +152,7 @@ class Job:
 
                 edit = dataclasses.replace(edit, consensus=consensus)
             if self.config.mask == "auto":
-                edit = dataclasses.replace(edit, mask=self._mask(near_and_far()))
+                edit = dataclasses.replace(edit, mask=self._mask(near_and_far(), folder))
             checkpoint = EditCheckpoint(folder, self.clean.shape, processes)
             steps = last(denoise(edit, checkpoint, denoiser))
             frames = self.sd.decode_latents(checkpoint.latents(steps)[all_frames])
@@ -162,12 +164,14 @@ class Job:
             return edit.mask.composed(frames, all_frames) if edit.mask else frames
 
     def _fusion(self, distances: Iterable[int], folder: Path, processes: Processes) -> Fusion:
-        source, n_frames = self.clip.frames.__getitem__, self.clip.n_frames
-        return Fusion.along(source, n_frames, distances, folder, processes)
-
-    def _mask(self, fusion: Fusion) -> Mask:
         n_frames, *size, _ = self.clip.frames.shape
-        inside = FrameArray.create(fusion.folder / "mask.npy", (n_frames, 1, *size), torch.uint8)
+        pairs = KeptPairs(self.folder / "motion", n_frames, (2, *size, 3))
+        motion = DenseMotion(pairs, self.clip.frames.__getitem__, n_frames)
+        return Fusion.along(motion, distances, folder / "pictures.npy", processes)
+
+    def _mask(self, fusion: Fusion, folder: Path) -> Mask:
+        n_frames, *size, _ = self.clip.frames.shape
+        inside = FrameArray.create(folder / "mask.npy", (n_frames, 1, *size), torch.uint8)
         prompts = self.clip.source_prompt, self.clip.prompt
         noises = tuple(predictor_of(self.sd, prompt) for prompt in prompts)
         relevant = partial(relevance, self._source_latents, self.schedule.timesteps, noises)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,9 @@ from test_tokenflow import edit_of, source_of, video_of
 from tokenflow.editing.consensus import consensus_steps
 from tokenflow.editing.fusion import FLICKER, Fusion
 from tokenflow.editing.run import denoise
+from tokenflow.inversion import dense_motion
+from tokenflow.inversion.dense_motion import DenseMotion
+from tokenflow.inversion.kept_pairs import KeptPairs
 from tokenflow.motion import fused, reliability, warped
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.edit_checkpoint import EditCheckpoint
@@ -27,6 +31,14 @@ def moving() -> np.ndarray:
     texture = torch.nn.functional.interpolate(coarse, (96, 96), mode="bicubic").clamp(0, 1)[0]
     crops = [texture[:, 20 - n : 84 - n, 20 - 2 * n : 84 - 2 * n] for n in range(6)]
     return (255 * torch.stack(crops)).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def fusion_of(source: np.ndarray, distances: tuple[int, ...], folder: Path) -> Fusion:
+    """A fusion along the motion of a source, uint8 RGB (N, H, W, 3), with its files in a folder."""
+    n_frames, *size, _ = source.shape
+    pairs = KeptPairs(folder / "motion", n_frames, (2, *size, 3))
+    motion = DenseMotion(pairs, source.__getitem__, n_frames)
+    return Fusion.along(motion, distances, folder / "pictures.npy", Processes(CPU))
 
 
 def test_fused_equals_the_reference():
@@ -64,7 +76,7 @@ def test_flicker_goes_and_detail_stays(moving, tmp_path):
     """Frames with noise of their own are averaged: less noise, and no blur."""
     noise = np.random.default_rng(0).normal(0, 20, moving.shape)
     noisy = (moving + noise).clip(0, 255).astype(np.uint8)
-    fusion = Fusion.along(moving.__getitem__, 6, (1, 2), tmp_path, Processes(CPU))
+    fusion = fusion_of(moving, (1, 2), tmp_path)
     fusion.put(torch.arange(6), noisy)
     result = fusion.fused(torch.arange(6), CPU)
     inner = np.s_[:, 12:-12, 12:-12]
@@ -79,7 +91,7 @@ def test_flicker_goes_and_detail_stays(moving, tmp_path):
 
 def test_what_does_not_follow_the_source_is_not_smeared(moving, tmp_path):
     """Stripes that stand still, while the source moves across them, stay stripes."""
-    fusion = Fusion.along(moving.__getitem__, 6, (1,), tmp_path, Processes(CPU))
+    fusion = fusion_of(moving, (1,), tmp_path)
     columns = np.arange(64) // 2 % 2
     stripes = np.zeros_like(moving) + np.uint8(60 + 140 * columns)[:, None]
     fusion.put(torch.arange(6), stripes)
@@ -91,8 +103,35 @@ def test_what_does_not_follow_the_source_is_not_smeared(moving, tmp_path):
     assert contrast(None) < 0.6
 
 
+def test_motion_is_found_once_and_mended(moving, tmp_path, monkeypatch):
+    """Motion is read where it was kept; that of a pair whose file is damaged is found again."""
+    found, both_ways = [], dense_motion.both_ways
+
+    def counted(*frames):
+        found.append([int(np.where((moving == frame).all((1, 2, 3)))[0][0]) for frame in frames])
+        return both_ways(*frames)
+
+    monkeypatch.setattr(dense_motion, "both_ways", counted)
+    motion = fusion_of(moving, (2,), tmp_path).motion
+    assert found == [[0, 2], [1, 3], [2, 4], [3, 5]]
+    there, back = motion.between(1, 3)[20:40, 20:40], motion.between(3, 1)[20:40, 20:40]
+    expected = torch.tensor([4.0, 2.0])
+    torch.testing.assert_close(there[..., :2].float().mean((0, 1)), expected, rtol=0, atol=0.1)
+    torch.testing.assert_close(back[..., :2].float().mean((0, 1)), -expected, rtol=0, atol=0.1)
+    assert (there[..., 2] > 0.9).float().mean() > 0.9
+
+    path = tmp_path / "motion" / "2.npy"
+    stored = path.read_bytes()
+    damaged = bytearray(stored)
+    damaged[len(stored) // 4] ^= 1  # in the second of six rows
+    path.write_bytes(damaged)
+    fusion_of(moving, (1, 2), tmp_path)
+    expected = [[first, first + 1] for first in range(5)] + [[1, 3]]
+    assert sorted(found[4:]) == sorted(expected) and path.read_bytes() == stored
+
+
 def test_pictures_without_neighbours_stay(moving, tmp_path):
-    fusion = Fusion.along(moving.__getitem__, 2, (3, 6), tmp_path, Processes(CPU))
+    fusion = fusion_of(moving[:2], (3, 6), tmp_path)
     fusion.put(torch.arange(2), moving[:2])
     assert np.array_equal(fusion.fused(torch.arange(2), CPU), moving[:2])
 

@@ -17,6 +17,7 @@ from test_tokenflow import (
 )
 
 from tokenflow.correspondences import Led, correspondences, tokens_along
+from tokenflow.inversion.kept_pairs import KeptPairs
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles
 from tokenflow.inversion.source_motion import SourceMotion, dis_between, furthest_keyframe
@@ -133,9 +134,10 @@ def test_the_sources_motion_is_found_once_and_kept(tmp_path):
         asked.append((first, later))
         return dis(first, later)
 
-    shape, processes = (5, 4, CELLS, CELLS), Processes(CPU)
-    moving = partial(SourceMotion, tmp_path / "flow", between, shape, 8)
-    moving(50.0).create(furthest_keyframe(2, 5), processes)
+    pairs = KeptPairs(tmp_path / "flow", 5, (2, CELLS, CELLS, 2))
+    apart = range(1, furthest_keyframe(2, 5) + 1)
+    pairs.create(apart, 5, Processes(CPU))
+    moving = partial(SourceMotion, pairs, between, 8)
     at, others = torch.tensor([1, 3]), torch.tensor([[0, 2], [1, 3]])
     flows = moving(50.0)(at, others)
     assert asked == [(0, 1), (1, 2), (1, 3)]
@@ -154,7 +156,7 @@ def test_the_sources_motion_is_found_once_and_kept(tmp_path):
     damaged = bytearray(stored)
     damaged[3 * len(stored) // 10] ^= 1  # in the middle of the second of five rows
     path.write_bytes(damaged)
-    moving(50.0).create(furthest_keyframe(2, 5), processes)
+    pairs.create(apart, 5, Processes(CPU))
     mended = moving(50.0)(at, others)
     assert torch.equal(mended.nan_to_num(99), flows.nan_to_num(99)) and asked[3:] == [(1, 3)]
     assert path.read_bytes() == stored

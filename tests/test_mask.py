@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_consensus import fusion_of
 from test_util import write_phone_video
 
-from tokenflow.editing.fusion import Fusion
 from tokenflow.editing.mask import (
     Mask,
     check_mask,
@@ -19,7 +19,6 @@ from tokenflow.editing.mask import (
 )
 from tokenflow.errors import UserError
 from tokenflow.inversion.source_frames import FrameChoice
-from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.frame_array import FrameArray
 from util import save_frames
 
@@ -92,7 +91,7 @@ def test_a_flickering_mask_is_steadied(tmp_path):
     source = np.random.default_rng(0).integers(0, 60, (64, 64, 3), np.uint8)
     source[16:40, 16:40] += 190
     cpu = torch.device("cpu")
-    fusion = Fusion.along(lambda index: source, 9, (1, 2), tmp_path, Processes(cpu))
+    fusion = fusion_of(source[None].repeat(9, 0), (1, 2), tmp_path)
     maps = torch.full((9, 8, 8), 0.1)
     maps[:, 2:5, 2:5] = 1
     maps[4] = 0.1

@@ -305,17 +305,24 @@ def test_what_a_stopped_inversion_left_is_checked(source, checkpoint, whole, mon
         assert content(final) == whole["preprocess"], names
 
 
-def test_motion_is_found_when_it_is_needed(source, checkpoint, whole, monkeypatch):
-    """For a consensus after the third of four steps; not again after the last, when only decoding is left."""
-    flags = [*edit_flags(checkpoint, "whole", "late"), "--consensus", 1, "--fuse", 0]
-    found, along, decode = [], Fusion.along, StableDiffusion.decode_latents
+@pytest.mark.parametrize(("mask", "steps_done"), [("none", ["2"]), ("auto", [])])
+def test_motion_is_found_when_it_is_needed(
+    source, checkpoint, tmp_path, monkeypatch, mask, steps_done
+):
+    """For a consensus after the third of four steps, or a mask; neither again when only decoding is left."""
+    flags = [*invert_flags(checkpoint, tmp_path), "--inversion_prompt", "a cat"]
+    inverted = last_line(run("preprocess.py", *flags, cwd=source))
+    flags = [*edit_flags(checkpoint, tmp_path, tmp_path), "--consensus", 1, "--fuse", 0]
+    flags += ["--mask", mask]
+    steps, found = tmp_path / "pnp_clip" / ".steps", []
+    along, decode = Fusion.along, StableDiffusion.decode_latents
 
     def noted(*args):
-        found.append(sorted(path.stem for path in (source / "late").glob("*/.steps/*.npy")))
+        found.append(sorted(path.stem for path in steps.glob("[0-9].npy")))
         return along(*args)
 
     def stops(self, latents):
-        if (source / "late" / "pnp_clip" / ".steps" / f"{STEPS}.npy").exists():
+        if (steps / f"{STEPS}.npy").exists():
             raise KeyboardInterrupt
         return decode(self, latents)
 
@@ -323,10 +330,11 @@ def test_motion_is_found_when_it_is_needed(source, checkpoint, whole, monkeypatc
     with monkeypatch.context() as patched:
         patched.setattr(StableDiffusion, "decode_latents", stops)
         assert run("run_tokenflow_pnp.py", *flags, cwd=source).returncode == 130
-    assert found == [["2"]]
+    assert found == [steps_done]
     monkeypatch.setattr(StableDiffusion, "predict_noise", None)  # not to be called
     result = run("run_tokenflow_pnp.py", *flags, cwd=source)
     assert last_line(result) and "resumed after the last step" in result.stderr and len(found) == 1
+    assert (source / inverted).with_name("motion").is_dir()
 
 
 def test_edits_along_the_flow(server, source, checkpoint, whole, monkeypatch):
@@ -341,7 +349,7 @@ def test_edits_along_the_flow(server, source, checkpoint, whole, monkeypatch):
     monkeypatch.setattr("tokenflow.inversion.source_motion.both_ways", None)  # not to be called
     result = run(alone[0], *alone[1], cwd=source)
     assert content((source / last_line(result)).parent) == edited
-    assert "flow, which is kept with its inversion, takes up to" in result.stderr
+    assert "the source's motion takes up to" in result.stderr
 
 
 def test_a_second_run_into_the_same_folder_is_refused(source, checkpoint, whole):

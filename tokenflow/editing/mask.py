@@ -139,7 +139,7 @@ def write_relevant(
     """
     n_frames, height, width, _ = fusion.pictures.shape
     processes = fusion.processes
-    maps = FrameArray(fusion.folder / "relevance.npy")
+    maps = FrameArray(fusion.pictures.path.with_name("relevance.npy"))
     if processes.is_main:
         FrameArray.create(maps.path, (n_frames, 1, height, width), torch.uint8)
     batches = processes.share(torch.arange(n_frames).split(BATCH))

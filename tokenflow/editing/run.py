@@ -27,6 +27,7 @@ from tokenflow.editing.shared import Shared
 from tokenflow.editing.techniques import LatentsOf, Technique
 from tokenflow.errors import DamagedError, UserError
 from tokenflow.evaluation.report import discard_report
+from tokenflow.inversion.dense_motion import dense_motion
 from tokenflow.inversion.files import CLEAN, Inversion, noisy
 from tokenflow.inversion.find import conditions_of, preprocess_command
 from tokenflow.inversion.predictor import VideoNoisePredictor
@@ -39,7 +40,7 @@ from tokenflow.inversion.source_frames import (
 from tokenflow.inversion.source_motion import kept_motion
 from tokenflow.memory import plan_memory
 from tokenflow.runtime.batching import Batches, Limits
-from tokenflow.runtime.digests import check, seal
+from tokenflow.runtime.digests import check, digest_of, seal
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.edit_checkpoint import EditCheckpoint
 from tokenflow.runtime.frame_array import FrameArray
@@ -251,12 +252,21 @@ class EditRun:
             return None
         config = self.config
         key = config.mask, config.prompt, config.lora, config.lora_scales, config.n_timesteps
-        inside = self.shared.get("mask", key, self._inside)
+        name = f"mask_{digest_of([repr(key).encode()])}.npy"
+        inside = self.shared.get("mask", key, partial(self._inside, self.scratch / name))
         return Mask(inside, self._source_latents, self._picture)
 
-    def _inside(self) -> FrameArray:
-        """Where the edit may change the video, written to a file for all processes."""
-        choice, inside = self._choice, FrameArray(self.scratch / "mask.npy")
+    def _inside(self, path: Path) -> FrameArray:
+        """Where the edit may change the video, in a file for all processes, which a killed run has left."""
+        if path.exists():
+            return FrameArray(path)
+        with staged(path) if self.processes.is_main else nullcontext(partial_path(path)) as partial:
+            self._write_inside(FrameArray(partial))
+        self.processes.wait()
+        return FrameArray(path)
+
+    def _write_inside(self, inside: FrameArray) -> None:
+        choice = self._choice
         if self.processes.is_main:
             shape = self.n_frames, 1, choice.H, choice.W
             FrameArray.create(inside.path, shape, torch.uint8)
@@ -279,7 +289,6 @@ class EditRun:
             for index, mask in enumerate(masks):
                 inside[torch.tensor([index])] = mask[None, None]
         self.processes.wait()
-        return inside
 
     def _source_latents(self, t: int | None, frames: torch.Tensor) -> torch.Tensor:
         if t is None:
@@ -291,8 +300,9 @@ class EditRun:
         return self._fusion("consensus", DISTANCES)
 
     def _fusion(self, name: str, distances: Sequence[int]) -> Fusion:
-        parts = self.n_frames, distances, self.scratch / name, self.processes
-        return self.shared.get(name, tuple(distances), partial(Fusion.along, self._picture, *parts))
+        motion = dense_motion(self.inversion, self.n_frames, self.scratch)
+        parts = motion, distances, self.scratch / name / "pictures.npy", self.processes
+        return self.shared.get(name, tuple(distances), partial(Fusion.along, *parts))
 
     def _picture(self, index: int) -> np.ndarray:
         """A frame of the source, uint8 RGB (H, W, 3)."""

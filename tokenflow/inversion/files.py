@@ -9,7 +9,8 @@
   the noisiest latents; `inverted.mp4`: the reconstructed frames as a video;
 - `depth.npy`, (N, 1, h, w) fp32, and `depth.mp4`: the frames' depth, if the UNet takes it;
 - `source_features/`: what edits need from the source stream, if it was kept;
-- `flow/`: the optical flow between frames that an edit has followed; `source_motion.py` checks it;
+- `flow/`, `motion/`: the optical flow that an edit has followed between frames, in latents and in pixels;
+  `kept_pairs.py` checks it;
 - `inversion_prompt.txt`, `manifest.json`, `digests.json`: the prompt, all that the files were computed from,
   and digests that reveal damage to any of these files.
 """

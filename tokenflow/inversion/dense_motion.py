@@ -1,0 +1,73 @@
+"""Where the pixels of a frame are in other frames of the source: found when an edit needs it, and kept."""
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from tokenflow.inversion.files import Inversion
+from tokenflow.inversion.kept_pairs import KeptPairs
+from tokenflow.motion import reliability
+from tokenflow.optical_flow import dis_flow
+from tokenflow.runtime.ahead import in_parallel
+from tokenflow.runtime.distributed import Processes
+from util import frame_path, read_image
+
+FRAMES_HELD = 32  # in memory: a frame is read for several pairs, most of them close to each other
+
+
+@dataclass(frozen=True)
+class DenseMotion:
+    """The motion between the first `n_frames` frames of a video.
+
+    pairs: (2, H, W, 3) for each pair, there and back: the optical flow (dx, dy) in pixels, and how far it can
+    be relied on, 0 to 1. source: maps a frame's index to the source's frame, uint8 RGB (H, W, 3).
+    """
+
+    pairs: KeptPairs
+    source: Callable[[int], np.ndarray]
+    n_frames: int
+
+    def find(self, distances: Iterable[int], processes: Processes) -> None:
+        """Find what is not known yet of frames so far apart; processes divide the pairs."""
+        self.pairs.create(distances, self.n_frames, processes)
+        source = lru_cache(FRAMES_HELD)(self.source)
+
+        def found(first: int, later: int) -> np.ndarray:
+            return both_ways(source(first), source(later))
+
+        frames = range(self.n_frames)
+        pairs = [(i, i + d) for i in frames for d in distances if i + d < self.n_frames]
+        pairs, hidden = processes.share(pairs), not processes.is_main
+        each = in_parallel(lambda pair: self.pairs.get(*pair, found) is not None, pairs)
+        for _ in tqdm(each, "Finding motion", len(pairs), unit="pair", disable=hidden):
+            pass
+        processes.wait()
+
+    def between(self, frame: int, other: int) -> torch.Tensor:
+        """The flow and its reliability from a frame to another one, once they are found: (H, W, 3)."""
+        pair = self.pairs.read(*sorted((frame, other)))
+        return pair[int(frame > other)]
+
+
+def both_ways(frame: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """The flow between two frames, uint8 RGB (H, W, 3), and its reliability, there and back: (2, H, W, 3)."""
+    flow = dis_flow()  # which holds buffers, so that threads cannot share one
+    there, back = flow(frame, other), flow(other, frame)
+    reliable = reliability(frame, other, there, back), reliability(other, frame, back, there)
+    ways = zip((there, back), reliable, strict=True)
+    return np.stack([np.dstack(way) for way in ways])
+
+
+def dense_motion(inversion: Inversion, n_frames: int, elsewhere: Path) -> DenseMotion:
+    """The motion of an inverted video, kept with its inversion, or `elsewhere` if that is read-only."""
+    manifest, frames = inversion.manifest, inversion.source_frames
+    folder = inversion.folder if os.access(inversion.folder, os.W_OK) else elsewhere
+    shape = 2, manifest.config["H"], manifest.config["W"], 3
+    pairs = KeptPairs(folder / "motion", manifest.n_frames, shape)
+    return DenseMotion(pairs, lambda index: read_image(frame_path(frames, index)), n_frames)
