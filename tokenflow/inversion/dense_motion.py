@@ -1,7 +1,7 @@
 """Where the pixels of a frame are in other frames of the source: found when an edit needs it, and kept."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -33,7 +33,7 @@ class DenseMotion:
     source: Callable[[int], np.ndarray]
     n_frames: int
 
-    def find(self, distances: Iterable[int], processes: Processes) -> None:
+    def find(self, distances: Sequence[int], processes: Processes) -> None:
         """Find what is not known yet of frames so far apart; processes divide the pairs."""
         self.pairs.create(distances, self.n_frames, processes)
         source = lru_cache(FRAMES_HELD)(self.source)

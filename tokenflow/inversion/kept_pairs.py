@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,7 @@ class KeptPairs:
     n_frames: int
     shape: tuple[int, ...]
 
-    def create(self, distances: Iterable[int], n_frames: int, processes: Processes) -> None:
+    def create(self, distances: Sequence[int], n_frames: int, processes: Processes) -> None:
         """Create the files for frames so far apart, unless they exist.
 
         n_frames: logs the space that the pairs of so many frames can take.
