@@ -207,7 +207,7 @@ class EditConfig(ModelConfig):
     consensus: int | None = option(
         "how often, in the last 40 % of the steps, predicted clean frames are averaged along the source's "
         "motion, which is steadier; the last time is followed by one step, which sharpens the frames again; "
-        "None: twice, but 0 (never) with propagation previous, as published",
+        "None: 3 times, but 0 (never) with propagation previous, as published",
         None,
         low=0,
         high=10,
@@ -256,7 +256,7 @@ class EditConfig(ModelConfig):
     @property
     def consensus_count(self) -> int:
         """How often the frames' predictions are averaged."""
-        return self._unless_published(self.consensus, 2)
+        return self._unless_published(self.consensus, 3)
 
     @property
     def fuse_distance(self) -> int:
