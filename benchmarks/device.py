@@ -39,7 +39,6 @@ from tokenflow.editing.fusion import Fusion
 from tokenflow.editing.run import denoise
 from tokenflow.editing.techniques import plug_and_play
 from tokenflow.inversion.dense_motion import DenseMotion
-from tokenflow.inversion.kept_pairs import KeptPairs
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles
 from tokenflow.memory import frames_at_once
@@ -241,8 +240,8 @@ def pass_with_control(
 def consensus_of_a_frame(sd: TalliedDiffusion, clean: torch.Tensor, folder: Path) -> None:
     """What a consensus takes of one frame, with the latents `clean` (1, 4, h, w) and four neighbours."""
     image = sd.decode_latents(clean)[0]
-    pairs = KeptPairs(folder / "motion", 5, (2, *image.shape[:2], 3))
-    motion = DenseMotion(pairs, lambda index: image, 5)
+    video = 5, *image.shape[:2]
+    motion = DenseMotion.kept_in(folder / "motion", video, lambda index: image, 5)
     fusion = Fusion.along(motion, range(1, 5), folder / "pictures.npy", Processes(CPU))
     consensus = Consensus(sd, fusion)
     with sd.tally.passes("editing", "consensus of a frame"):

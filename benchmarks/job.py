@@ -164,9 +164,9 @@ class Job:
             return edit.mask.composed(frames, all_frames) if edit.mask else frames
 
     def _fusion(self, distances: Iterable[int], folder: Path, processes: Processes) -> Fusion:
-        n_frames, *size, _ = self.clip.frames.shape
-        pairs = KeptPairs(self.folder / "motion", n_frames, (2, *size, 3))
-        motion = DenseMotion(pairs, self.clip.frames.__getitem__, n_frames)
+        frames, n_frames = self.clip.frames, self.clip.n_frames
+        about = self.folder / "motion", frames.shape[:3], frames.__getitem__, n_frames
+        motion = DenseMotion.kept_in(*about)
         return Fusion.along(motion, distances, folder / "pictures.npy", processes)
 
     def _mask(self, fusion: Fusion, folder: Path) -> Mask:

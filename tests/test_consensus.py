@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ from tokenflow.editing.fusion import FLICKER, Fusion
 from tokenflow.editing.run import denoise
 from tokenflow.inversion import dense_motion
 from tokenflow.inversion.dense_motion import DenseMotion
-from tokenflow.inversion.kept_pairs import KeptPairs
 from tokenflow.motion import fused, reliability, warped
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.edit_checkpoint import EditCheckpoint
@@ -35,9 +35,8 @@ def moving() -> np.ndarray:
 
 def fusion_of(source: np.ndarray, distances: tuple[int, ...], folder: Path) -> Fusion:
     """A fusion along the motion of a source, uint8 RGB (N, H, W, 3), with its files in a folder."""
-    n_frames, *size, _ = source.shape
-    pairs = KeptPairs(folder / "motion", n_frames, (2, *size, 3))
-    motion = DenseMotion(pairs, source.__getitem__, n_frames)
+    about = folder / "motion", source.shape[:3], source.__getitem__, len(source)
+    motion = DenseMotion.kept_in(*about)
     return Fusion.along(motion, distances, folder / "pictures.npy", Processes(CPU))
 
 
@@ -105,13 +104,13 @@ def test_what_does_not_follow_the_source_is_not_smeared(moving, tmp_path):
 
 def test_motion_is_found_once_and_mended(moving, tmp_path, monkeypatch):
     """Motion is read where it was kept; that of a pair whose file is damaged is found again."""
-    found, both_ways = [], dense_motion.both_ways
+    found, with_reliability = [], dense_motion.with_reliability
 
     def counted(*frames):
         found.append([int(np.where((moving == frame).all((1, 2, 3)))[0][0]) for frame in frames])
-        return both_ways(*frames)
+        return with_reliability(*frames)
 
-    monkeypatch.setattr(dense_motion, "both_ways", counted)
+    monkeypatch.setattr(dense_motion, "with_reliability", counted)
     motion = fusion_of(moving, (2,), tmp_path).motion
     assert found == [[0, 2], [1, 3], [2, 4], [3, 5]]
     there, back = motion.between(1, 3)[20:40, 20:40], motion.between(3, 1)[20:40, 20:40]
@@ -128,6 +127,16 @@ def test_motion_is_found_once_and_mended(moving, tmp_path, monkeypatch):
     fusion_of(moving, (1, 2), tmp_path)
     expected = [[first, first + 1] for first in range(5)] + [[1, 3]]
     assert sorted(found[4:]) == sorted(expected) and path.read_bytes() == stored
+
+
+def test_motion_of_a_read_only_inversion_is_kept_elsewhere(monkeypatch, tmp_path):
+    manifest = SimpleNamespace(n_frames=9, config={"H": 64, "W": 96})
+    inversion = SimpleNamespace(folder=tmp_path / "inversion", manifest=manifest, source_frame=None)
+    for writable, parent in ((True, "inversion"), (False, "edit")):
+        monkeypatch.setattr(dense_motion.os, "access", lambda *_, writable=writable: writable)
+        pairs = dense_motion.dense_motion(inversion, 5, tmp_path / "edit").pairs
+        assert pairs.folder == tmp_path / parent / "motion"
+        assert (pairs.n_frames, pairs.shape) == (9, (2, 64, 96, 3))
 
 
 def test_pictures_without_neighbours_stay(moving, tmp_path):

@@ -41,7 +41,7 @@ class Consensus:
         """
         fusion = self.fusion
         fusion.processes.wait()  # until all have noted their predictions
-        for frames in fusion.processes.share(torch.arange(len(fusion.pictures)).split(size)):
+        for frames in fusion.processes.share(torch.arange(fusion.motion.n_frames).split(size)):
             fused, predicted = fusion.fused(frames, self.sd.device), fusion.pictures[frames].numpy()
             agreed, before = self.sd.encode_frames(np.concatenate([fused, predicted])).chunk(2)
             yield frames, agreed - before

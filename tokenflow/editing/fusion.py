@@ -56,7 +56,9 @@ class Fusion:
 
     def _fused(self, frame: int, device: torch.device, tolerance: float | None) -> np.ndarray:
         offsets = (sign * distance for distance in self.distances for sign in (-1, 1))
-        others = [o for o in (frame + offset for offset in offsets) if 0 <= o < len(self.pictures)]
+        others = [
+            o for o in (frame + offset for offset in offsets) if 0 <= o < self.motion.n_frames
+        ]
         pictures = to_device(self.pictures[torch.tensor([frame, *others])], device)
         if not others:  # in a very short video
             return pictures[0].cpu().numpy()

@@ -46,9 +46,7 @@ from tokenflow.runtime.edit_checkpoint import EditCheckpoint
 from tokenflow.runtime.frame_array import FrameArray
 from tokenflow.runtime.run_folder import locked, partial_path, remove, run_folder, staged
 from util import (
-    frame_path,
     load_frames,
-    read_image,
     save_frames,
     write_image,
     write_video,
@@ -254,7 +252,7 @@ class EditRun:
         key = config.mask, config.prompt, config.lora, config.lora_scales, config.n_timesteps
         name = f"mask_{digest_of([repr(key).encode()])}.npy"
         inside = self.shared.get("mask", key, partial(self._inside, self.scratch / name))
-        return Mask(inside, self._source_latents, self._picture)
+        return Mask(inside, self._source_latents, self.inversion.source_frame)
 
     def _inside(self, path: Path) -> FrameArray:
         """Where the edit may change the video, in a file for all processes, which a killed run has left."""
@@ -282,7 +280,7 @@ class EditRun:
             about = self._source_latents, self.schedule.timesteps, noises
             relevant = partial(relevance, *about)
             scale = choice.H // self.inversion.latents(CLEAN).shape[2]
-            shown = scale, self._picture, self.sd.device
+            shown = scale, self.inversion.source_frame, self.sd.device
             write_relevant(inside, self._near_and_far, relevant, *shown)
         elif self.processes.is_main:
             masks = given(self.config.mask_path, choice, self.n_frames)
@@ -303,10 +301,6 @@ class EditRun:
         motion = dense_motion(self.inversion, self.n_frames, self.scratch)
         parts = motion, distances, self.scratch / name / "pictures.npy", self.processes
         return self.shared.get(name, tuple(distances), partial(Fusion.along, *parts))
-
-    def _picture(self, index: int) -> np.ndarray:
-        """A frame of the source, uint8 RGB (H, W, 3)."""
-        return read_image(frame_path(self.inversion.source_frames, index))
 
     def _decode(self, edited: FrameArray) -> None:
         processes, frames, mask = self.processes, self.folder / "frames", self._mask()

@@ -11,14 +11,11 @@ import torch
 from tqdm import tqdm
 
 from tokenflow.inversion.files import Inversion
-from tokenflow.inversion.kept_pairs import KeptPairs
+from tokenflow.inversion.kept_pairs import FRAMES_HELD, KeptPairs
 from tokenflow.motion import reliability
 from tokenflow.optical_flow import dis_flow
 from tokenflow.runtime.ahead import in_parallel
 from tokenflow.runtime.distributed import Processes
-from util import frame_path, read_image
-
-FRAMES_HELD = 32  # in memory: a frame is read for several pairs, most of them close to each other
 
 
 @dataclass(frozen=True)
@@ -33,18 +30,33 @@ class DenseMotion:
     source: Callable[[int], np.ndarray]
     n_frames: int
 
+    @classmethod
+    def kept_in(
+        cls,
+        folder: Path,
+        video: tuple[int, int, int],
+        source: Callable[[int], np.ndarray],
+        n_frames: int,
+    ) -> "DenseMotion":
+        """The motion whose files are in a folder; `video`: its (N, H, W), N being all frames there are."""
+        n_all, height, width = video
+        return cls(KeptPairs(folder, n_all, (2, height, width, 3)), source, n_frames)
+
     def find(self, distances: Sequence[int], processes: Processes) -> None:
         """Find what is not known yet of frames so far apart; processes divide the pairs."""
         self.pairs.create(distances, self.n_frames, processes)
         source = lru_cache(FRAMES_HELD)(self.source)
 
-        def found(first: int, later: int) -> np.ndarray:
-            return both_ways(source(first), source(later))
+        def measured(first: int, later: int) -> np.ndarray:
+            return with_reliability(source(first), source(later))
+
+        def find(pair: tuple[int, int]) -> None:
+            self.pairs.get(*pair, measured)
 
         frames = range(self.n_frames)
         pairs = [(i, i + d) for i in frames for d in distances if i + d < self.n_frames]
         pairs, hidden = processes.share(pairs), not processes.is_main
-        each = in_parallel(lambda pair: self.pairs.get(*pair, found) is not None, pairs)
+        each = in_parallel(find, pairs)
         for _ in tqdm(each, "Finding motion", len(pairs), unit="pair", disable=hidden):
             pass
         processes.wait()
@@ -55,7 +67,7 @@ class DenseMotion:
         return pair[int(frame > other)]
 
 
-def both_ways(frame: np.ndarray, other: np.ndarray) -> np.ndarray:
+def with_reliability(frame: np.ndarray, other: np.ndarray) -> np.ndarray:
     """The flow between two frames, uint8 RGB (H, W, 3), and its reliability, there and back: (2, H, W, 3)."""
     flow = dis_flow()  # which holds buffers, so that threads cannot share one
     there, back = flow(frame, other), flow(other, frame)
@@ -66,8 +78,7 @@ def both_ways(frame: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 def dense_motion(inversion: Inversion, n_frames: int, elsewhere: Path) -> DenseMotion:
     """The motion of an inverted video, kept with its inversion, or `elsewhere` if that is read-only."""
-    manifest, frames = inversion.manifest, inversion.source_frames
     folder = inversion.folder if os.access(inversion.folder, os.W_OK) else elsewhere
-    shape = 2, manifest.config["H"], manifest.config["W"], 3
-    pairs = KeptPairs(folder / "motion", manifest.n_frames, shape)
-    return DenseMotion(pairs, lambda index: read_image(frame_path(frames, index)), n_frames)
+    manifest = inversion.manifest
+    video = manifest.n_frames, manifest.config["H"], manifest.config["W"]
+    return DenseMotion.kept_in(folder / "motion", video, inversion.source_frame, n_frames)

@@ -21,6 +21,7 @@ from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from tokenflow.cli import for_each
@@ -29,6 +30,7 @@ from tokenflow.inversion.source_features import SourceFeatureFiles
 from tokenflow.runtime.digests import check
 from tokenflow.runtime.frame_array import FrameArray
 from tokenflow_utils import KeyframeSchedule
+from util import frame_path, read_image
 
 CLEAN = "clean_latents"
 INVERTED = "inverted_latents"
@@ -78,6 +80,10 @@ class Inversion:
     def source_frames(self) -> Path:
         """Folder of the source's frames."""
         return self.folder / "source"
+
+    def source_frame(self, index: int) -> np.ndarray:
+        """A frame of the source, uint8 RGB (H, W, 3)."""
+        return read_image(frame_path(self.source_frames, index))
 
     @property
     def vae(self) -> Path:

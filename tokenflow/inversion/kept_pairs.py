@@ -17,6 +17,7 @@ from tokenflow.runtime.run_folder import locked
 log = logging.getLogger("tokenflow")
 
 DIGEST_BYTES = 16
+FRAMES_HELD = 32  # in memory while pairs are found, since the next pair is often of one of them
 
 
 @dataclass(frozen=True)

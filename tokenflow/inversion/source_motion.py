@@ -13,12 +13,9 @@ import torch
 
 from tokenflow.config import EditConfig
 from tokenflow.inversion.files import CLEAN, Inversion
-from tokenflow.inversion.kept_pairs import KeptPairs
+from tokenflow.inversion.kept_pairs import FRAMES_HELD, KeptPairs
 from tokenflow.optical_flow import both_ways, dis_flow
 from tokenflow.runtime.distributed import Processes
-from util import frame_path, read_image
-
-FRAMES_HELD = 32  # in memory, since the next pair is often of one of them
 
 # Maps two frames to the flows (H, W, 2) between them, there and back, in pixels; NaN where they fail.
 Between = Callable[[int, int], tuple[np.ndarray, np.ndarray]]
@@ -65,12 +62,11 @@ def kept_motion(
     inversion: Inversion, config: EditConfig, n_frames: int, processes: Processes
 ) -> SourceMotion:
     """The motion that an edit of the first `n_frames` frames follows."""
-    frames, shape = inversion.source_frames, inversion.latents(CLEAN).shape
+    shape = inversion.latents(CLEAN).shape
     pairs = KeptPairs(inversion.folder / "flow", shape[0], (2, *shape[2:], 2))
     pairs.create(range(1, furthest_keyframe(config.interval, n_frames) + 1), n_frames, processes)
-    between = dis_between(lambda index: read_image(frame_path(frames, index)))
     cell = inversion.manifest.config["H"] // shape[2]
-    return SourceMotion(pairs, between, cell, config.max_displacement)
+    return SourceMotion(pairs, dis_between(inversion.source_frame), cell, config.max_displacement)
 
 
 def furthest_keyframe(interval: int, n_frames: int) -> int:
