@@ -20,8 +20,9 @@ def measure(clip: Clip, frames: np.ndarray, judge: Judge) -> Row:
 
     `warp_<gap>`: warp error x 1e-3, and `drift`: low-frequency drift in grey levels, both means over all
     pairs of frames so far apart, and only where the clip is long enough. `gradient`: gradient energy in
-    (grey levels / pixel)^2. `edited_right`, `kept_right`: share of attributes. `kept_psnr`: PSNR in dB of
-    what should stay the same; None where the edit names everything.
+    (grey levels / pixel)^2, and `gradient_inside`: that without the outermost pixel, where a small VAE draws
+    a line. `edited_right`, `kept_right`: share of attributes. `kept_psnr`: PSNR in dB of what should stay
+    the same; None where the edit names everything.
     """
     row = {
         f"warp_{gap}": 1e3 * float(along_motion(warp_error, clip, frames, gap).mean())
@@ -31,6 +32,7 @@ def measure(clip: Clip, frames: np.ndarray, judge: Judge) -> Row:
     if clip.n_frames > DRIFT_GAP:
         row["drift"] = float(along_motion(drift, clip, frames, DRIFT_GAP).mean())
     row["gradient"] = gradient_energy(frames)
+    row["gradient_inside"] = gradient_energy(frames[:, 1:-1, 1:-1])
     answers = judge.read(frames)
     for name, edited in (("edited_right", True), ("kept_right", False)):
         right = [
@@ -56,12 +58,17 @@ def along_motion(
 
 
 def with_sharpness(row: Row, frame_by_frame: Row) -> Row:
-    """A clip's measures and, as `sharpness`, its gradient energy relative to that of another edit.
+    """A clip's measures and, as `sharpness`, its gradient energies relative to those of another edit.
 
     That is the same edit of the same clip made frame by frame, which nothing but the model has blurred:
     1 is as sharp, less is softer.
     """
-    return row | {"sharpness": row["gradient"] / frame_by_frame["gradient"]}
+    relative = {
+        key.replace("gradient", "sharpness"): value / frame_by_frame[key]
+        for key, value in row.items()
+        if key.startswith("gradient")
+    }
+    return row | relative
 
 
 def mean(rows: list[Row]) -> Row:

@@ -12,6 +12,7 @@ COLUMNS = {
     "warp_8": ("gap 8", "{:.2f}"),
     "warp_16": ("gap 16", "{:.2f}"),
     "sharpness": ("sharpness", "{:.2f}"),
+    "sharpness_inside": ("inside", "{:.2f}"),
     "drift": ("drift (grey levels)", "{:.2f}"),
     "edited_right": ("edited right", "{:.0%}"),
     "kept_right": ("kept right", "{:.0%}"),

@@ -1,6 +1,7 @@
 """What the benchmarks measure, held to videos whose measures are known, and to sums done by hand."""
 
 from argparse import ArgumentTypeError
+from collections import defaultdict
 from types import SimpleNamespace
 
 import cv2
@@ -12,7 +13,7 @@ from benchmarks import quality
 from benchmarks.clips import held_out_clips
 from benchmarks.correspondence import distances
 from benchmarks.kept import keep, kept_path
-from benchmarks.measures import along_motion, difference, mean, measure, summary
+from benchmarks.measures import along_motion, difference, mean, measure, summary, with_sharpness
 from benchmarks.methods import METHODS, chosen_methods
 from tokenflow.metrics import drift, gradient_energy, warp_error
 
@@ -73,6 +74,16 @@ def test_gaps_longer_than_a_clip_are_left_out():
     row = measure(clip, clip.frames, judge)
     assert {"warp_1", "warp_8", "gradient", "kept_psnr"} < set(row)
     assert not {"warp_16", "drift"} & set(row)
+
+
+def test_a_line_along_the_frames_border_is_no_sharpness_inside(moving):
+    judge = SimpleNamespace(read=lambda frames: defaultdict(lambda: ["?"]))
+    lined = moving.frames.copy()
+    lined[:, [0, -1]] = 0
+    base, row = (measure(moving, frames, judge) for frames in (moving.frames, lined))
+    row = with_sharpness(row, base)
+    assert row["sharpness"] > 1.1
+    assert row["sharpness_inside"] == 1
 
 
 def test_standard_errors_and_paired_differences():
