@@ -16,7 +16,7 @@ from tokenflow.config import PnPConfig, SDEditConfig
 from tokenflow.diffusion.ddim import Schedule, invert, last, sample
 from tokenflow.diffusion.detectors import canny
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
-from tokenflow.editing.consensus import DISTANCES, Consensus, consensus_steps
+from tokenflow.editing.consensus import DISTANCES, FOLLOWED, Consensus, consensus_steps
 from tokenflow.editing.denoiser import Denoiser, Edit, Source, TokenFlowDenoiser, keyframe_schedule
 from tokenflow.editing.fusion import FLICKER, Fusion
 from tokenflow.editing.mask import Mask, relevance, write_relevant
@@ -146,10 +146,7 @@ class Job:
             near_and_far = cache(partial(self._fusion, DISTANCES, folder, processes))
             if denoiser is TokenFlowDenoiser:
                 agreed = consensus_steps(n_steps, self.config.consensus_count)
-
-                def consensus(step: int) -> Consensus | None:
-                    return Consensus(self.sd, near_and_far()) if step in agreed else None
-
+                consensus = partial(Consensus.after, self.sd, near_and_far, agreed)
                 edit = dataclasses.replace(edit, consensus=consensus)
             if self.config.mask == "auto":
                 edit = dataclasses.replace(edit, mask=self._mask(near_and_far(), folder))
@@ -167,6 +164,7 @@ class Job:
         frames, n_frames = self.clip.frames, self.clip.n_frames
         about = self.folder / "motion", frames.shape[:3], frames.__getitem__, n_frames
         motion = DenseMotion.kept_in(*about)
+        motion.find(sorted({*FOLLOWED, *distances}), processes)
         return Fusion.along(motion, distances, folder / "pictures.npy", processes)
 
     def _mask(self, fusion: Fusion, folder: Path) -> Mask:

@@ -47,6 +47,22 @@ def fused(frame: torch.Tensor, moved: torch.Tensor, weights: torch.Tensor) -> to
     return (frame + (weights * moved).sum(0)) / (1 + weights.sum(0))
 
 
+def carried(values: torch.Tensor, motion: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
+    """What is known of k frames, moved to one near them: (c, h, w).
+
+    values: (k, c, h, w), which may be coarser than pixels. motion: (k, H, W, 3), from the one frame to each
+    of them: the flow in pixels, and how far it can be relied on. distances: (k,), in frames; nearer ones
+    count more, as in linear interpolation. The less even the most reliable one can be relied on, the closer
+    the result is to 0.
+    """
+    cell = motion.shape[1] // values.shape[2]
+    coarse = F.avg_pool2d(motion.permute(0, 3, 1, 2).float(), cell)
+    flows, reliable = coarse[:, :2].permute(0, 2, 3, 1) / cell, coarse[:, 2]
+    weights = (reliable / distances[:, None, None])[:, None]
+    mean = (weights * warped(values, flows)).sum(0) / weights.sum(0).clamp(min=1e-6)
+    return reliable.amax(0) * mean
+
+
 def warped(images: torch.Tensor, flows: torch.Tensor) -> torch.Tensor:
     """Images (k, c, H, W) read where the flows (k, H, W, 2) lead, in pixels; its border goes on outside.
 

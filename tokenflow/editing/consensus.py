@@ -1,12 +1,12 @@
 """Consensus of clean predictions: what makes an edit steady over many frames.
 
 TokenFlow's propagation aligns the features of neighbouring frames, token by token; over more frames, details
-drift. Here, after a few of the later steps, the predictions of the clean video are decoded, each frame is
-averaged with its neighbours along the motion of the source, and the latents are moved by what that changes.
-The steps that follow sharpen the average again, which a fusion of the finished frames could not.
+drift. Here, after a few of the later steps, predictions of clean frames are decoded, each is averaged with
+its neighbours along the motion of the source, and the latents are moved by what that changes. The steps that
+follow sharpen the average again, which a fusion of the finished frames could not.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,41 +14,91 @@ import torch
 
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.fusion import Fusion
+from tokenflow.motion import carried
+from tokenflow.runtime.frame_array import FrameArray
 
 # The first consensus, as a share of the steps: before, predictions are too vague to be aligned. The last one
 # leaves a single step: that sharpens the average again, while in more of them the frames part again.
 FIRST, STEPS_LEFT = 0.6, 1
-# In frames; nearer neighbours are alike already.
+# In frames. All but the last consensus decode one frame in each STRIDE, which is most of what they take; the
+# frames between are much like it, and are moved by what moves it.
+STRIDE = 3
+# In frames, multiples of STRIDE; nearer neighbours are alike already.
 DISTANCES = (3, 6, 9, 12)
+FOLLOWED = (*range(1, STRIDE), *DISTANCES)  # frames between those whose motion a consensus needs
 
 
 @dataclass(frozen=True)
 class Consensus:
-    """Draws frames towards each other at the end of a step of an edit."""
+    """Draws frames towards each other at the end of a step of an edit.
+
+    first, stride: the frames `first`, `first + stride` and so on are averaged; those between follow them.
+    """
 
     sd: StableDiffusion
     fusion: Fusion
+    first: int = 0
+    stride: int = 1
+
+    @classmethod
+    def after(
+        cls, sd: StableDiffusion, fusion: Callable[[], Fusion], steps: Sequence[int], step: int
+    ) -> "Consensus | None":
+        """The consensus that ends a step, if one does: others average other frames, the last one all.
+
+        steps: all that end with one. fusion: returns one at `DISTANCES`, whose motion has those `FOLLOWED`.
+        """
+        if step not in steps:
+            return None
+        fusion, stride = fusion(), 1 if step == steps[-1] else STRIDE
+        return cls(sd, fusion, steps.index(step) % min(stride, fusion.motion.n_frames), stride)
 
     def note(self, frames: torch.Tensor, clean: torch.Tensor) -> None:
         """Take the predicted clean latents (n, 4, h, w) of the frames (n,)."""
-        self.fusion.put(frames, self.sd.decode_latents(clean))
+        averaged = frames % self.stride == self.first
+        if averaged.any():
+            self.fusion.put(frames[averaged], self.sd.decode_latents(clean[averaged]))
 
     def corrections(self, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield frames (n,), at most `size` at once, and what moves their clean latents: (n, 4, h, w).
+        """Yield frames (n,), at most `size` at once, and what moves their clean latents: (n, 4, h, w)."""
+        motion, processes = self.fusion.motion, self.fusion.processes
+        found = FrameArray(self.fusion.pictures.path.with_name("corrections.npy"))
+        if processes.is_main:
+            shape = self.sd.latent_shape(motion.n_frames, *motion.pairs.shape[1:3])
+            FrameArray.create(found.path, shape, torch.float32)
+        processes.wait()  # until all have noted their predictions, too
+        averaged = torch.arange(self.first, motion.n_frames, self.stride)
+        for frames in processes.share(averaged.split(size)):
+            found[frames] = self._changed(frames)
+        processes.wait()
+        for frames in processes.share(torch.arange(motion.n_frames).split(size)):
+            yield frames, torch.stack([self._followed(found, frame) for frame in frames.tolist()])
+
+    def _changed(self, frames: torch.Tensor) -> torch.Tensor:
+        """What averaging changes in the latents of the frames (n,): (n, 4, h, w).
 
         The VAE's own error cancels out, since both the prediction and the average pass it; without that,
         textures blur.
         """
-        fusion = self.fusion
-        fusion.processes.wait()  # until all have noted their predictions
-        for frames in fusion.processes.share(torch.arange(fusion.motion.n_frames).split(size)):
-            fused, predicted = fusion.fused(frames, self.sd.device), fusion.pictures[frames].numpy()
-            agreed, before = self.sd.encode_frames(np.concatenate([fused, predicted])).chunk(2)
-            yield frames, agreed - before
+        fused, predicted = self.fusion.fused(frames, self.sd.device), self.fusion.pictures[frames]
+        both = np.concatenate([fused, predicted.numpy()])
+        agreed, before = self.sd.encode_frames(both).chunk(2)
+        return agreed - before
+
+    def _followed(self, found: FrameArray, frame: int) -> torch.Tensor:
+        """What moves the latents of a frame, (4, h, w): what was found for it, or for those around it."""
+        if frame % self.stride == self.first:
+            return found[torch.tensor([frame])][0]
+        motion = self.fusion.motion
+        around = range(max(0, frame - self.stride + 1), min(frame + self.stride, motion.n_frames))
+        near = [other for other in around if other % self.stride == self.first]
+        along = torch.stack([motion.between(frame, other) for other in near])
+        near = torch.tensor(near)
+        return carried(found[near], along, (near - frame).abs())
 
 
-def consensus_steps(n_steps: int, count: int) -> frozenset[int]:
+def consensus_steps(n_steps: int, count: int) -> list[int]:
     """The steps, of `n_steps`, that end with a consensus: `count` of them, spread evenly."""
     first = int(FIRST * n_steps)
     last = max(first, n_steps - 1 - STEPS_LEFT)
-    return frozenset(torch.linspace(last, first, count, dtype=torch.float64).int().tolist())
+    return sorted(set(torch.linspace(last, first, count, dtype=torch.float64).int().tolist()))

@@ -33,13 +33,12 @@ class Fusion:
     def along(
         cls, motion: DenseMotion, distances: Iterable[int], path: Path, processes: Processes
     ) -> "Fusion":
-        """Find the motion between frames at these distances; pictures go to the file of that path."""
-        pictures, distances = FrameArray(path), tuple(distances)
+        """A fusion along a motion between frames at these distances; pictures go to the file of that path."""
         if processes.is_main:
             size = motion.pairs.shape[1:3]
             FrameArray.create(path, (motion.n_frames, *size, 3), torch.uint8)
-        motion.find(distances, processes)
-        return cls(pictures, distances, motion, processes)
+        processes.wait()
+        return cls(FrameArray(path), tuple(distances), motion, processes)
 
     def put(self, frames: torch.Tensor, pictures: np.ndarray) -> None:
         """Take the pictures (n, H, W, 3), uint8 RGB, of the frames (n,)."""

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -19,7 +19,7 @@ from tokenflow.diffusion.control import Conditions
 from tokenflow.diffusion.ddim import Schedule, check_finite, ddim_step, predicted_clean
 from tokenflow.diffusion.lora import with_loras
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
-from tokenflow.editing.consensus import DISTANCES, Consensus, consensus_steps
+from tokenflow.editing.consensus import DISTANCES, FOLLOWED, Consensus, consensus_steps
 from tokenflow.editing.denoiser import Denoiser, Edit, Source, TokenFlowDenoiser, keyframe_schedule
 from tokenflow.editing.fusion import FLICKER, Fusion
 from tokenflow.editing.mask import Mask, given, relevance, write_relevant
@@ -27,7 +27,7 @@ from tokenflow.editing.shared import Shared
 from tokenflow.editing.techniques import LatentsOf, Technique
 from tokenflow.errors import DamagedError, UserError
 from tokenflow.evaluation.report import discard_report
-from tokenflow.inversion.dense_motion import dense_motion
+from tokenflow.inversion.dense_motion import DenseMotion, dense_motion
 from tokenflow.inversion.files import CLEAN, Inversion, noisy
 from tokenflow.inversion.find import conditions_of, preprocess_command
 from tokenflow.inversion.predictor import VideoNoisePredictor
@@ -124,7 +124,8 @@ class EditRun:
         if checkpoint.steps_done == total:
             log.info("resumed after the last step")
             return checkpoint.latents(total)
-        consensus = partial(self._consensus, consensus_steps(total, self.config.consensus_count))
+        agreed = consensus_steps(total, self.config.consensus_count)
+        consensus = partial(Consensus.after, self.sd, self._near_and_far, agreed)
         about = prompts, self.config, consensus, self._mask()
         steps = denoise(Edit(self.sd, technique, self.source, *about), checkpoint)
         if done := next(steps):
@@ -241,10 +242,6 @@ class EditRun:
                 return f"the inversion kept its features for other keyframes ({name})"
         return ""
 
-    def _consensus(self, steps: Set[int], step: int) -> Consensus | None:
-        """The consensus that ends a step, if one does; before the first, the source's motion is found."""
-        return Consensus(self.sd, self._near_and_far) if step in steps else None
-
     def _mask(self) -> Mask | None:
         if self.config.mask == "none":
             return None
@@ -281,7 +278,7 @@ class EditRun:
             relevant = partial(relevance, *about)
             scale = choice.H // self.inversion.latents(CLEAN).shape[2]
             shown = scale, self.inversion.source_frame, self.sd.device
-            write_relevant(inside, self._near_and_far, relevant, *shown)
+            write_relevant(inside, self._near_and_far(), relevant, *shown)
         elif self.processes.is_main:
             masks = given(self.config.mask_path, choice, self.n_frames)
             for index, mask in enumerate(masks):
@@ -293,14 +290,26 @@ class EditRun:
             return self.inversion.latents(CLEAN)[frames]
         return self.inversion.noisy_latents(t, frames)
 
-    @property
     def _near_and_far(self) -> Fusion:
         return self._fusion("consensus", DISTANCES)
 
     def _fusion(self, name: str, distances: Sequence[int]) -> Fusion:
-        motion = dense_motion(self.inversion, self.n_frames, self.scratch)
-        parts = motion, distances, self.scratch / name / "pictures.npy", self.processes
+        parts = self._motion, distances, self.scratch / name / "pictures.npy", self.processes
         return self.shared.get(name, tuple(distances), partial(Fusion.along, *parts))
+
+    @property
+    def _motion(self) -> DenseMotion:
+        """The source's motion between all frames that this edit averages, found when it first needs it."""
+        config, distances = self.config, set(range(1, self.config.fuse_distance + 1))
+        if config.consensus_count or config.mask == "auto":
+            distances |= set(FOLLOWED)
+
+        def find() -> DenseMotion:
+            motion = dense_motion(self.inversion, self.n_frames, self.scratch)
+            motion.find(sorted(distances), self.processes)
+            return motion
+
+        return self.shared.get("motion", frozenset(distances), find)
 
     def _decode(self, edited: FrameArray) -> None:
         processes, frames, mask = self.processes, self.folder / "frames", self._mask()

@@ -77,7 +77,10 @@ def with_reliability(frame: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def dense_motion(inversion: Inversion, n_frames: int, elsewhere: Path) -> DenseMotion:
-    """The motion of an inverted video, kept with its inversion, or `elsewhere` if that is read-only."""
+    """The motion of an inverted video, kept with its inversion, or `elsewhere` if that is read-only.
+
+    None of it is found yet.
+    """
     folder = inversion.folder if os.access(inversion.folder, os.W_OK) else elsewhere
     manifest = inversion.manifest
     video = manifest.n_frames, manifest.config["H"], manifest.config["W"]
