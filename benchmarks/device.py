@@ -33,7 +33,7 @@ from tokenflow.config import PnPConfig, PreprocessConfig
 from tokenflow.diffusion.control import Control
 from tokenflow.diffusion.ddim import Schedule
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
-from tokenflow.editing.consensus import Consensus
+from tokenflow.editing.consensus import STRIDE, Consensus
 from tokenflow.editing.denoiser import Edit, Source, TokenFlowDenoiser, keyframe_schedule
 from tokenflow.editing.fusion import Fusion
 from tokenflow.editing.run import denoise
@@ -242,8 +242,9 @@ def consensus_of_a_frame(sd: TalliedDiffusion, clean: torch.Tensor, folder: Path
     image = sd.decode_latents(clean)[0]
     video = 5, *image.shape[:2]
     motion = DenseMotion.kept_in(folder / "motion", video, lambda index: image, 5)
+    motion.find(range(1, 5), Processes(CPU))
     fusion = Fusion.along(motion, range(1, 5), folder / "pictures.npy", Processes(CPU))
-    consensus = Consensus(sd, fusion)
+    consensus = Consensus(sd, fusion, first=0, stride=5)
     with sd.tally.passes("editing", "consensus of a frame"):
         consensus.note(torch.tensor([0]), clean)
         next(consensus.corrections(1))
@@ -303,10 +304,13 @@ def run(sd: TalliedDiffusion, workload: Workload, folder: Path) -> int:
 def edit_of(workload: Workload, rows: dict[tuple[str, str], dict], step: int) -> dict:
     """The parts of a whole edit with kept features, in TFLOP. step: operations in one of its steps."""
     config, n_frames = workload.config, workload.n_frames
-    consensuses = config.consensus_count * n_frames
+    count = config.consensus_count
+    averaged = (
+        n_frames * (1 + (count - 1) / STRIDE) if count else 0
+    )  # all frames by the last consensus
     parts = {
         "steps": config.n_timesteps * step,
-        "consensus": consensuses * rows["editing", "consensus of a frame"]["flops"],
+        "consensus": averaged * rows["editing", "consensus of a frame"]["flops"],
         "decoding": n_frames * rows["decoding", "VAE"]["flops"],
     }
     share = parts["consensus"] / sum(parts.values())

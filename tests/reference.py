@@ -191,12 +191,10 @@ def followed_by_hand(flow: list, nearest: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def fused_by_hand(
-    frame: torch.Tensor, others: torch.Tensor, flows: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
-    """The mean of a frame (c, H, W) and others (k, c, H, W) read along flows (k, H, W, 2), pixel by pixel.
+def read_by_hand(image: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
+    """An image (c, H, W) read where a flow (H, W, 2) leads, pixel by pixel.
 
-    Others are read by cubic convolution: Keys (1981), equation 4 with a = -0.75, as PyTorch and OpenCV do.
+    By cubic convolution: Keys (1981), equation 4 with a = -0.75, as PyTorch and OpenCV do.
     """
 
     def weight_at(distance: float) -> float:
@@ -205,20 +203,46 @@ def fused_by_hand(
             return (a + 2) * x**3 - (a + 3) * x**2 + 1
         return a * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0
 
-    height, width = frame.shape[1:]
-    mean = torch.empty_like(frame)
+    height, width = image.shape[1:]
+    read = torch.zeros_like(image)
     for y in range(height):
         for x in range(width):
-            total, weight = frame[:, y, x].clone(), 1.0
-            for other, flow, w in zip(others, flows, weights, strict=True):
-                at_x, at_y = x + flow[y, x, 0].item(), y + flow[y, x, 1].item()
-                value = torch.zeros(len(other))
-                for row in range(math.floor(at_y) - 1, math.floor(at_y) + 3):
-                    for column in range(math.floor(at_x) - 1, math.floor(at_x) + 3):
-                        inside = min(max(row, 0), height - 1), min(max(column, 0), width - 1)
-                        share = weight_at(at_y - row) * weight_at(at_x - column)
-                        value += share * other[:, inside[0], inside[1]]
-                total += w[y, x] * value
-                weight += w[y, x].item()
-            mean[:, y, x] = total / weight
-    return mean
+            at_x, at_y = x + flow[y, x, 0].item(), y + flow[y, x, 1].item()
+            for row in range(math.floor(at_y) - 1, math.floor(at_y) + 3):
+                for column in range(math.floor(at_x) - 1, math.floor(at_x) + 3):
+                    inside = min(max(row, 0), height - 1), min(max(column, 0), width - 1)
+                    share = weight_at(at_y - row) * weight_at(at_x - column)
+                    read[:, y, x] += share * image[:, inside[0], inside[1]]
+    return read
+
+
+def fused_by_hand(
+    frame: torch.Tensor, others: torch.Tensor, flows: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """The mean of a frame (c, H, W), of weight 1, and others (k, c, H, W), read along flows (k, H, W, 2).
+
+    weights: (k, H, W), of the others.
+    """
+    total, weight = frame.clone(), torch.ones(frame.shape[1:])
+    for other, flow, w in zip(others, flows, weights, strict=True):
+        total += w * read_by_hand(other, flow)
+        weight += w
+    return total / weight
+
+
+def carried_by_hand(
+    values: torch.Tensor, motion: torch.Tensor, distances: list[int]
+) -> torch.Tensor:
+    """What k frames, `distances` away, say of a frame between them: (c, h, w), frame by frame.
+
+    values: (k, c, h, w). motion: (k, H, W, 3), flows in pixels and how far each can be relied on.
+    """
+    cell = motion.shape[1] // values.shape[2]
+    total, weight, best = (torch.zeros(values.shape[2:]) for _ in range(3))
+    for value, pixels, distance in zip(values, motion, distances, strict=True):
+        cells = pixels.unfold(0, cell, cell).unfold(1, cell, cell).mean((-1, -2))
+        flow, reliable = cells[..., :2] / cell, cells[..., 2]
+        total = total + reliable / distance * read_by_hand(value, flow)
+        weight += reliable / distance
+        best = torch.maximum(best, reliable)
+    return best * total / weight

@@ -8,15 +8,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from reference import fused_by_hand
+from reference import carried_by_hand, fused_by_hand
 from test_tokenflow import edit_of, source_of, video_of
 
-from tokenflow.editing.consensus import consensus_steps
+from tokenflow.editing.consensus import DISTANCES, FOLLOWED, Consensus, consensus_steps
 from tokenflow.editing.fusion import FLICKER, Fusion
 from tokenflow.editing.run import denoise
 from tokenflow.inversion import dense_motion
 from tokenflow.inversion.dense_motion import DenseMotion
-from tokenflow.motion import fused, reliability, warped
+from tokenflow.motion import carried, fused, reliability, warped
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.edit_checkpoint import EditCheckpoint
 
@@ -50,6 +50,17 @@ def test_fused_equals_the_reference():
     expected = fused_by_hand(frame, others, flows, weights)
     result = fused(frame, warped(others, flows), weights)
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
+
+
+def test_carried_equals_the_reference():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(2, 4, 6, 5, generator=generator)
+    motion = 20 * torch.rand(2, 24, 20, 3, generator=generator) - 10  # pixels; some leave the frame
+    motion[..., 2] = torch.rand(2, 24, 20, generator=generator)
+    result = carried(values, motion, torch.tensor([1, 2]))
+    torch.testing.assert_close(result, carried_by_hand(values, motion, [1, 2]), rtol=0, atol=1e-4)
+    motion[..., 2] = 0  # nothing can be relied on
+    assert (carried(values, motion, torch.tensor([1, 2])) == 0).all()
 
 
 def test_warped_by_whole_pixels():
@@ -152,6 +163,55 @@ def test_consensus_comes_late():
     assert consensus_steps(50, 1) == [48]
     assert consensus_steps(50, 0) == []
     assert consensus_steps(3, 10) == [1]
+
+
+class Blocks:
+    """In place of a Stable Diffusion: a latent is the colour of 8 by 8 pixels, and a fourth number, 0."""
+
+    device, decoded = CPU, 0
+
+    def decode_latents(self, latents):
+        self.decoded += len(latents)
+        pixels = latents[:, :3].repeat_interleave(8, -1).repeat_interleave(8, -2)
+        return pixels.round().byte().permute(0, 2, 3, 1).numpy()
+
+    def encode_frames(self, frames):
+        pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
+        return torch.nn.functional.pad(
+            torch.nn.functional.avg_pool2d(pixels, 8), (0, 0, 0, 0, 0, 1)
+        )
+
+    def latent_shape(self, n_frames, height, width):
+        return n_frames, 4, height // 8, width // 8
+
+
+def test_frames_between_those_that_agree_go_along(moving, tmp_path):
+    """Six grey frames, of which the first and the fourth agree on the middle between the two."""
+    blocks, fusion = Blocks(), fusion_of(moving, FOLLOWED, tmp_path)
+    fusion = replace(fusion, distances=DISTANCES)
+    grey = torch.tensor([60.0, 110, 50, 120, 100, 90])
+
+    def moved_by(steps, step):
+        consensus = Consensus.after(blocks, lambda: fusion, steps, step)
+        for frames in torch.arange(6).split(4):
+            clean = grey[frames].view(-1, 1, 1, 1).expand(-1, 4, 8, 8)
+            consensus.note(frames, clean)
+        moved = torch.zeros(6, 4, 8, 8)
+        for frames, correction in consensus.corrections(4):
+            moved[frames] = correction
+        return moved[:, :3, 2:-2, 2:-2].mean((1, 2, 3))
+
+    expected = torch.tensor([30.0, 10, -10, -30, -30, -30])  # none is known beyond the fourth
+    torch.testing.assert_close(moved_by([5, 7, 9], 5), expected, rtol=0, atol=1)
+    assert blocks.decoded == 2
+    expected = torch.tensor(
+        [-5.0, -5, -5 / 3, 5 / 3, 5, 5]
+    )  # the next one asks the second and the fifth
+    torch.testing.assert_close(moved_by([5, 7, 9], 7), expected, rtol=0, atol=1)
+    expected = torch.tensor([30.0, -5, 20, -30, 5, -20])  # and the last one asks all
+    torch.testing.assert_close(moved_by([5, 7, 9], 9), expected, rtol=0, atol=1)
+    assert blocks.decoded == 2 + 2 + 6
+    assert Consensus.after(blocks, lambda: fusion, [5, 7, 9], 6) is None
 
 
 class Nudge:

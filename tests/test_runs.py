@@ -24,9 +24,9 @@ from test_damage import WAYS
 
 import util
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
-from tokenflow.editing.fusion import Fusion
 from tokenflow.errors import UserError
 from tokenflow.evaluation.report import discard_report
+from tokenflow.inversion.dense_motion import DenseMotion
 from tokenflow.runtime import distributed, run_folder
 from tokenflow.runtime.batching import Batches, Limits
 from tokenflow.runtime.distributed import Processes
@@ -316,18 +316,18 @@ def test_motion_is_found_when_it_is_needed(
     flags = [*edit_flags(checkpoint, tmp_path, tmp_path), "--consensus", 1, "--fuse", 0]
     flags += ["--mask", mask]
     steps, found = tmp_path / "pnp_clip" / ".steps", []
-    along, decode = Fusion.along, StableDiffusion.decode_latents
+    find, decode = DenseMotion.find, StableDiffusion.decode_latents
 
     def noted(*args):
         found.append(sorted(path.stem for path in steps.glob("[0-9].npy")))
-        return along(*args)
+        return find(*args)
 
     def stops(self, latents):
         if (steps / f"{STEPS}.npy").exists():
             raise KeyboardInterrupt
         return decode(self, latents)
 
-    monkeypatch.setattr(Fusion, "along", noted)
+    monkeypatch.setattr(DenseMotion, "find", noted)
     with monkeypatch.context() as patched:
         patched.setattr(StableDiffusion, "decode_latents", stops)
         assert run("run_tokenflow_pnp.py", *flags, cwd=source).returncode == 130
