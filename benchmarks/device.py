@@ -305,9 +305,8 @@ def edit_of(workload: Workload, rows: dict[tuple[str, str], dict], step: int) ->
     """The parts of a whole edit with kept features, in TFLOP. step: operations in one of its steps."""
     config, n_frames = workload.config, workload.n_frames
     count = config.consensus_count
-    averaged = (
-        n_frames * (1 + (count - 1) / STRIDE) if count else 0
-    )  # all frames by the last consensus
+    # The last consensus averages all frames, those before it one in each STRIDE.
+    averaged = n_frames * (1 + (count - 1) / STRIDE) if count else 0
     parts = {
         "steps": config.n_timesteps * step,
         "consensus": averaged * rows["editing", "consensus of a frame"]["flops"],

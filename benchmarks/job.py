@@ -16,7 +16,7 @@ from tokenflow.config import PnPConfig, SDEditConfig
 from tokenflow.diffusion.ddim import Schedule, invert, last, sample
 from tokenflow.diffusion.detectors import canny
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
-from tokenflow.editing.consensus import DISTANCES, FOLLOWED, Consensus, consensus_steps
+from tokenflow.editing.consensus import DISTANCES, Consensus, consensus_steps, followed_distances
 from tokenflow.editing.denoiser import Denoiser, Edit, Source, TokenFlowDenoiser, keyframe_schedule
 from tokenflow.editing.fusion import FLICKER, Fusion
 from tokenflow.editing.mask import Mask, relevance, write_relevant
@@ -143,7 +143,12 @@ class Job:
         all_frames, processes = torch.arange(self.clip.n_frames), Processes(self.sd.device)
         with tempfile.TemporaryDirectory() as name:
             folder, n_steps = Path(name), len(technique.schedule.timesteps)
-            near_and_far = cache(partial(self._fusion, DISTANCES, folder, processes))
+            motion = cache(partial(self._dense_motion, processes))
+
+            def fusion_at(distances: Iterable[int]) -> Fusion:
+                return Fusion.along(motion(), distances, folder / "pictures.npy", processes)
+
+            near_and_far = cache(partial(fusion_at, DISTANCES))
             if denoiser is TokenFlowDenoiser:
                 agreed = consensus_steps(n_steps, self.config.consensus_count)
                 consensus = partial(Consensus.after, self.sd, near_and_far, agreed)
@@ -155,17 +160,17 @@ class Job:
             frames = self.sd.decode_latents(checkpoint.latents(steps)[all_frames])
             reach = self.config.fuse_distance
             if denoiser is TokenFlowDenoiser and reach:
-                fusion = self._fusion(range(1, reach + 1), folder, processes)
+                fusion = fusion_at(range(1, reach + 1))
                 fusion.put(all_frames, frames)
                 frames = fusion.fused(all_frames, self.sd.device, FLICKER)
             return edit.mask.composed(frames, all_frames) if edit.mask else frames
 
-    def _fusion(self, distances: Iterable[int], folder: Path, processes: Processes) -> Fusion:
+    def _dense_motion(self, processes: Processes) -> DenseMotion:
         frames, n_frames = self.clip.frames, self.clip.n_frames
         about = self.folder / "motion", frames.shape[:3], frames.__getitem__, n_frames
         motion = DenseMotion.kept_in(*about)
-        motion.find(sorted({*FOLLOWED, *distances}), processes)
-        return Fusion.along(motion, distances, folder / "pictures.npy", processes)
+        motion.find(followed_distances(self.config), processes)
+        return motion
 
     def _mask(self, fusion: Fusion, folder: Path) -> Mask:
         n_frames, *size, _ = self.clip.frames.shape

@@ -11,7 +11,8 @@ import torch
 from reference import carried_by_hand, fused_by_hand
 from test_tokenflow import edit_of, source_of, video_of
 
-from tokenflow.editing.consensus import DISTANCES, FOLLOWED, Consensus, consensus_steps
+from tokenflow.config import PnPConfig
+from tokenflow.editing.consensus import DISTANCES, Consensus, consensus_steps, followed_distances
 from tokenflow.editing.fusion import FLICKER, Fusion
 from tokenflow.editing.run import denoise
 from tokenflow.inversion import dense_motion
@@ -187,7 +188,9 @@ class Blocks:
 
 def test_frames_between_those_that_agree_go_along(moving, tmp_path):
     """Six grey frames, of which the first and the fourth agree on the middle between the two."""
-    blocks, fusion = Blocks(), fusion_of(moving, FOLLOWED, tmp_path)
+    followed = followed_distances(PnPConfig(data_path="", prompt="x"))
+    assert followed == [1, 2, 3, 6, 9, 12]
+    blocks, fusion = Blocks(), fusion_of(moving, followed, tmp_path)
     fusion = replace(fusion, distances=DISTANCES)
     grey = torch.tensor([60.0, 110, 50, 120, 100, 90])
 

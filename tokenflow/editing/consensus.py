@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from tokenflow.config import EditConfig
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.fusion import Fusion
 from tokenflow.motion import carried
@@ -25,7 +26,6 @@ FIRST, STEPS_LEFT = 0.6, 1
 STRIDE = 3
 # In frames, multiples of STRIDE; nearer neighbours are alike already.
 DISTANCES = (3, 6, 9, 12)
-FOLLOWED = (*range(1, STRIDE), *DISTANCES)  # frames between those whose motion a consensus needs
 
 
 @dataclass(frozen=True)
@@ -37,25 +37,25 @@ class Consensus:
 
     sd: StableDiffusion
     fusion: Fusion
-    first: int = 0
-    stride: int = 1
+    first: int
+    stride: int
 
     @classmethod
     def after(
-        cls, sd: StableDiffusion, fusion: Callable[[], Fusion], steps: Sequence[int], step: int
+        cls, sd: StableDiffusion, make_fusion: Callable[[], Fusion], steps: Sequence[int], step: int
     ) -> "Consensus | None":
         """The consensus that ends a step, if one does: others average other frames, the last one all.
 
-        steps: all that end with one. fusion: returns one at `DISTANCES`, whose motion has those `FOLLOWED`.
+        steps: all that end with one. make_fusion: one at `DISTANCES`, whose motion has `followed_distances`.
         """
         if step not in steps:
             return None
-        fusion, stride = fusion(), 1 if step == steps[-1] else STRIDE
+        fusion, stride = make_fusion(), 1 if step == steps[-1] else STRIDE
         return cls(sd, fusion, steps.index(step) % min(stride, fusion.motion.n_frames), stride)
 
     def note(self, frames: torch.Tensor, clean: torch.Tensor) -> None:
         """Take the predicted clean latents (n, 4, h, w) of the frames (n,)."""
-        averaged = frames % self.stride == self.first
+        averaged = self._averages(frames)
         if averaged.any():
             self.fusion.put(frames[averaged], self.sd.decode_latents(clean[averaged]))
 
@@ -74,6 +74,10 @@ class Consensus:
         for frames in processes.share(torch.arange(motion.n_frames).split(size)):
             yield frames, torch.stack([self._followed(found, frame) for frame in frames.tolist()])
 
+    def _averages(self, frames: torch.Tensor | int) -> torch.Tensor | bool:
+        """Which of the frames (n,) are averaged, bool (n,); or whether a single one is."""
+        return frames % self.stride == self.first
+
     def _changed(self, frames: torch.Tensor) -> torch.Tensor:
         """What averaging changes in the latents of the frames (n,): (n, 4, h, w).
 
@@ -87,14 +91,22 @@ class Consensus:
 
     def _followed(self, found: FrameArray, frame: int) -> torch.Tensor:
         """What moves the latents of a frame, (4, h, w): what was found for it, or for those around it."""
-        if frame % self.stride == self.first:
+        if self._averages(frame):
             return found[torch.tensor([frame])][0]
         motion = self.fusion.motion
         around = range(max(0, frame - self.stride + 1), min(frame + self.stride, motion.n_frames))
-        near = [other for other in around if other % self.stride == self.first]
+        near = [other for other in around if self._averages(other)]
         along = torch.stack([motion.between(frame, other) for other in near])
         near = torch.tensor(near)
         return carried(found[near], along, (near - frame).abs())
+
+
+def followed_distances(config: EditConfig) -> list[int]:
+    """How far apart the frames are whose motion an edit follows in its averages, in frames."""
+    distances = set(range(1, config.fuse_distance + 1))
+    if config.consensus_count or config.mask == "auto":
+        distances |= {*range(1, STRIDE), *DISTANCES}
+    return sorted(distances)
 
 
 def consensus_steps(n_steps: int, count: int) -> list[int]:

@@ -19,7 +19,7 @@ from tokenflow.diffusion.control import Conditions
 from tokenflow.diffusion.ddim import Schedule, check_finite, ddim_step, predicted_clean
 from tokenflow.diffusion.lora import with_loras
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
-from tokenflow.editing.consensus import DISTANCES, FOLLOWED, Consensus, consensus_steps
+from tokenflow.editing.consensus import DISTANCES, Consensus, consensus_steps, followed_distances
 from tokenflow.editing.denoiser import Denoiser, Edit, Source, TokenFlowDenoiser, keyframe_schedule
 from tokenflow.editing.fusion import FLICKER, Fusion
 from tokenflow.editing.mask import Mask, given, relevance, write_relevant
@@ -300,16 +300,14 @@ class EditRun:
     @property
     def _motion(self) -> DenseMotion:
         """The source's motion between all frames that this edit averages, found when it first needs it."""
-        config, distances = self.config, set(range(1, self.config.fuse_distance + 1))
-        if config.consensus_count or config.mask == "auto":
-            distances |= set(FOLLOWED)
+        distances = followed_distances(self.config)
 
         def find() -> DenseMotion:
             motion = dense_motion(self.inversion, self.n_frames, self.scratch)
-            motion.find(sorted(distances), self.processes)
+            motion.find(distances, self.processes)
             return motion
 
-        return self.shared.get("motion", frozenset(distances), find)
+        return self.shared.get("motion", tuple(distances), find)
 
     def _decode(self, edited: FrameArray) -> None:
         processes, frames, mask = self.processes, self.folder / "frames", self._mask()
