@@ -174,7 +174,7 @@ class EditConfig(ModelConfig):
     keyframe_window: int = frames_option(
         "largest number of keyframes edited jointly; a larger one takes more memory, and lets the "
         "frames of a long video attend to more of it",
-        14,
+        8,
         low=6,
     )
     reuse_source: bool = option(
