@@ -172,8 +172,8 @@ class EditConfig(ModelConfig):
     )
     # At least four anchors and two neighbouring keyframes.
     keyframe_window: int = frames_option(
-        "largest number of keyframes edited jointly; a larger one takes more memory, and lets the "
-        "frames of a long video attend to more of it",
+        "largest number of keyframes edited jointly; a larger one lets the frames of a long video attend "
+        "to more of it, takes more memory, and can lose textures that turn or change",
         8,
         low=6,
     )
