@@ -125,7 +125,11 @@ def test_memory_is_what_the_census_counts(checkpoint, side, controlled):
 def test_a_run_says_what_memory_it_needs(checkpoint, monkeypatch, caplog, batch_size):
     """And, if it is more than is free, which options lower it."""
     options = {"data_path": "", "model": str(checkpoint), "batch_size": batch_size}
-    edit, inversion = PnPConfig(prompt="x", **options), PreprocessConfig(**options)
+    # So large a window passes stream by stream, and the batch is what needs most.
+    edit, inversion = (
+        PnPConfig(prompt="x", keyframe_window=14, **options),
+        PreprocessConfig(**options),
+    )
     where = torch.device("cuda:0"), torch.float32, 512 * 512
     for config in (edit, inversion):
         said = []
