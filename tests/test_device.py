@@ -126,10 +126,8 @@ def test_a_run_says_what_memory_it_needs(checkpoint, monkeypatch, caplog, batch_
     """And, if it is more than is free, which options lower it."""
     options = {"data_path": "", "model": str(checkpoint), "batch_size": batch_size}
     # So large a window passes stream by stream, and the batch is what needs most.
-    edit, inversion = (
-        PnPConfig(prompt="x", keyframe_window=14, **options),
-        PreprocessConfig(**options),
-    )
+    edit = PnPConfig(prompt="x", keyframe_window=14, **options)
+    inversion = PreprocessConfig(**options)
     where = torch.device("cuda:0"), torch.float32, 512 * 512
     for config in (edit, inversion):
         said = []
