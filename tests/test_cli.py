@@ -37,11 +37,17 @@ class Result:
     stderr: str
 
 
+def in_float32(script, flags):
+    """The flags of a command, in float32 unless they name a precision: `auto` depends on the processor."""
+    precision = [] if script == "evaluate.py" or "--dtype" in flags else ["--dtype", "float32"]
+    return [*precision, *map(str, flags)]
+
+
 def run(script, *flags, cwd):
     """Run a command in this process, which saves the seconds of importing torch."""
     module = importlib.import_module(script.removesuffix(".py"))
     stdout, stderr, status = io.StringIO(), io.StringIO(), 0
-    argv = [script, *map(str, flags)]
+    argv = [script, *in_float32(script, flags)]
     with (
         contextlib.chdir(cwd),
         contextlib.redirect_stdout(stdout),
@@ -57,7 +63,7 @@ def run(script, *flags, cwd):
 
 def run_process(script, *flags, cwd):
     """Run a command as a user does."""
-    command = [sys.executable, ROOT / script, *map(str, flags)]
+    command = [sys.executable, ROOT / script, *in_float32(script, flags)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 

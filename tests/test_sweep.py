@@ -183,7 +183,8 @@ def test_each_edit_is_as_if_made_alone(
         assert texts[0] == texts[1].replace(f"alone_{out}", out)
 
 
-def test_an_edits_controlnets_do_not_outlive_it(work, checkpoint, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # files of float16 are missed first
+def test_an_edits_controlnets_do_not_outlive_it(work, checkpoint, monkeypatch, dtype):
     folder, flags = work
     made, with_controlnets = [], editing.with_controlnets
 
@@ -196,7 +197,8 @@ def test_an_edits_controlnets_do_not_outlive_it(work, checkpoint, monkeypatch):
     monkeypatch.setattr(editing, "with_controlnets", noted)
     several = [[f"{checkpoint}/controlnet"], [f"{checkpoint}/../{checkpoint.name}/controlnet"]]
     (folder / "networks.yaml").write_text(yaml.safe_dump({"controlnet": several}))
-    flags = [*flags, "--config_path", "networks.yaml", "--output_path", "networks"]
+    flags = [*flags, "--config_path", "networks.yaml", "--output_path", f"networks_{dtype}"]
+    flags += ["--dtype", dtype]
     last_line(run("run_tokenflow_controlnet.py", *flags, cwd=folder))
     assert len(made) == 2
 

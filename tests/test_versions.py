@@ -17,7 +17,13 @@ from test_cli import last_line, refusal, run
 
 import util
 from shapes.versions import CONFIGURATIONS, build_narrow, build_on_meta
-from tokenflow.diffusion.checkpoints import check_checkpoint, load, networks_on_meta, trained_side
+from tokenflow.diffusion.checkpoints import (
+    check_checkpoint,
+    choose_device,
+    load,
+    networks_on_meta,
+    trained_side,
+)
 from tokenflow.diffusion.lora import with_loras
 from tokenflow.errors import UserError
 from tokenflow.layouts import features_shape, tokens_by_layer
@@ -44,6 +50,14 @@ def narrow(tmp_path_factory):
         return made[version]
 
     return of
+
+
+@pytest.mark.parametrize("has_units", [True, False])
+def test_the_natural_precision_of_a_processor(monkeypatch, has_units):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_units)
+    natural = torch.bfloat16 if has_units else torch.float32
+    assert choose_device("cpu", "auto") == (CPU, natural)
+    assert choose_device("cpu", "float16") == (CPU, torch.float16)
 
 
 @pytest.mark.parametrize("version", ["2.1", "XL"])

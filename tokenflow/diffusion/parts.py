@@ -68,12 +68,9 @@ def find(
             break
         for variant in variants:
             where = {"subfolder": subfolder or "", "local_files_only": local_only}
-            try:
-                return get(model_id, **where, **variant, **options)
-            except MemoryError:
-                raise
-            except Exception as error:  # each loader reports a missing file in its own way
-                failure = error
+            part, failure = _attempt(get, model_id, **where, **variant, **options)
+            if failure is None:
+                return part
     option = option or option_of(subfolder)
     _refuse_broken(option, _local_folder(model_id, subfolder or ""), failure)
     part = f" (its {subfolder})" if subfolder else ""
@@ -83,6 +80,22 @@ def find(
         f"{option}: {model_id}{part} is neither a folder nor in {constants.HF_HUB_CACHE}, and cannot be "
         f"downloaded; check the id and the network, or give --{option} a folder in diffusers layout"
     )
+
+
+def _attempt(
+    get: Callable[..., Any], model_id: str, **options: Any
+) -> tuple[Any, Exception | None]:
+    """What `get` returns, and the error it raises instead.
+
+    Whoever stores an error in the call that caught it keeps that call's frame alive, and with it the
+    callers' networks, until the garbage collector finds the circle.
+    """
+    try:
+        return get(model_id, **options), None
+    except MemoryError:
+        raise
+    except Exception as error:  # each loader reports a missing file in its own way
+        return None, error
 
 
 def option_of(subfolder: str | None) -> str:
