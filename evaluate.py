@@ -17,9 +17,10 @@ def main() -> None:
     config = parse(EvaluateConfig, __doc__, "config_evaluate.yaml")
 
     # Slow imports, after the configuration is known to be valid.
+    from tokenflow.editing.subjects import find_subjects
     from tokenflow.evaluation.run import evaluate
 
-    print(evaluate(config))
+    print(evaluate(config, find_subjects(config)))
 
 
 if __name__ == "__main__":

@@ -33,9 +33,9 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
-from tokenflow.correspondences import Led, correspondences
-from tokenflow.keyframe_cache import BlendedRows, KeyframeCache
-from tokenflow.layouts import layout_of
+from tokenflow.diffusion.layouts import layout_of
+from tokenflow.propagation.cache import BlendedRows, KeyframeCache
+from tokenflow.propagation.correspondences import Led, correspondences
 
 STREAMS = SOURCE, UNCOND, COND = 0, 1, 2
 

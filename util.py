@@ -90,6 +90,11 @@ def load_frames(folder: Path, indices: Iterable[int]) -> np.ndarray:
     return np.stack(list(in_parallel(read_image, [frame_path(folder, index) for index in indices])))
 
 
+def read_frames(folder: Path, n_frames: int) -> Iterator[np.ndarray]:
+    """Yield the first `n_frames` frames of such a folder, uint8 RGB (H, W, 3), one by one."""
+    return (read_image(frame_path(folder, index)) for index in range(n_frames))
+
+
 def save_frames(folder: Path, start: int, frames: Iterable[np.ndarray]) -> int:
     """Write uint8 RGB frames (H, W, 3) as PNG into `folder`, numbered from `start`; returns how many."""
     numbered = ((frame_path(folder, index), frame) for index, frame in enumerate(frames, start))

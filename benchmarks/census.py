@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
-from tokenflow import nearest
+from tokenflow.propagation import nearest
 from tokenflow.runtime import ahead
 from tokenflow.runtime.frame_array import FrameArray
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from shapes.flow import flow
 from shapes.world import OBJECT, VALUES, Scene, pixel_centers, render, sample_scene, top_layer
-from tokenflow.optical_flow import where_valid
+from tokenflow.motion.optical_flow import where_valid
 
 FIRST_SEED = 2_000_000  # far from the seeds that the checkpoint and the judge were trained on
 SIZE = 128  # pixels

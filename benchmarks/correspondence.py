@@ -35,10 +35,10 @@ from benchmarks.quality import edit_clip, loaded, report_of
 from benchmarks.report import COLUMNS, markdown, method_table, write_report
 from shapes.world import render
 from tokenflow.config import PnPConfig
-from tokenflow.correspondences import Led, correspondences, tokens_along
 from tokenflow.editing.denoiser import keyframe_schedule
-from tokenflow.keyframe_cache import BlendedRows
-from tokenflow.optical_flow import both_ways, dis_flow
+from tokenflow.motion.optical_flow import both_ways, dis_flow
+from tokenflow.propagation.cache import BlendedRows
+from tokenflow.propagation.correspondences import Led, correspondences, tokens_along
 from tokenflow_utils import flanking_blend
 
 # The last leaves each token where it is, as if nothing moved.

@@ -30,21 +30,20 @@ from benchmarks.report import markdown, write_report
 from benchmarks.sd15 import TEXT
 from shapes.checkpoint import BOS, build_scheduler, build_text_encoder, build_tokenizer
 from tokenflow.config import PnPConfig, PreprocessConfig
-from tokenflow.diffusion.control import Control
 from tokenflow.diffusion.ddim import Schedule
-from tokenflow.diffusion.stable_diffusion import StableDiffusion
+from tokenflow.diffusion.stable_diffusion import Control, StableDiffusion
+from tokenflow.editing.checkpoint import EditCheckpoint
 from tokenflow.editing.consensus import STRIDE, Consensus
 from tokenflow.editing.denoiser import Edit, Source, TokenFlowDenoiser, keyframe_schedule
-from tokenflow.editing.fusion import Fusion
 from tokenflow.editing.run import denoise
 from tokenflow.editing.techniques import plug_and_play
-from tokenflow.inversion.dense_motion import DenseMotion
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles
 from tokenflow.memory import frames_at_once
+from tokenflow.motion.dense import DenseMotion
+from tokenflow.motion.fusion import Fusion
 from tokenflow.runtime.batching import Batches, balanced
 from tokenflow.runtime.distributed import Processes
-from tokenflow.runtime.edit_checkpoint import EditCheckpoint
 from tokenflow.runtime.frame_array import FrameArray
 from tokenflow_utils import JointPass
 

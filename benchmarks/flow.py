@@ -17,8 +17,8 @@ from benchmarks.arguments import benchmark_parser
 from benchmarks.clips import Clip, held_out_clips
 from benchmarks.report import write_report
 from tokenflow.evaluation.figures import GAPS
-from tokenflow.metrics import warp_error
-from tokenflow.optical_flow import dis_flow, valid_flow
+from tokenflow.evaluation.metrics import warp_error
+from tokenflow.motion.optical_flow import dis_flow, valid_flow
 
 FLICKER = 6.0  # grey levels, standard deviation of the brightness that is added to each frame
 N_CLIPS, N_FRAMES = 7, 16

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from tokenflow.nearest import nearest_in_blocks, nearest_tokens
+from tokenflow.propagation.nearest import nearest_in_blocks, nearest_tokens
 
 
 def seconds_of(function: Callable[[], torch.Tensor], repeats: int = 5) -> float:

@@ -13,24 +13,24 @@ import torch
 from benchmarks.clips import Clip
 from shapes.controlnet import CANNY_THRESHOLDS
 from tokenflow.config import PnPConfig, SDEditConfig
+from tokenflow.control.detectors import canny
 from tokenflow.diffusion.ddim import Schedule, invert, last, sample
-from tokenflow.diffusion.detectors import canny
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
+from tokenflow.editing.checkpoint import EditCheckpoint
 from tokenflow.editing.consensus import DISTANCES, Consensus, consensus_steps, followed_distances
 from tokenflow.editing.denoiser import Denoiser, Edit, Source, TokenFlowDenoiser, keyframe_schedule
-from tokenflow.editing.fusion import FLICKER, Fusion
 from tokenflow.editing.mask import Mask, relevance, write_relevant
 from tokenflow.editing.run import denoise
 from tokenflow.editing.techniques import Technique, controlnet, plug_and_play, sdedit
-from tokenflow.inversion.dense_motion import DenseMotion
-from tokenflow.inversion.kept_pairs import KeptPairs
+from tokenflow.evaluation.metrics import frame_psnr
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles
-from tokenflow.inversion.source_motion import SourceMotion, dis_between, furthest_keyframe
-from tokenflow.metrics import frame_psnr
+from tokenflow.motion.dense import DenseMotion
+from tokenflow.motion.fusion import FLICKER, Fusion
+from tokenflow.motion.pairs import KeptPairs
+from tokenflow.motion.to_keyframes import SourceMotion, dis_between, furthest_keyframe
 from tokenflow.runtime.batching import Batches
 from tokenflow.runtime.distributed import Processes
-from tokenflow.runtime.edit_checkpoint import EditCheckpoint
 from tokenflow.runtime.frame_array import FrameArray
 
 SDEDIT_START = 0.7

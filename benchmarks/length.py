@@ -30,14 +30,14 @@ from shapes.checkpoint import build_random
 from shapes.judge import Judge
 from shapes.world import render
 from tokenflow.config import PnPConfig, PreprocessConfig
-from tokenflow.contact_sheet import contact_sheet, moments
 from tokenflow.diffusion.checkpoints import choose_device, load
 from tokenflow.editing.check import check_edit
 from tokenflow.editing.shared import Shared
 from tokenflow.editing.techniques import plug_and_play
 from tokenflow.editing.windows import window_bounds
+from tokenflow.evaluation.contact_sheet import contact_sheet, moments
+from tokenflow.evaluation.metrics import warp_error
 from tokenflow.inversion.run import open_inversion
-from tokenflow.metrics import warp_error
 from util import write_image, write_video
 
 LENGTHS = (24, 96, 384, 1536)  # frames

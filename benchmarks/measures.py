@@ -6,7 +6,7 @@ import numpy as np
 
 from benchmarks.clips import Clip
 from shapes.judge import Judge
-from tokenflow.metrics import drift, gradient_energy, warp_error
+from tokenflow.evaluation.metrics import drift, gradient_energy, warp_error
 
 GAPS = (1, 8, 16)  # frames between the two that a warp error compares
 DRIFT_GAP = 16  # frames between the two that a drift compares

@@ -11,9 +11,9 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 from tokenflow.diffusion.ddim import sample
+from tokenflow.diffusion.layouts import layout_of
 from tokenflow.editing.denoiser import Denoiser, Edit
-from tokenflow.keyframe_cache import KeyframeCache
-from tokenflow.layouts import layout_of
+from tokenflow.propagation.cache import KeyframeCache
 from tokenflow_utils import (
     STREAMS,
     KeyframeSchedule,

@@ -32,9 +32,9 @@ from benchmarks.methods import BASE, FRAME_BY_FRAME, METHODS, chosen_methods
 from benchmarks.report import method_table, plot, reconstruction_table, write_report
 from shapes.judge import Judge
 from tokenflow.config import PnPConfig
-from tokenflow.contact_sheet import contact_sheet, moments
 from tokenflow.diffusion.checkpoints import choose_device, load
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
+from tokenflow.evaluation.contact_sheet import contact_sheet, moments
 from util import read_image, write_image
 
 FULL = {"clips": 12, "frames": 24, "steps": 50}

@@ -36,6 +36,7 @@ from tokenflow.config import PnPConfig
 from tokenflow.diffusion.checkpoints import choose_device, load
 from tokenflow.diffusion.ddim import Schedule, invert, last, sample
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
+from tokenflow.editing.checkpoint import EditCheckpoint
 from tokenflow.editing.denoiser import (
     FILLED_CPU,
     Denoiser,
@@ -46,13 +47,12 @@ from tokenflow.editing.denoiser import (
 )
 from tokenflow.editing.run import denoise
 from tokenflow.editing.techniques import plug_and_play
+from tokenflow.evaluation.metrics import frame_psnr
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles
 from tokenflow.memory import MOST_SAMPLES
-from tokenflow.metrics import frame_psnr
 from tokenflow.runtime.batching import Batches
 from tokenflow.runtime.distributed import Processes
-from tokenflow.runtime.edit_checkpoint import EditCheckpoint
 
 PUBLISHED_STEPS = 500
 STAGES = ("inversion", "reconstruction", "editing")

@@ -6,7 +6,7 @@ from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from shapes.unet import add_noise, denoising_loss
-from tokenflow.diffusion.detectors import canny
+from tokenflow.control.detectors import canny
 
 BATCH = 16
 CANNY_THRESHOLDS = 100, 200  # the defaults of an edit

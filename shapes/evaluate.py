@@ -19,7 +19,7 @@ from shapes.data import render_samples
 from shapes.judge import Judge, accuracies, names_of
 from shapes.vae import round_trip_psnr
 from shapes.world import attribute_indices, sample_attributes
-from tokenflow.contact_sheet import contact_sheet
+from tokenflow.evaluation.contact_sheet import contact_sheet
 from util import write_image
 
 HELD_OUT_SEEDS = range(2_000_000, 2_000_256)

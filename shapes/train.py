@@ -42,7 +42,7 @@ from shapes.text import start_text_encoder, text_loss, tokenize, vocabulary
 from shapes.unet import unet_loss
 from shapes.vae import encode, round_trip_psnr, vae_loss
 from shapes.world import VALUES
-from tokenflow.contact_sheet import contact_sheet
+from tokenflow.evaluation.contact_sheet import contact_sheet
 from util import write_image
 
 TRAINING_SEEDS = range(12_000)

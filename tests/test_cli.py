@@ -22,7 +22,7 @@ from tokenflow.cli import build
 from tokenflow.config import ControlNetConfig, PnPConfig, PreprocessConfig, SDEditConfig
 from tokenflow.errors import UserError
 from tokenflow.evaluation.config import EvaluateConfig
-from tokenflow.metrics import frame_psnr
+from tokenflow.evaluation.metrics import frame_psnr
 
 ROOT = Path(__file__).parent.parent
 TECHNIQUES = {"pnp": PnPConfig, "sdedit": SDEditConfig, "controlnet": ControlNetConfig}

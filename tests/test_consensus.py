@@ -12,14 +12,15 @@ from reference import carried_by_hand, fused_by_hand
 from test_tokenflow import edit_of, source_of, video_of
 
 from tokenflow.config import PnPConfig
+from tokenflow.editing import source_motion
+from tokenflow.editing.checkpoint import EditCheckpoint
 from tokenflow.editing.consensus import DISTANCES, Consensus, consensus_steps, followed_distances
-from tokenflow.editing.fusion import FLICKER, Fusion
 from tokenflow.editing.run import denoise
-from tokenflow.inversion import dense_motion
-from tokenflow.inversion.dense_motion import DenseMotion
-from tokenflow.motion import carried, fused, reliability, warped
+from tokenflow.motion import dense
+from tokenflow.motion.averaging import carried, fused, reliability, warped
+from tokenflow.motion.dense import DenseMotion
+from tokenflow.motion.fusion import FLICKER, Fusion
 from tokenflow.runtime.distributed import Processes
-from tokenflow.runtime.edit_checkpoint import EditCheckpoint
 
 CPU = torch.device("cpu")
 
@@ -117,13 +118,13 @@ def test_what_does_not_follow_the_source_is_not_smeared(moving, tmp_path):
 
 def test_motion_is_found_once_and_mended(moving, tmp_path, monkeypatch):
     """Motion is read where it was kept; that of a pair whose file is damaged is found again."""
-    found, with_reliability = [], dense_motion.with_reliability
+    found, with_reliability = [], dense.with_reliability
 
     def counted(*frames):
         found.append([int(np.where((moving == frame).all((1, 2, 3)))[0][0]) for frame in frames])
         return with_reliability(*frames)
 
-    monkeypatch.setattr(dense_motion, "with_reliability", counted)
+    monkeypatch.setattr(dense, "with_reliability", counted)
     motion = fusion_of(moving, (2,), tmp_path).motion
     assert found == [[0, 2], [1, 3], [2, 4], [3, 5]]
     there, back = motion.between(1, 3)[20:40, 20:40], motion.between(3, 1)[20:40, 20:40]
@@ -146,8 +147,8 @@ def test_motion_of_a_read_only_inversion_is_kept_elsewhere(monkeypatch, tmp_path
     manifest = SimpleNamespace(n_frames=9, config={"H": 64, "W": 96})
     inversion = SimpleNamespace(folder=tmp_path / "inversion", manifest=manifest, source_frame=None)
     for writable, parent in ((True, "inversion"), (False, "edit")):
-        monkeypatch.setattr(dense_motion.os, "access", lambda *_, writable=writable: writable)
-        pairs = dense_motion.dense_motion(inversion, 5, tmp_path / "edit").pairs
+        monkeypatch.setattr(source_motion.os, "access", lambda *_, writable=writable: writable)
+        pairs = source_motion.dense_motion(inversion, 5, tmp_path / "edit").pairs
         assert pairs.folder == tmp_path / parent / "motion"
         assert (pairs.n_frames, pairs.shape) == (9, (2, 64, 96, 3))
 

@@ -13,8 +13,9 @@ from test_cli import last_line, refusal, run, video_of
 import util
 from tokenflow.cli import build
 from tokenflow.config import ControlNetConfig, PreprocessConfig
-from tokenflow.diffusion import detectors
-from tokenflow.diffusion.control import Conditions, Control
+from tokenflow.control import detectors
+from tokenflow.control.conditions import Conditions
+from tokenflow.diffusion.stable_diffusion import Control
 from tokenflow.errors import UserError
 
 CPU = torch.device("cpu")

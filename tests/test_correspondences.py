@@ -16,12 +16,12 @@ from test_tokenflow import (
     video_of,
 )
 
-from tokenflow.correspondences import Led, correspondences, tokens_along
-from tokenflow.inversion.kept_pairs import KeptPairs
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles
-from tokenflow.inversion.source_motion import SourceMotion, dis_between, furthest_keyframe
-from tokenflow.keyframe_cache import BlendedRows
+from tokenflow.motion.pairs import KeptPairs
+from tokenflow.motion.to_keyframes import SourceMotion, dis_between, furthest_keyframe
+from tokenflow.propagation.cache import BlendedRows
+from tokenflow.propagation.correspondences import Led, correspondences, tokens_along
 from tokenflow.runtime.batching import Batches
 from tokenflow.runtime.distributed import Processes
 from tokenflow_utils import KeyframeSchedule

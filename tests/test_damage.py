@@ -8,8 +8,8 @@ import pytest
 import torch
 from test_cli import edit_flags, last_line, refusal, run
 
+from tokenflow.editing.checkpoint import EditCheckpoint
 from tokenflow.runtime.distributed import Processes
-from tokenflow.runtime.edit_checkpoint import EditCheckpoint
 from tokenflow.runtime.frame_array import FrameArray
 
 

@@ -13,8 +13,8 @@ from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessorPil
 
 import util
 from shapes.checkpoint import TINY, build_controlnet
+from tokenflow.control.depth import load_depth_model
 from tokenflow.diffusion.checkpoints import load
-from tokenflow.diffusion.depth import load_depth_model
 
 CPU = torch.device("cpu")
 

@@ -18,13 +18,12 @@ from benchmarks.device import (
 from shapes.checkpoint import TINY, build_unet, build_vae
 from tokenflow import memory
 from tokenflow.config import PnPConfig, PreprocessConfig
-from tokenflow.diffusion.control import Control
 from tokenflow.diffusion.ddim import Schedule
-from tokenflow.diffusion.stable_diffusion import StableDiffusion
+from tokenflow.diffusion.stable_diffusion import Control, StableDiffusion
 from tokenflow.editing.denoiser import Edit, Source
 from tokenflow.editing.techniques import plug_and_play
 from tokenflow.memory import Footprint
-from tokenflow.nearest import nearest_tokens
+from tokenflow.propagation.nearest import nearest_tokens
 from tokenflow.runtime.transfer import to_device
 from tokenflow_utils import JointPass, install_tokenflow
 

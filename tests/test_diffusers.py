@@ -4,9 +4,9 @@ import torch
 from diffusers import StableDiffusionControlNetPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
 
-from tokenflow.diffusion.control import Control
 from tokenflow.diffusion.ddim import Schedule, sample
-from tokenflow.keyframe_cache import KeyframeCache
+from tokenflow.diffusion.stable_diffusion import Control
+from tokenflow.propagation.cache import KeyframeCache
 from tokenflow_utils import COND, UNCOND, JointPass, TokenFlow, TokenFlowAttention
 
 

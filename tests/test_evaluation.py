@@ -19,9 +19,10 @@ from transformers import CLIPModel, CLIPTokenizer, ViTModel
 
 import util
 from benchmarks.flow import accuracy
-from tokenflow.contact_sheet import LABEL_HEIGHT, contact_sheet
+from tokenflow.editing.subjects import find_subjects
 from tokenflow.evaluation import networks
 from tokenflow.evaluation.config import EvaluateConfig
+from tokenflow.evaluation.contact_sheet import LABEL_HEIGHT, contact_sheet
 from tokenflow.evaluation.figures import (
     EDIT,
     FIGURES,
@@ -36,9 +37,8 @@ from tokenflow.evaluation.figures import (
     summarize,
 )
 from tokenflow.evaluation.run import joint_folder
-from tokenflow.evaluation.subjects import find_subjects
 from tokenflow.evaluation.verdict import FAIR, GOOD, POOR, verdict
-from tokenflow.optical_flow import consistent, dis_flow, flow_of_network, valid_flow
+from tokenflow.motion.optical_flow import consistent, dis_flow, flow_of_network, valid_flow
 
 CPU = torch.device("cpu")
 

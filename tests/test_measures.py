@@ -15,7 +15,7 @@ from benchmarks.correspondence import distances
 from benchmarks.kept import keep, kept_path
 from benchmarks.measures import along_motion, difference, mean, measure, summary, with_sharpness
 from benchmarks.methods import METHODS, chosen_methods
-from tokenflow.metrics import drift, gradient_energy, warp_error
+from tokenflow.evaluation.metrics import drift, gradient_energy, warp_error
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ import util
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.errors import UserError
 from tokenflow.evaluation.report import discard_report
-from tokenflow.inversion.dense_motion import DenseMotion
+from tokenflow.motion.dense import DenseMotion
 from tokenflow.runtime import distributed, run_folder
 from tokenflow.runtime.batching import Batches, Limits
 from tokenflow.runtime.distributed import Processes

@@ -15,7 +15,7 @@ from shapes.judge import Judge
 from shapes.text import start_text_encoder, tokenize
 from shapes.world import BAR, OBJECT, pixel_centers, render, sample_scene, top_layer
 from tokenflow.config import PnPConfig
-from tokenflow.metrics import frame_psnr, warp_error
+from tokenflow.evaluation.metrics import frame_psnr, warp_error
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -9,26 +9,13 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     ["tokenflow.errors"],
     ["tokenflow.runtime"],
-    [
-        "util",
-        "tokenflow.cli",
-        "tokenflow.metrics",
-        "tokenflow.contact_sheet",
-        "tokenflow.optical_flow",
-    ],
-    ["tokenflow.config", "tokenflow.motion", "tokenflow.versions", "tokenflow.layouts"],
-    [
-        "tokenflow.diffusion",
-        "tokenflow.keyframe_cache",
-        "tokenflow.memory",
-        "tokenflow.nearest",
-        "tokenflow.correspondences",
-    ],
-    ["tokenflow_utils", "tokenflow.evaluation"],
+    ["util", "tokenflow.cli"],
+    ["tokenflow.diffusion", "tokenflow.propagation"],
+    ["tokenflow.config"],
+    ["tokenflow_utils", "tokenflow.motion", "tokenflow.control", "tokenflow.memory"],
+    ["tokenflow.evaluation"],
     ["tokenflow.inversion"],
     ["tokenflow.editing"],
-    ["tokenflow.evaluation.subjects", "tokenflow.evaluation.run"],
-    ["tokenflow.editing.sweep"],
     ["preprocess", "run_tokenflow", "evaluate"],
 )
 

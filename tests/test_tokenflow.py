@@ -21,8 +21,8 @@ from tokenflow.editing.techniques import Technique
 from tokenflow.editing.windows import anchors, joint_passes, seen_by_all, windows
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles, bytes_needed
-from tokenflow.keyframe_cache import BlendedRows, KeyframeCache
-from tokenflow.nearest import nearest_in_blocks, nearest_tokens
+from tokenflow.propagation.cache import BlendedRows, KeyframeCache
+from tokenflow.propagation.nearest import nearest_in_blocks, nearest_tokens
 from tokenflow.runtime.ahead import WriteBehind, in_parallel, read_ahead
 from tokenflow.runtime.batching import Batches, Limits
 from tokenflow_utils import (
@@ -425,7 +425,9 @@ def test_nearest_tokens_in_blocks(monkeypatch):
     tokens = torch.randn(3, 10, 6, generator=generator)
     keys = torch.nn.functional.normalize(torch.randn(8, 6, generator=generator), dim=-1)
     whole = nearest_tokens(tokens, keys)
-    monkeypatch.setattr("tokenflow.nearest.SIMILARITY_BLOCK", 8 * 7)  # does not divide the tokens
+    monkeypatch.setattr(
+        "tokenflow.propagation.nearest.SIMILARITY_BLOCK", 8 * 7
+    )  # does not divide the tokens
     assert torch.equal(nearest_tokens(tokens, keys), whole)
     similarity = torch.nn.functional.cosine_similarity(tokens[:, :, None], keys, dim=-1)
     assert torch.equal(whole, similarity.argmax(-1))
@@ -433,7 +435,7 @@ def test_nearest_tokens_in_blocks(monkeypatch):
 
 def test_fused_nearest_tokens_equal_the_blocked_ones():
     """In triton's interpreter; skipped without triton. `benchmarks.device` compares them on a GPU."""
-    kernel = pytest.importorskip("tokenflow.nearest_triton")
+    kernel = pytest.importorskip("tokenflow.propagation.nearest_triton")
     generator = torch.Generator().manual_seed(0)
     for tiles, dtype in [
         (kernel.FULL, torch.float32),
@@ -462,7 +464,7 @@ def test_the_kernel_compiles_for_every_gpu():
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from tokenflow import nearest_triton as kernel
+from tokenflow.propagation import nearest_triton as kernel
 
 names = kernel._nearest_kernel.arg_names
 spelt = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import util
-from tokenflow.diffusion.detectors import canny
+from tokenflow.control.detectors import canny
 from tokenflow.errors import UserError
 from tokenflow.runtime.run_folder import run_folder, staged
 

@@ -24,9 +24,9 @@ from tokenflow.diffusion.checkpoints import (
     networks_on_meta,
     trained_side,
 )
+from tokenflow.diffusion.layouts import features_shape, tokens_by_layer
 from tokenflow.diffusion.lora import with_loras
 from tokenflow.errors import UserError
-from tokenflow.layouts import features_shape, tokens_by_layer
 from tokenflow.memory import Footprint
 from tokenflow_utils import JointPass, install_tokenflow
 

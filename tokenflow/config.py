@@ -8,8 +8,8 @@ from pathlib import Path
 from tokenflow.cli import for_each, option
 from tokenflow.config_control import ControlConfig
 from tokenflow.config_model import ModelConfig
+from tokenflow.diffusion.versions import VERSIONS
 from tokenflow.errors import UserError
-from tokenflow.versions import VERSIONS
 
 MAX_FRAMES, MAX_SIZE = 10**6, 2**14  # frames (eleven hours of video); pixels
 RESIZE = ("crop", "stretch", "pad")

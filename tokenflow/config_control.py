@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from tokenflow.cli import for_each, option
+from tokenflow.diffusion.versions import VERSIONS
 from tokenflow.errors import UserError
-from tokenflow.versions import VERSIONS
 
 level_option = partial(option, low=0, high=10_000)  # grey levels of a gradient
 

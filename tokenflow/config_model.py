@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass
 
 from tokenflow.cli import option
+from tokenflow.diffusion.versions import VERSIONS
 from tokenflow.errors import UserError
-from tokenflow.versions import VERSIONS
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}

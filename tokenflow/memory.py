@@ -15,7 +15,7 @@ from torch import nn
 
 from tokenflow.config import EditConfig, PreprocessConfig
 from tokenflow.diffusion.checkpoints import networks_on_meta, vae_dtype
-from tokenflow.layouts import tokens_by_layer
+from tokenflow.diffusion.layouts import tokens_by_layer
 
 log = logging.getLogger("tokenflow")
 

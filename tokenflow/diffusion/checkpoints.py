@@ -18,11 +18,11 @@ from diffusers.configuration_utils import ConfigMixin
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from tokenflow.diffusion.ddim import PREDICTION_TYPES, Schedule
+from tokenflow.diffusion.layouts import as_json, layout_of
 from tokenflow.diffusion.parts import find, load_config, load_weights, option_of
 from tokenflow.diffusion.single_file import SingleFile, read_weights
 from tokenflow.diffusion.stable_diffusion import SIZES_OF_XL, StableDiffusion
 from tokenflow.errors import UserError
-from tokenflow.layouts import as_json, layout_of
 from util import fingerprint
 
 CHANNELS = (4, 5)  # of the latents, and of those with a depth map

@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from tokenflow.diffusion.parts import find, load_config
+from tokenflow.diffusion.versions import VERSIONS
 from tokenflow.errors import UserError
-from tokenflow.versions import VERSIONS
 
 SUFFIXES = (".safetensors", ".ckpt")
 # How the names of a network's weights begin.

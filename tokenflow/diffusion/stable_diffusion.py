@@ -12,7 +12,6 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, MultiControlNetModel, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from tokenflow.diffusion.control import Control
 from tokenflow.diffusion.ddim import check_finite
 from tokenflow.errors import UserError
 from tokenflow.runtime.batching import Batches, Limits
@@ -48,6 +47,25 @@ class Text:
         """Concatenate the prompts of several batches."""
         pooled = None if texts[0].pooled is None else torch.cat([text.pooled for text in texts])
         return cls(torch.cat([text.tokens for text in texts]), pooled)
+
+
+@dataclass(frozen=True)
+class Control:
+    """What conditions m ControlNets: images (m, n, 3, H, W) in [0, 1] and factors (m, n)."""
+
+    images: torch.Tensor
+    scales: torch.Tensor
+
+    @classmethod
+    def of(cls, images: torch.Tensor, scales: Sequence[float]) -> "Control":
+        """The condition of images (m, n, 3, H, W) with one factor for each ControlNet."""
+        return cls(images, torch.tensor(scales)[:, None].repeat(1, images.shape[1]))
+
+    @classmethod
+    def cat(cls, controls: Sequence["Control"]) -> "Control":
+        """Concatenate the conditions of several batches."""
+        images, scales = zip(*((c.images, c.scales) for c in controls), strict=True)
+        return cls(torch.cat(images, dim=1), torch.cat(scales, dim=1))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ from functools import partial
 from pathlib import Path
 
 from tokenflow.config import ControlNetConfig, EditConfig
+from tokenflow.control.conditions import control_identity
+from tokenflow.control.detectors import check_detectors
 from tokenflow.diffusion.checkpoints import (
     check_checkpoint,
     check_controlnets,
@@ -12,13 +14,13 @@ from tokenflow.diffusion.checkpoints import (
 )
 from tokenflow.diffusion.ddim import Schedule
 from tokenflow.diffusion.lora import check_loras, lora_identity
+from tokenflow.editing.find_inversion import conditions_of, find_inversion, preprocess_command
 from tokenflow.editing.identity import identity_of
 from tokenflow.editing.mask import check_mask
 from tokenflow.editing.run import EditRun
 from tokenflow.editing.shared import Shared
 from tokenflow.errors import UserError
-from tokenflow.inversion.find import conditions_of, find_inversion, preprocess_command
-from tokenflow.inversion.source_frames import FrameChoice, check_conditions, control_identity
+from tokenflow.inversion.source_frames import FrameChoice, check_control_frames
 from tokenflow.runtime.distributed import Processes
 from util import fingerprint
 
@@ -52,9 +54,9 @@ def check_edit(config: EditConfig, technique: str, shared: Shared) -> EditRun:
     files = [lora_identity(lora) for lora in config.lora]
     if isinstance(config, ControlNetConfig):
         check_controlnets(config.controlnet_ids)
-        shared.get(
-            "conditions checked", conditions, partial(check_conditions, config, choice, n_frames)
-        )
+        check_detectors(config)
+        check = partial(check_control_frames, config, choice, n_frames)
+        shared.get("conditions checked", conditions, check)
         files += [control_identity(config)] if config.control_path else []
     if config.mask_path:
         check = partial(check_mask, config.mask_path, choice, n_frames)

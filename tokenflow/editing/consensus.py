@@ -14,8 +14,8 @@ import torch
 
 from tokenflow.config import EditConfig
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
-from tokenflow.editing.fusion import Fusion
-from tokenflow.motion import carried
+from tokenflow.motion.averaging import carried
+from tokenflow.motion.fusion import Fusion
 from tokenflow.runtime.frame_array import FrameArray
 
 # The first consensus, as a share of the steps: before, predictions are too vague to be aligned. The last one

@@ -17,15 +17,14 @@ import torch
 from diffusers import DDIMScheduler
 
 from tokenflow.config import EditConfig
-from tokenflow.correspondences import Led, led_by_resolution
-from tokenflow.diffusion.control import Control
 from tokenflow.diffusion.ddim import Schedule
-from tokenflow.diffusion.stable_diffusion import StableDiffusion, Text
+from tokenflow.diffusion.stable_diffusion import Control, StableDiffusion, Text
 from tokenflow.editing.consensus import Consensus
 from tokenflow.editing.mask import Mask
 from tokenflow.editing.techniques import Technique
 from tokenflow.editing.windows import Window, joint_passes, seen_by_all, windows
 from tokenflow.memory import MOST_SAMPLES, frames_at_once
+from tokenflow.propagation.correspondences import Led, led_by_resolution
 from tokenflow.runtime.ahead import read_ahead
 from tokenflow.runtime.batching import Batches, balanced
 from tokenflow.runtime.frame_array import FrameArray

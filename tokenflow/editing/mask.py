@@ -12,9 +12,9 @@ from kornia.filters import guided_blur
 from tqdm import tqdm
 
 from tokenflow.diffusion.ddim import check_finite
-from tokenflow.editing.fusion import Fusion
 from tokenflow.errors import UserError
 from tokenflow.inversion.source_frames import FrameChoice
+from tokenflow.motion.fusion import Fusion
 from tokenflow.runtime.frame_array import FrameArray
 
 # Where in the schedule two prompts are compared, as shares of its steps. While there is much noise, they

@@ -13,40 +13,37 @@ import torch
 from tqdm import tqdm
 
 from tokenflow.config import ControlNetConfig, EditConfig
-from tokenflow.contact_sheet import contact_sheet, moments
+from tokenflow.control.conditions import Conditions, find_conditions
+from tokenflow.control.depth import DEPTH_VIDEO, write_depth_video
 from tokenflow.diffusion.checkpoints import load, with_controlnets
-from tokenflow.diffusion.control import Conditions
 from tokenflow.diffusion.ddim import Schedule, check_finite, ddim_step, predicted_clean
 from tokenflow.diffusion.lora import with_loras
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
+from tokenflow.editing.checkpoint import EditCheckpoint
 from tokenflow.editing.consensus import DISTANCES, Consensus, consensus_steps, followed_distances
 from tokenflow.editing.denoiser import Denoiser, Edit, Source, TokenFlowDenoiser, keyframe_schedule
-from tokenflow.editing.fusion import FLICKER, Fusion
+from tokenflow.editing.find_inversion import conditions_of, preprocess_command
 from tokenflow.editing.mask import Mask, given, relevance, write_relevant
 from tokenflow.editing.shared import Shared
+from tokenflow.editing.source_motion import dense_motion, kept_motion
 from tokenflow.editing.techniques import LatentsOf, Technique
 from tokenflow.errors import DamagedError, UserError
+from tokenflow.evaluation.contact_sheet import contact_sheet, moments
 from tokenflow.evaluation.report import discard_report
-from tokenflow.inversion.dense_motion import DenseMotion, dense_motion
 from tokenflow.inversion.files import CLEAN, Inversion, noisy
-from tokenflow.inversion.find import conditions_of, preprocess_command
 from tokenflow.inversion.predictor import VideoNoisePredictor
-from tokenflow.inversion.source_frames import (
-    DEPTH_VIDEO,
-    FrameChoice,
-    find_conditions,
-    write_depth_video,
-)
-from tokenflow.inversion.source_motion import kept_motion
+from tokenflow.inversion.source_frames import FrameChoice
 from tokenflow.memory import plan_memory
+from tokenflow.motion.dense import DenseMotion
+from tokenflow.motion.fusion import FLICKER, Fusion
 from tokenflow.runtime.batching import Batches, Limits
 from tokenflow.runtime.digests import check, digest_of, seal
 from tokenflow.runtime.distributed import Processes
-from tokenflow.runtime.edit_checkpoint import EditCheckpoint
 from tokenflow.runtime.frame_array import FrameArray
 from tokenflow.runtime.run_folder import locked, partial_path, remove, run_folder, staged
 from util import (
     load_frames,
+    read_frames,
     save_frames,
     write_image,
     write_video,
@@ -202,8 +199,11 @@ class EditRun:
     def find_conditions(self) -> None:
         """Find what the ControlNets are given of each frame, and show it as a video, side by side."""
         if self.processes.is_main:
-            seen = self.inversion.source_frames, self.n_frames, self._conditions
-            find = partial(find_conditions, self.config, self._choice, *seen, self.processes.device)
+            config, n_frames = self.config, self.n_frames
+            frames = partial(read_frames, self.inversion.source_frames, n_frames)
+            own = partial(self._choice.fitted, Path(config.control_path or ""), n_frames)
+            where = n_frames, self._conditions, self.processes.device
+            find = partial(find_conditions, config, frames, own, *where)
             self.shared.get("conditions", conditions_of(self.config), find)
             each = (self._conditions[torch.tensor([index])] for index in range(self.n_frames))
             frames = (np.concatenate(conditions[:, 0], axis=1) for conditions in each)

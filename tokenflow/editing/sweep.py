@@ -13,6 +13,7 @@ from tokenflow.editing.check import check_edit
 from tokenflow.editing.identity import identity_of_sweep
 from tokenflow.editing.run import STEPS, EditRun
 from tokenflow.editing.shared import Shared
+from tokenflow.editing.subjects import find_subjects
 from tokenflow.errors import UserError
 from tokenflow.evaluation.config import EvaluateConfig
 from tokenflow.evaluation.report import PAGE, discard_report
@@ -45,9 +46,8 @@ def open_edits(configs: Sequence[EditConfig], technique: str) -> Iterator["Edits
     if several:
         if first.processes.is_main and not (folder / PAGE).exists():
             done = tuple(str(video.parent) for video in sweep.videos)
-            evaluate(
-                EvaluateConfig(edits=done, output_path=str(folder), device=first.config.device)
-            )
+            config = EvaluateConfig(edits=done, output_path=str(folder), device=first.config.device)
+            evaluate(config, find_subjects(config))
         first.processes.wait()
 
 

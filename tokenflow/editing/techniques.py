@@ -7,8 +7,8 @@ import torch
 from diffusers import DDIMScheduler
 
 from tokenflow.config import PnPConfig, SDEditConfig
-from tokenflow.diffusion.control import Control
 from tokenflow.diffusion.ddim import Schedule
+from tokenflow.diffusion.stable_diffusion import Control
 
 # From frame indices (n,) to latents (n, 4, h, w).
 LatentsOf = Callable[[torch.Tensor], torch.Tensor]

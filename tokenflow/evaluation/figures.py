@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tokenflow.metrics import CPU, frame_psnr, frame_ssim, gradient_energy, warp_error
-from tokenflow.optical_flow import Flow, valid_flow
+from tokenflow.evaluation.metrics import CPU, frame_psnr, frame_ssim, gradient_energy, warp_error
+from tokenflow.motion.optical_flow import Flow, valid_flow
 
 # What a video is in an evaluation. The floors, all but the last two, are what no edit can be blamed for.
 SOURCE, VAE, RECONSTRUCTION, PER_FRAME, EDIT = (
@@ -197,7 +197,7 @@ def _flicker(recent: Recent, motionless: np.ndarray) -> Values:
 def beside_source(recent: Recent, device: torch.device = CPU) -> Values:
     """Meter of each newest frame against the source's, over all pixels; PSNR and SSIM on a device.
 
-    PSNR in dB (100 if equal) and SSIM, as `tokenflow.metrics` defines them; sharpness: the gradient energy
+    PSNR in dB (100 if equal) and SSIM, as `evaluation.metrics` defines them; sharpness: the gradient energy
     divided by the source's (0 where the source has none, being plain).
     """
     source, *others = ((name, frames[-1][None]) for name, frames in recent.items())

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 
 from tokenflow.config_sweep import differences, label, spelt
-from tokenflow.contact_sheet import contact_sheet, moments
+from tokenflow.evaluation.contact_sheet import contact_sheet, moments
 from tokenflow.evaluation.figures import (
     EDIT,
     FIGURES,

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from tokenflow.contact_sheet import moments
 from tokenflow.diffusion.checkpoints import choose_device
 from tokenflow.evaluation.config import EvaluateConfig
+from tokenflow.evaluation.contact_sheet import moments
 from tokenflow.evaluation.figures import (
     EDIT,
     SOURCE,
@@ -33,9 +33,9 @@ from tokenflow.evaluation.figures import (
 )
 from tokenflow.evaluation.networks import available
 from tokenflow.evaluation.report import PAGE, PARTS, Entry, thumbnails, write_measured, write_report
-from tokenflow.evaluation.subjects import Subject, find_subjects
+from tokenflow.evaluation.subject import Subject
 from tokenflow.evaluation.verdict import verdict
-from tokenflow.optical_flow import Flow, dis_flow, raft_flow
+from tokenflow.motion.optical_flow import Flow, dis_flow, raft_flow
 from tokenflow.runtime.run_folder import locked, staged
 from util import write_video
 
@@ -44,13 +44,9 @@ T = TypeVar("T")
 log = logging.getLogger("tokenflow")
 
 
-def evaluate(config: EvaluateConfig) -> Path:
-    """Measure everything that the configuration names, write the reports, and return the path of the last.
-
-    Everything that can be checked is checked first.
-    """
+def evaluate(config: EvaluateConfig, subjects: list[Subject]) -> Path:
+    """Measure everything that a configuration names, write the reports, and return the path of the last."""
     device, _ = choose_device(config.device, "float32")
-    subjects = find_subjects(config)
     flow = raft_flow(device) if config.flow == "raft" else dis_flow()
     with ExitStack() as held:
         for subject in subjects:

@@ -4,8 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from tokenflow.diffusion.control import Control
-from tokenflow.diffusion.stable_diffusion import StableDiffusion
+from tokenflow.diffusion.stable_diffusion import Control, StableDiffusion
 from tokenflow.runtime.batching import Batches
 
 

@@ -16,6 +16,9 @@ import torch
 from tqdm import tqdm
 
 from tokenflow.config import PreprocessConfig
+from tokenflow.control.conditions import Conditions, control_identity, find_conditions
+from tokenflow.control.depth import DEPTH_VIDEO, find_depth, load_depth_model, write_depth_video
+from tokenflow.control.detectors import check_detectors
 from tokenflow.diffusion.checkpoints import (
     check_checkpoint,
     checkpoint_identity,
@@ -25,26 +28,16 @@ from tokenflow.diffusion.checkpoints import (
     load_scheduler,
     trained_side,
 )
-from tokenflow.diffusion.control import Conditions, Control
 from tokenflow.diffusion.ddim import NoisePredictor, Schedule, invert, sample
-from tokenflow.diffusion.depth import load_depth_model
-from tokenflow.diffusion.stable_diffusion import StableDiffusion
+from tokenflow.diffusion.layouts import as_json
+from tokenflow.diffusion.stable_diffusion import Control, StableDiffusion
 from tokenflow.errors import DamagedError, UserError
 from tokenflow.evaluation.report import PAGE
 from tokenflow.inversion.files import CLEAN, INVERTED, Inversion, Manifest, noisy
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.report import compare, report_reconstruction
 from tokenflow.inversion.source_features import RecordingPredictor, can_keep_source_features
-from tokenflow.inversion.source_frames import (
-    DEPTH_VIDEO,
-    FrameChoice,
-    check_conditions,
-    control_identity,
-    find_conditions,
-    find_depth,
-    write_depth_video,
-)
-from tokenflow.layouts import as_json
+from tokenflow.inversion.source_frames import FrameChoice, check_control_frames
 from tokenflow.memory import frames_at_once, plan_memory
 from tokenflow.runtime.ahead import WriteBehind
 from tokenflow.runtime.batching import Batches, Limits, balanced
@@ -57,6 +50,7 @@ from util import (
     frame_path,
     frame_rate,
     load_frames,
+    read_frames,
     save_frames,
     write_video_from_folders,
 )
@@ -79,7 +73,8 @@ def open_inversion(config: PreprocessConfig) -> Iterator["InversionRun"]:
     device, dtype = choose_device(config.device, config.dtype)
     manifest = new_manifest(config, schedule, editing)
     if config.controlnet_ids:
-        check_conditions(config, FrameChoice.of(asdict(config)), manifest.n_frames)
+        check_detectors(config)
+        check_control_frames(config, FrameChoice.of(asdict(config)), manifest.n_frames)
     final = Inversion.of(config, manifest.n_frames)
     processes = Processes(device)
     inversion = Inversion(partial_path(final.folder))
@@ -235,9 +230,11 @@ class InversionRun:
     def _see(self) -> None:
         """Find what the ControlNets are given of the frames, and the depth that the UNet takes."""
         config, inversion, n_frames = self.config, self.inversion, self.manifest.n_frames
-        seen = inversion.source_frames, n_frames, self._conditions, self.processes.device
+        frames = partial(read_frames, inversion.source_frames, n_frames)
         if config.controlnet_ids:
-            find_conditions(config, self._choice, *seen)
+            own = partial(self._choice.fitted, Path(config.control_path or ""), n_frames)
+            device = self.processes.device
+            find_conditions(config, frames, own, n_frames, self._conditions, device)
         if not self.sd.takes_depth:
             return
         parts = (None, None) if config.depth_model else ("depth_estimator", "feature_extractor")
@@ -245,7 +242,7 @@ class InversionRun:
         model = load_depth_model(where, self.processes.device, parts)
         shape = self.sd.latent_shape(n_frames, config.H, config.W)
         depth = inversion.create_depth((n_frames, 1, *shape[2:]))
-        find_depth(model, inversion.source_frames, depth)
+        find_depth(model, frames, depth)
         video, fps = inversion.folder / DEPTH_VIDEO, self.manifest.frame_rate
         write_depth_video(video, depth, n_frames, (config.H, config.W), fps)
 

@@ -21,10 +21,10 @@ from diffusers.models.attention_processor import Attention
 
 from tokenflow.config import PreprocessConfig
 from tokenflow.diffusion.ddim import Schedule
+from tokenflow.diffusion.layouts import features_shape, tokens_by_layer
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.inversion.predictor import VideoNoisePredictor
-from tokenflow.keyframe_cache import BlendedRows, KeyframeCache
-from tokenflow.layouts import features_shape, tokens_by_layer
+from tokenflow.propagation.cache import BlendedRows, KeyframeCache
 from tokenflow.runtime.frame_array import FrameArray
 from tokenflow.runtime.transfer import to_device
 from tokenflow_utils import (

@@ -1,32 +1,16 @@
-"""The frames of a video that are inverted, and what is seen in them: conditions of ControlNets, and depth."""
+"""Which frames of a video are used, and at which size."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from fractions import Fraction
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from tokenflow.config_control import ControlConfig
-from tokenflow.diffusion.control import Conditions
-from tokenflow.diffusion.depth import DepthModel, depth_picture
-from tokenflow.diffusion.detectors import check_detectors, found
 from tokenflow.errors import UserError
-from tokenflow.runtime.frame_array import FrameArray
-from util import (
-    decode_frames,
-    fingerprint,
-    fit_frame,
-    load_frames,
-    save_frames,
-    write_video,
-)
-
-DEPTH_VIDEO = "depth.mp4"
+from util import decode_frames, fit_frame, save_frames
 
 
 @dataclass(frozen=True)
@@ -82,56 +66,10 @@ class FrameChoice:
             )
 
 
-def written_frames(folder: Path, n_frames: int) -> Iterator[np.ndarray]:
-    """The first `n_frames` frames in a folder of frames, uint8 RGB (H, W, 3), one by one."""
-    return (load_frames(folder, [index])[0] for index in range(n_frames))
-
-
-def check_conditions(config: ControlConfig, choice: FrameChoice, n_frames: int) -> None:
-    """Raise UserError if a detector's package or frames of control_path are missing."""
-    check_detectors(config)
+def check_control_frames(config: ControlConfig, choice: FrameChoice, n_frames: int) -> None:
+    """Raise UserError if frames of control_path are missing."""
     if config.control_path is None:
         return
     if not (path := Path(config.control_path)).exists():
         raise UserError(f"control_path: {path}: no such file or folder")
     choice.check_length("control_path", path, n_frames, choice.count(path, n_frames))
-
-
-def control_identity(config: ControlConfig) -> str | None:
-    """The fingerprint of control_path, if there are such frames."""
-    path = Path(config.control_path) if config.control_path else None
-    return fingerprint(path) if path and path.exists() else None
-
-
-def find_conditions(
-    config: ControlConfig,
-    choice: FrameChoice,
-    folder: Path,
-    n_frames: int,
-    conditions: Conditions,
-    device: torch.device,
-) -> None:
-    """Write what the ControlNets are given of the first `n_frames` frames in `folder`."""
-    frames = partial(written_frames, folder, n_frames)
-    own = partial(choice.fitted, Path(config.control_path or ""), n_frames)
-    progress = (
-        tqdm(seen, f"Finding {control}", n_frames, unit="frame")
-        for control, seen in zip(config.control, found(config, frames, own, device), strict=True)
-    )
-    conditions.write(n_frames, progress)
-
-
-def find_depth(model: DepthModel, folder: Path, depth: FrameArray) -> None:
-    """Write the depth of the frames in `folder` to `depth`, whose shape is (N, 1, h, w)."""
-    n_frames, _, height, width = depth.shape
-    seen: Iterable = model.of_video(partial(written_frames, folder, n_frames), height, width)
-    for index, of_frame in enumerate(tqdm(seen, "Finding depth", n_frames, unit="frame")):
-        depth[torch.tensor([index])] = torch.from_numpy(of_frame)[None, None]
-
-
-def write_depth_video(
-    path: Path, depth: FrameArray, n_frames: int, size: tuple[int, int], fps: Fraction
-) -> None:
-    """Show the depth of the first `n_frames` frames, enlarged to a size (H, W) in pixels, as a video."""
-    rows = (depth[torch.tensor([index])][0, 0].numpy() for index in range(n_frames))
-    write_video(path, (depth_picture(row, *size) for row in rows), fps)

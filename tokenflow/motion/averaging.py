@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from kornia.filters import gaussian_blur2d
 
-from tokenflow.optical_flow import consistent, squared_length, targets
+from tokenflow.motion.optical_flow import consistent, squared_length, targets
 
 # Grey levels by which two frames of the source may differ where the flow is right: compression, noise, light.
 SOURCE_NOISE = 12.0

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from tokenflow.config import ControlNetConfig, EditConfig
+from tokenflow.control.conditions import control_identity
 from tokenflow.diffusion.checkpoints import checkpoint_identity
 from tokenflow.errors import DamagedError, UserError
 from tokenflow.inversion.files import Inversion
-from tokenflow.inversion.source_frames import control_identity
 from util import fingerprint
 
 # Options of the edit that an inversion under ControlNets must share.

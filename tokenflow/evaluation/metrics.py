@@ -5,7 +5,7 @@ import numpy as np
 import torch
 from kornia.metrics import psnr, ssim
 
-from tokenflow.optical_flow import targets
+from tokenflow.motion.optical_flow import targets
 
 SSIM_WINDOW = 11  # pixels; the window of the SSIM paper
 LUMINANCE = np.array([0.299, 0.587, 0.114])  # weights of red, green and blue (ITU-R BT.601)

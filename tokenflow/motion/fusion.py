@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tokenflow.inversion.dense_motion import DenseMotion
-from tokenflow.motion import agreement, fused, warped
+from tokenflow.motion.averaging import agreement, fused, warped
+from tokenflow.motion.dense import DenseMotion
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.frame_array import FrameArray
 from tokenflow.runtime.transfer import to_device

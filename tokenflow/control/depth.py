@@ -2,16 +2,22 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
+from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
 from tokenflow.diffusion.parts import find
+from tokenflow.runtime.frame_array import FrameArray
+from util import write_video
 
 # MiDaS, the model whose depth Stable Diffusion 2 depth and the depth ControlNets were trained with.
 DEPTH_MODEL = "Intel/dpt-hybrid-midas"
+DEPTH_VIDEO = "depth.mp4"
 
 
 @dataclass(frozen=True)
@@ -69,3 +75,21 @@ def load_depth_model(
     network = find(AutoModelForDepthEstimation.from_pretrained, model, parts[0], option=option)
     processor = find(AutoImageProcessor.from_pretrained, model, parts[1], option=option)
     return DepthModel(network.float().eval().to(device), processor, device)
+
+
+def find_depth(
+    model: DepthModel, frames: Callable[[], Iterable[np.ndarray]], depth: FrameArray
+) -> None:
+    """Write the depth of the frames, which `frames` gives anew, to `depth`, whose shape is (N, 1, h, w)."""
+    n_frames, _, height, width = depth.shape
+    seen = model.of_video(frames, height, width)
+    for index, of_frame in enumerate(tqdm(seen, "Finding depth", n_frames, unit="frame")):
+        depth[torch.tensor([index])] = torch.from_numpy(of_frame)[None, None]
+
+
+def write_depth_video(
+    path: Path, depth: FrameArray, n_frames: int, size: tuple[int, int], fps: Fraction
+) -> None:
+    """Show the depth of the first `n_frames` frames, enlarged to a size (H, W) in pixels, as a video."""
+    rows = (depth[torch.tensor([index])][0, 0].numpy() for index in range(n_frames))
+    write_video(path, (depth_picture(row, *size) for row in rows), fps)

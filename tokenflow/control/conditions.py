@@ -1,32 +1,16 @@
 """What conditions ControlNets: images of each frame of a video, found once and kept in files."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
+from tokenflow.config_control import ControlConfig
+from tokenflow.control.detectors import found
 from tokenflow.runtime.frame_array import FrameArray
-
-
-@dataclass(frozen=True)
-class Control:
-    """What conditions m ControlNets: images (m, n, 3, H, W) in [0, 1] and factors (m, n)."""
-
-    images: torch.Tensor
-    scales: torch.Tensor
-
-    @classmethod
-    def of(cls, images: torch.Tensor, scales: Sequence[float]) -> "Control":
-        """The condition of images (m, n, 3, H, W) with one factor for each ControlNet."""
-        return cls(images, torch.tensor(scales)[:, None].repeat(1, images.shape[1]))
-
-    @classmethod
-    def cat(cls, controls: Sequence["Control"]) -> "Control":
-        """Concatenate the conditions of several batches."""
-        images, scales = zip(*((c.images, c.scales) for c in controls), strict=True)
-        return cls(torch.cat(images, dim=1), torch.cat(scales, dim=1))
+from util import fingerprint
 
 
 class Conditions:
@@ -46,3 +30,28 @@ class Conditions:
     def __getitem__(self, frames: torch.Tensor) -> np.ndarray:
         """The conditions (m, n, H, W, 3) of the frames (n,)."""
         return np.stack([file[frames].numpy() for file in self.files])
+
+
+def control_identity(config: ControlConfig) -> str | None:
+    """The fingerprint of control_path, if there are such frames."""
+    path = Path(config.control_path) if config.control_path else None
+    return fingerprint(path) if path and path.exists() else None
+
+
+def find_conditions(
+    config: ControlConfig,
+    frames: Callable[[], Iterable[np.ndarray]],
+    own: Callable[[], Iterable[np.ndarray]],
+    n_frames: int,
+    conditions: Conditions,
+    device: torch.device,
+) -> None:
+    """Write what the ControlNets are given of each frame.
+
+    frames, own: give the source's frames and those of control_path, uint8 RGB (H, W, 3), anew.
+    """
+    progress = (
+        tqdm(seen, f"Finding {control}", n_frames, unit="frame")
+        for control, seen in zip(config.control, found(config, frames, own, device), strict=True)
+    )
+    conditions.write(n_frames, progress)

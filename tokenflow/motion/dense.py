@@ -1,6 +1,5 @@
 """Where the pixels of a frame are in other frames of the source: found when an edit needs it, and kept."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,10 +9,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from tokenflow.inversion.files import Inversion
-from tokenflow.inversion.kept_pairs import FRAMES_HELD, KeptPairs
-from tokenflow.motion import reliability
-from tokenflow.optical_flow import dis_flow
+from tokenflow.motion.averaging import reliability
+from tokenflow.motion.optical_flow import dis_flow
+from tokenflow.motion.pairs import FRAMES_HELD, KeptPairs
 from tokenflow.runtime.ahead import in_parallel
 from tokenflow.runtime.distributed import Processes
 
@@ -74,14 +72,3 @@ def with_reliability(frame: np.ndarray, other: np.ndarray) -> np.ndarray:
     reliable = reliability(frame, other, there, back), reliability(other, frame, back, there)
     ways = zip((there, back), reliable, strict=True)
     return np.stack([np.dstack(way) for way in ways])
-
-
-def dense_motion(inversion: Inversion, n_frames: int, elsewhere: Path) -> DenseMotion:
-    """The motion of an inverted video, kept with its inversion, or `elsewhere` if that is read-only.
-
-    None of it is found yet.
-    """
-    folder = inversion.folder if os.access(inversion.folder, os.W_OK) else elsewhere
-    manifest = inversion.manifest
-    video = manifest.n_frames, manifest.config["H"], manifest.config["W"]
-    return DenseMotion.kept_in(folder / "motion", video, inversion.source_frame, n_frames)

@@ -11,11 +11,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from tokenflow.config import EditConfig
-from tokenflow.inversion.files import CLEAN, Inversion
-from tokenflow.inversion.kept_pairs import FRAMES_HELD, KeptPairs
-from tokenflow.optical_flow import both_ways, dis_flow
-from tokenflow.runtime.distributed import Processes
+from tokenflow.motion.optical_flow import both_ways, dis_flow
+from tokenflow.motion.pairs import FRAMES_HELD, KeptPairs
 
 # Maps two frames to the flows (H, W, 2) between them, there and back, in pixels; NaN where they fail.
 Between = Callable[[int, int], tuple[np.ndarray, np.ndarray]]
@@ -56,17 +53,6 @@ class SourceMotion:
         """The flows (2, h, w, 2) between two frames, there and back, in pixels."""
         middle = np.s_[self.cell // 2 :: self.cell]
         return np.stack([flow[middle, middle] for flow in self.between(first, later)])
-
-
-def kept_motion(
-    inversion: Inversion, config: EditConfig, n_frames: int, processes: Processes
-) -> SourceMotion:
-    """The motion that an edit of the first `n_frames` frames follows."""
-    shape = inversion.latents(CLEAN).shape
-    pairs = KeptPairs(inversion.folder / "flow", shape[0], (2, *shape[2:], 2))
-    pairs.create(range(1, furthest_keyframe(config.interval, n_frames) + 1), n_frames, processes)
-    cell = inversion.manifest.config["H"] // shape[2]
-    return SourceMotion(pairs, dis_between(inversion.source_frame), cell, config.max_displacement)
 
 
 def furthest_keyframe(interval: int, n_frames: int) -> int:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 try:
-    from tokenflow import nearest_triton
+    from tokenflow.propagation import nearest_triton
 except ImportError:  # triton comes with CUDA builds of torch only
     nearest_triton = None
 

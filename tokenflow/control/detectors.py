@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from tokenflow.config_control import ControlConfig
-from tokenflow.diffusion.depth import DEPTH_MODEL, load_depth_model
+from tokenflow.control.depth import DEPTH_MODEL, load_depth_model
 from tokenflow.errors import UserError
 
 # Detectors of controlnet_aux, those whose edges the ControlNets were trained with, and their weights.

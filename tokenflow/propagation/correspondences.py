@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from tokenflow.keyframe_cache import BlendedRows
-from tokenflow.nearest import nearest_tokens
+from tokenflow.propagation.cache import BlendedRows
+from tokenflow.propagation.nearest import nearest_tokens
 from tokenflow.runtime.transfer import to_device
 
 

@@ -1,0 +1,117 @@
+"""What `evaluate.py` compares: finished edits with their inversions, or any two videos."""
+
+from glob import escape
+from pathlib import Path
+from typing import Any
+
+from tokenflow.editing.identity import read_identity
+from tokenflow.errors import DamagedError, UserError
+from tokenflow.evaluation.config import EvaluateConfig
+from tokenflow.evaluation.figures import EDIT, PER_FRAME, RECONSTRUCTION, SOURCE, VAE
+from tokenflow.evaluation.report import PAGE, SHEET, TABLE
+from tokenflow.evaluation.subject import Subject
+from tokenflow.inversion.files import Inversion
+from tokenflow.runtime.digests import check
+from util import decode_frames, frame_rate, list_images
+
+# The option that only one technique has.
+TECHNIQUES = {"pnp_attn_t": "pnp", "start": "sdedit", "control_scale": "controlnet"}
+
+
+def find_subjects(config: EvaluateConfig) -> list[Subject]:
+    """Everything that a configuration asks to evaluate. Raises UserError for what cannot be."""
+    if config.edits:
+        named = list(dict.fromkeys(map(Path, config.edits)))
+        # A pattern such as tokenflow-results/* also names the last report over all.
+        folders = [path for path in named if path.is_dir() or path.name not in (PAGE, SHEET, TABLE)]
+        return [_edit(folder, config) for folder in folders or named]
+    return [_videos(config)]
+
+
+def _edit(folder: Path, config: EvaluateConfig) -> Subject:
+    text = folder / "config.yaml"
+    if (folder / TABLE).is_file() and not (folder / "frames").exists():
+        raise UserError(
+            f"edits: {folder} has only a report of several edits; name the edits, which its {TABLE} lists"
+        )
+    if not text.is_file():
+        raise UserError(f"edits: {folder} is not the folder of an edit: it has no config.yaml")
+    try:
+        check(folder)
+    except DamagedError as damage:
+        raise UserError(
+            f"edits: {damage}; finish or recompute the edit with the command that began it"
+        ) from damage
+    options, identity = read_identity(text.read_text(encoding="utf-8"))
+    inversion = _inversion_of(folder, options, identity, config.latents_path)
+    frames = {SOURCE: inversion.source_frames, VAE: inversion.vae}
+    if inversion.reconstruction.exists():
+        frames[RECONSTRUCTION] = inversion.reconstruction
+    frames |= _frame_by_frame(config) | {EDIT: folder / "frames"}
+    return Subject(
+        name=folder.resolve().name,
+        folder=folder,
+        frames=frames,
+        n_frames=_shortest(frames, config.n_frames),
+        fps=inversion.manifest.frame_rate,
+        resize=config.resize,
+        prompt=config.prompt or options["prompt"],
+        technique=next((t for key, t in TECHNIQUES.items() if key in options), None),
+        options=options,
+        playable={EDIT: folder / "edited.mp4", VAE: folder / "vae_reconstruction.mp4"},
+    )
+
+
+def _videos(config: EvaluateConfig) -> Subject:
+    edited = Path(config.edited)
+    fps = frame_rate(edited)
+    frames = {SOURCE: Path(config.source)} | _frame_by_frame(config) | {EDIT: edited}
+    return Subject(
+        name=edited.stem,
+        folder=Path(config.output_path or edited.parent / f"{edited.stem}_report"),
+        frames=frames,
+        n_frames=_shortest(frames, config.n_frames),
+        fps=fps,
+        resize=config.resize,
+        prompt=config.prompt,
+        options={"source": config.source, "edited": config.edited},
+    )
+
+
+def _inversion_of(
+    folder: Path, options: dict[str, Any], identity: dict, latents_path: str | None
+) -> Inversion:
+    """The inversion that an edit was made from; its identity stands in the edit's config.yaml."""
+    latents = Path(latents_path or options["latents_path"])
+    video, steps = Path(options["data_path"]).stem, options["n_inversion_steps"]
+    for path in latents.glob(f"*/{escape(video)}/steps_{steps}/nframes_*/manifest.json"):
+        inversion = Inversion(path.parent)
+        try:
+            if inversion.manifest.identity == identity:
+                check(path.parent, lambda name: name.endswith(".png"))
+                return inversion
+        except DamagedError as damage:
+            raise UserError(f"{damage}; recompute that inversion with preprocess.py") from damage
+    raise UserError(
+        f"edits: the inversion of {folder} is not in {latents}; run this where the edit was run, or give "
+        "--latents_path"
+    )
+
+
+def _frame_by_frame(config: EvaluateConfig) -> dict[str, Path]:
+    return {PER_FRAME: Path(config.frame_by_frame)} if config.frame_by_frame else {}
+
+
+def _shortest(videos: dict[str, Path], wanted: int) -> int:
+    """The number of frames that all videos have, or the `wanted` ones unless 0. Raises UserError."""
+    counts = {
+        path: len(list_images(path)) if path.is_dir() else sum(1 for _ in decode_frames(path))
+        for path in videos.values()
+    }
+    shortest = min(counts, key=counts.__getitem__)
+    if counts[shortest] < max(2, wanted):
+        raise UserError(
+            f"n_frames: {shortest} has only {counts[shortest]} frames; at least "
+            f"{max(2, wanted)} are needed"
+        )
+    return wanted or counts[shortest]

@@ -1,0 +1,56 @@
+"""An edit that is evaluated, and the videos that it is compared with."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tokenflow.errors import UserError
+from tokenflow.evaluation.figures import EDIT
+from util import decode_frames, fit_frame
+
+SMALLEST = 16  # pixels, for the optical flow and SSIM
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An edit and the videos that it is compared with, which show the same moments."""
+
+    name: str
+    folder: Path  # where its report goes
+    frames: dict[str, Path]  # by what it is (SOURCE first): a video or a folder of images
+    n_frames: int
+    fps: Fraction
+    resize: str  # how frames of another size than the edit's are fitted
+    prompt: str | None = None
+    technique: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    playable: dict[str, Path] = field(default_factory=dict)  # H.264 videos that are there
+
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        """Height and width of all frames: the edit's, made even, as videos need it. Raises UserError."""
+        height, width = next(decode_frames(self.frames[EDIT])).shape[:2]
+        if min(height, width) < SMALLEST:
+            raise UserError(
+                f"edited: {self.frames[EDIT]}: its frames of {height} x {width} pixels are too small to be "
+                f"measured; at least {SMALLEST} on each side are needed"
+            )
+        return height - height % 2, width - width % 2
+
+    @property
+    def compared_with(self) -> tuple:
+        """What decides all figures but the edit's: other edits of the same can be measured with it."""
+        floors = tuple((name, path) for name, path in self.frames.items() if name != EDIT)
+        return floors, self.n_frames, self.fps, self.size, self.prompt
+
+    def read(self, name: str) -> Iterator[np.ndarray]:
+        """The frames of one of the videos, uint8 RGB (H, W, 3), one by one."""
+        height, width = self.size
+        frames = itertools.islice(decode_frames(self.frames[name]), self.n_frames)
+        return (fit_frame(frame, height, width, self.resize) for frame in frames)
