@@ -35,7 +35,7 @@ from tokenflow.diffusion.stable_diffusion import Control, StableDiffusion
 from tokenflow.editing.checkpoint import EditCheckpoint
 from tokenflow.editing.consensus import STRIDE, Consensus
 from tokenflow.editing.denoiser import Edit, Source, TokenFlowDenoiser, keyframe_schedule
-from tokenflow.editing.run import denoise
+from tokenflow.editing.edit import denoise
 from tokenflow.editing.techniques import plug_and_play
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles

@@ -28,7 +28,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no made-up model is asked for; set before 
 import numpy as np
 import torch
 
-import tokenflow.editing.run  # noqa: F401 (both are slow to import; commands are forks of this process)
+import tokenflow.editing.edit  # noqa: F401 (both are slow to import; commands are forks of this process)
 import tokenflow.inversion.run  # noqa: F401
 from benchmarks.report import markdown
 from shapes.checkpoint import SHAPES, build_random

@@ -119,7 +119,7 @@ class Published(Denoiser):
 
 
 def published_edit(edit: Edit) -> Iterator[torch.Tensor]:
-    """As `editing.run.denoise`, in memory: yields the latents (N, 4, h, w) after each step."""
+    """As `editing.edit.denoise`, in memory: yields the latents (N, 4, h, w) after each step."""
     published, frames = Published(edit), torch.arange(edit.source.n_frames)
     with self_attentions_replaced(
         edit.sd.unet, partial(PublishedAttention, published), published.feature_hook

@@ -45,7 +45,7 @@ from tokenflow.editing.denoiser import (
     TokenFlowDenoiser,
     keyframe_schedule,
 )
-from tokenflow.editing.run import denoise
+from tokenflow.editing.edit import denoise
 from tokenflow.editing.techniques import plug_and_play
 from tokenflow.evaluation.metrics import frame_psnr
 from tokenflow.inversion.predictor import VideoNoisePredictor

@@ -15,7 +15,7 @@ from tokenflow.config import PnPConfig
 from tokenflow.editing import source_motion
 from tokenflow.editing.checkpoint import EditCheckpoint
 from tokenflow.editing.consensus import DISTANCES, Consensus, consensus_steps, followed_distances
-from tokenflow.editing.run import denoise
+from tokenflow.editing.edit import denoise
 from tokenflow.motion import dense
 from tokenflow.motion.averaging import carried, fused, reliability, warped
 from tokenflow.motion.dense import DenseMotion

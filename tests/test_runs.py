@@ -118,7 +118,7 @@ def run_in(folder, script, flags, printed, kill_after=None, environment=None):
 def server():
     """Forks processes that need not import torch again."""
     context = multiprocessing.get_context("forkserver")
-    preloaded = ["test_runs", "tokenflow.inversion.run", "tokenflow.editing.run"]
+    preloaded = ["test_runs", "tokenflow.inversion.run", "tokenflow.editing.edit"]
     context.set_forkserver_preload(preloaded)
     return context
 

@@ -18,7 +18,7 @@ from tokenflow.cli import dump
 from tokenflow.config import ControlNetConfig, PnPConfig, SDEditConfig
 from tokenflow.config_sweep import SHARED, combinations, differences, label, parse_sweep
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
-from tokenflow.editing import run as editing
+from tokenflow.editing import edit as editing
 from tokenflow.editing.shared import Shared
 from tokenflow.errors import UserError
 from tokenflow.evaluation import networks

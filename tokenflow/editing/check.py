@@ -14,10 +14,10 @@ from tokenflow.diffusion.checkpoints import (
 )
 from tokenflow.diffusion.ddim import Schedule
 from tokenflow.diffusion.lora import check_loras, lora_identity
+from tokenflow.editing.edit import EditRun
 from tokenflow.editing.find_inversion import conditions_of, find_inversion, preprocess_command
 from tokenflow.editing.identity import identity_of
 from tokenflow.editing.mask import check_mask
-from tokenflow.editing.run import EditRun
 from tokenflow.editing.shared import Shared
 from tokenflow.errors import UserError
 from tokenflow.inversion.source_frames import FrameChoice, check_control_frames

@@ -10,8 +10,8 @@ from typing import Any
 from tokenflow.config import EditConfig
 from tokenflow.config_sweep import differences, label
 from tokenflow.editing.check import check_edit
+from tokenflow.editing.edit import STEPS, EditRun
 from tokenflow.editing.identity import identity_of_sweep
-from tokenflow.editing.run import STEPS, EditRun
 from tokenflow.editing.shared import Shared
 from tokenflow.editing.subjects import find_subjects
 from tokenflow.errors import UserError

@@ -112,8 +112,13 @@ class EditRun:
         """Folder of the latents that a killed run is resumed from."""
         return self.folder / STEPS
 
-    def edit(self, technique: Technique) -> FrameArray:
-        """Denoise step by step; returns the latents of the edited video."""
+    def edit(
+        self, technique: Technique, denoiser: type[Denoiser] = TokenFlowDenoiser
+    ) -> FrameArray:
+        """Denoise step by step; returns the latents of the edited video.
+
+        denoiser: how frames become consistent; benchmarks pass their baselines.
+        """
         prompts = (self.inversion.prompt, self.config.negative_prompt, self.config.prompt)
         shape = (self.n_frames, *self.inversion.latents(CLEAN).shape[1:])
         checkpoint = EditCheckpoint(self.checkpoints, shape, self.processes)
@@ -124,7 +129,7 @@ class EditRun:
         agreed = consensus_steps(total, self.config.consensus_count)
         consensus = partial(Consensus.after, self.sd, self._near_and_far, agreed)
         about = prompts, self.config, consensus, self._mask()
-        steps = denoise(Edit(self.sd, technique, self.source, *about), checkpoint)
+        steps = denoise(Edit(self.sd, technique, self.source, *about), checkpoint, denoiser)
         if done := next(steps):
             log.info("resumed after step %d", done)
         for _ in tqdm(steps, "Editing", total, initial=done, unit="step", disable=hidden):
