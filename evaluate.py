@@ -18,7 +18,7 @@ def main() -> None:
 
     # Slow imports, after the configuration is known to be valid.
     from tokenflow.editing.subjects import find_subjects
-    from tokenflow.evaluation.run import evaluate
+    from tokenflow.evaluation.evaluate import evaluate
 
     print(evaluate(config, find_subjects(config)))
 

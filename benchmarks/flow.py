@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.arguments import benchmark_parser
 from benchmarks.clips import Clip, held_out_clips
 from benchmarks.report import write_report
-from tokenflow.evaluation.figures import GAPS
+from tokenflow.evaluation.meters import GAPS
 from tokenflow.evaluation.metrics import warp_error
 from tokenflow.motion.optical_flow import dis_flow, valid_flow
 

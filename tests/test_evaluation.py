@@ -23,7 +23,8 @@ from tokenflow.editing.subjects import find_subjects
 from tokenflow.evaluation import networks
 from tokenflow.evaluation.config import EvaluateConfig
 from tokenflow.evaluation.contact_sheet import LABEL_HEIGHT, contact_sheet
-from tokenflow.evaluation.figures import (
+from tokenflow.evaluation.evaluate import joint_folder
+from tokenflow.evaluation.meters import (
     EDIT,
     FIGURES,
     PER_FRAME,
@@ -36,7 +37,6 @@ from tokenflow.evaluation.figures import (
     measure,
     summarize,
 )
-from tokenflow.evaluation.run import joint_folder
 from tokenflow.evaluation.verdict import FAIR, GOOD, POOR, verdict
 from tokenflow.motion.optical_flow import consistent, dis_flow, flow_of_network, valid_flow
 

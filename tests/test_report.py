@@ -16,7 +16,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 import util
-from tokenflow.evaluation.figures import (
+from tokenflow.evaluation.meters import (
     EDIT,
     RECONSTRUCTION,
     SOURCE,

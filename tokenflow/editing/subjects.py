@@ -7,7 +7,7 @@ from typing import Any
 from tokenflow.editing.identity import read_identity
 from tokenflow.errors import DamagedError, UserError
 from tokenflow.evaluation.config import EvaluateConfig
-from tokenflow.evaluation.figures import EDIT, PER_FRAME, RECONSTRUCTION, SOURCE, VAE
+from tokenflow.evaluation.meters import EDIT, PER_FRAME, RECONSTRUCTION, SOURCE, VAE
 from tokenflow.evaluation.report import PAGE, SHEET, TABLE
 from tokenflow.evaluation.subject import Subject
 from tokenflow.inversion.files import Inversion

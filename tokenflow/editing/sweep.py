@@ -16,8 +16,8 @@ from tokenflow.editing.shared import Shared
 from tokenflow.editing.subjects import find_subjects
 from tokenflow.errors import UserError
 from tokenflow.evaluation.config import EvaluateConfig
+from tokenflow.evaluation.evaluate import evaluate
 from tokenflow.evaluation.report import PAGE, discard_report
-from tokenflow.evaluation.run import evaluate
 from tokenflow.runtime.run_folder import locked, remove, run_folder
 
 log = logging.getLogger("tokenflow")

@@ -15,7 +15,7 @@ from transformers.image_utils import (
 )
 
 from tokenflow.diffusion.parts import on_hub
-from tokenflow.evaluation.figures import SOURCE, Meter, Recent, Values
+from tokenflow.evaluation.meters import SOURCE, Meter, Recent, Values
 from util import fit_frame
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from tokenflow.config_sweep import differences, label, spelt
 from tokenflow.evaluation.contact_sheet import contact_sheet, moments
-from tokenflow.evaluation.figures import (
+from tokenflow.evaluation.meters import (
     EDIT,
     FIGURES,
     PER_FRAME,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tokenflow.errors import UserError
-from tokenflow.evaluation.figures import EDIT
+from tokenflow.evaluation.meters import EDIT
 from util import decode_frames, fit_frame
 
 SMALLEST = 16  # pixels, for the optical flow and SSIM

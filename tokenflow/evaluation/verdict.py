@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import sqrt
 
-from tokenflow.evaluation.figures import EDIT, PER_FRAME, RECONSTRUCTION, SOURCE, VAE, Values
+from tokenflow.evaluation.meters import EDIT, PER_FRAME, RECONSTRUCTION, SOURCE, VAE, Values
 
 # Below this PSNR (dB) textures and small objects of the source are lost, also in an edit. It is no higher,
 # since Stable Diffusion's VAE itself has 23.4 +- 3.8 on photographs of 256x256 pixels (COCO; the model card

@@ -8,7 +8,7 @@ import torch
 
 from tokenflow.config import HOW, PreprocessConfig
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
-from tokenflow.evaluation.figures import (
+from tokenflow.evaluation.meters import (
     RECONSTRUCTION,
     SOURCE,
     VAE,

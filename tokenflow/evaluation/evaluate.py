@@ -18,7 +18,7 @@ from tqdm import tqdm
 from tokenflow.diffusion.checkpoints import choose_device
 from tokenflow.evaluation.config import EvaluateConfig
 from tokenflow.evaluation.contact_sheet import moments
-from tokenflow.evaluation.figures import (
+from tokenflow.evaluation.meters import (
     EDIT,
     SOURCE,
     VAE,
