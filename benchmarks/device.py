@@ -39,10 +39,9 @@ from tokenflow.editing.edit import denoise
 from tokenflow.editing.techniques import plug_and_play
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles
-from tokenflow.memory import frames_at_once
 from tokenflow.motion.dense import DenseMotion
 from tokenflow.motion.fusion import Fusion
-from tokenflow.runtime.batching import Batches, balanced
+from tokenflow.runtime.batching import Batches, balanced, frames_per_pass
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.frame_array import FrameArray
 from tokenflow_utils import JointPass
@@ -266,7 +265,7 @@ def run(sd: TalliedDiffusion, workload: Workload, folder: Path) -> int:
         tally.end_pass(tuple(clean.shape))
 
     inverting = PreprocessConfig(data_path="", H=workload.height, W=workload.width)
-    at_once = frames_at_once(inverting, 1, sd.device)
+    at_once = frames_per_pass(None, inverting.frames_at_once, 1, sd.device)
     predictor = VideoNoisePredictor(sd, "", Batches(at_once, adapts=False))
     segments = balanced(torch.arange(n_frames), at_once)[:SEGMENTS]
     for frames in segments:

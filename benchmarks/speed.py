@@ -50,8 +50,7 @@ from tokenflow.editing.techniques import plug_and_play
 from tokenflow.evaluation.metrics import frame_psnr
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles
-from tokenflow.memory import MOST_SAMPLES
-from tokenflow.runtime.batching import Batches
+from tokenflow.runtime.batching import MOST_SAMPLES, Batches
 from tokenflow.runtime.distributed import Processes
 
 PUBLISHED_STEPS = 500

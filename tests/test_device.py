@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import pytest
 import torch
 
 from benchmarks.census import Census
@@ -10,22 +9,16 @@ from benchmarks.device import (
     TalliedDenoiser,
     Tally,
     Workload,
-    build_networks,
     rows_of,
     tallied,
-    with_control,
 )
 from shapes.checkpoint import TINY, build_unet, build_vae
-from tokenflow import memory
-from tokenflow.config import PnPConfig, PreprocessConfig
+from tokenflow.config import PnPConfig
 from tokenflow.diffusion.ddim import Schedule
-from tokenflow.diffusion.stable_diffusion import Control, StableDiffusion
 from tokenflow.editing.denoiser import Edit, Source
 from tokenflow.editing.techniques import plug_and_play
-from tokenflow.memory import Footprint
 from tokenflow.propagation.nearest import nearest_tokens
 from tokenflow.runtime.transfer import to_device
-from tokenflow_utils import JointPass, install_tokenflow
 
 # Blocking copies in a pass, at most. Every pass brings its noise to the host; one that records brings
 # source features too, and a decoded frame is asked whether it is finite. When layers still copied what frames
@@ -85,73 +78,6 @@ def test_few_copies_are_waited_for_in_windows():
     ((key, row),) = sd.tally.rows.items()
     assert key == ("editing", "joint, windowed") and row.shapes > 1
     assert row.most["blocking_copies"] == 1 and row.most["dependent"] == 0
-
-
-@pytest.mark.parametrize(
-    "checkpoint, side, controlled", [("sd15", 512, True), ("sd21", 768, False)]
-)
-@torch.no_grad()
-def test_memory_is_what_the_census_counts(checkpoint, side, controlled):
-    """The formula that a run states before it loads weights, at the sizes of Stable Diffusion."""
-    census, latents = Census(torch.device("cuda:0")), torch.zeros(6, 4, side // 8, side // 8)
-    sd = tallied(Tally(census), partial(build_networks, checkpoint))
-    sd = with_control(sd) if controlled else sd
-    controls = sd.controlnet.nets if controlled else []
-    footprint = Footprint.of([sd.unet, sd.vae, sd.text_encoder, *controls], side**2, sd.dtype)
-
-    def beside_weights(function):
-        census.take()
-        function()
-        return census.take().peak_bytes - footprint.weights(cpu_offload=False)
-
-    def edit_jointly():
-        images = torch.zeros(1, 6, 3, side, side, dtype=sd.dtype)
-        control = Control.of(to_device(images, sd.device), [1.0]) if controlled else None
-        flow.begin_joint_edit(JointPass([0, 1]))
-        StableDiffusion.predict_noise(sd, latents, 1, text.expand(6), control)
-
-    with census:
-        text = sd.encode_text("")
-        decoding = beside_weights(lambda: sd.decode_latents(latents[:1]))
-        with install_tokenflow(sd.unet) as flow:
-            joint = beside_weights(edit_jointly)
-    assert 0.9 < footprint.frame / decoding < 1.1
-    said = 6 * footprint.sample + 3 * 2 * footprint.keyframe  # tokens, and two streams' outputs
-    assert 0.9 < said / joint < 1.1
-
-
-@pytest.mark.parametrize("batch_size", [None, 8])
-def test_a_run_says_what_memory_it_needs(checkpoint, monkeypatch, caplog, batch_size):
-    """And, if it is more than is free, which options lower it."""
-    options = {"data_path": "", "model": str(checkpoint), "batch_size": batch_size}
-    # So large a window passes stream by stream, and the batch is what needs most.
-    edit = PnPConfig(prompt="x", keyframe_window=14, **options)
-    inversion = PreprocessConfig(**options)
-    where = torch.device("cuda:0"), torch.float32, 512 * 512
-    for config in (edit, inversion):
-        said = []
-        for free in (10**12, 10**6):
-            caplog.clear()
-            with monkeypatch.context() as patched, caplog.at_level("INFO", logger="tokenflow"):
-                patched.setattr(memory, "free_bytes", lambda device, free=free: free)
-                fits = memory.plan_memory(config, (), *where, 400)
-            said.append(caplog.messages)
-            assert (max(fits.values()) == 1) == (free == 10**6)
-        (enough,), (too_little,) = said
-        assert "the run needs about" in enough and "--" not in enough
-        for option in ("--dtype float16", "--cpu_offload", "smaller frames"):
-            assert option in too_little
-        assert ("fewer frames pass at once" in too_little) == (batch_size is None)
-        assert ("--batch_size 1" in too_little) == (batch_size is not None)
-        assert ("--keyframe_window 6" in too_little) == (config is edit)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 10**6)
-    caplog.clear()
-    least = PreprocessConfig(**{**options, "batch_size": 1}, cpu_offload=True, keep_source=False)
-    memory.plan_memory(least, (), where[0], torch.float16, where[2], 400)
-    assert caplog.messages[0].endswith("; less with smaller frames")
-    monkeypatch.undo()
-    on_cpu = torch.device("cpu"), torch.float32, 512 * 512
-    assert memory.plan_memory(edit, (), *on_cpu, 40) == {}
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ FLOORS = (
     ["util", "tokenflow.cli"],
     ["tokenflow.diffusion", "tokenflow.propagation"],
     ["tokenflow.config"],
-    ["tokenflow_utils", "tokenflow.motion", "tokenflow.control", "tokenflow.memory"],
+    ["tokenflow_utils", "tokenflow.motion", "tokenflow.control"],
     ["tokenflow.evaluation"],
     ["tokenflow.inversion"],
     ["tokenflow.editing"],

@@ -21,13 +21,11 @@ from tokenflow.diffusion.checkpoints import (
     check_checkpoint,
     choose_device,
     load,
-    networks_on_meta,
     trained_side,
 )
 from tokenflow.diffusion.layouts import features_shape, tokens_by_layer
 from tokenflow.diffusion.lora import with_loras
 from tokenflow.errors import UserError
-from tokenflow.memory import Footprint
 from tokenflow_utils import JointPass, install_tokenflow
 
 CPU = torch.device("cpu")
@@ -58,21 +56,6 @@ def test_the_natural_precision_of_a_processor(monkeypatch, has_units):
     natural = torch.bfloat16 if has_units else torch.float32
     assert choose_device("cpu", "auto") == (CPU, natural)
     assert choose_device("cpu", "float16") == (CPU, torch.float16)
-
-
-@pytest.mark.parametrize("version", ["2.1", "XL"])
-def test_memory_is_known_before_weights_are_loaded(narrow, version):
-    """Of all weights, and of the tokens that a keyframe leaves in all self-attentions."""
-    sd = load(str(narrow(version)), (), CPU, torch.float16)
-    parts = [part for part in (sd.unet, sd.vae, sd.text_encoder, sd.text_encoder_2) if part]
-    shape = sd.latent_shape(1, 128, 64)
-    footprint = Footprint.of(networks_on_meta(str(narrow(version)), ()), 128 * 64, torch.float16)
-    assert footprint.offloaded == tuple(sum(p.nbytes for p in part.parameters()) for part in parts)
-    values = (
-        n * sd.unet.get_submodule(name.removesuffix(".processor")).to_q.in_features
-        for name, n in tokens_by_layer(sd.unet, shape).items()
-    )
-    assert footprint.keyframe == torch.float16.itemsize * sum(values)
 
 
 @pytest.mark.parametrize("version", CONFIGURATIONS)

@@ -15,7 +15,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.configuration_utils import ConfigMixin
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from tokenflow.diffusion.ddim import PREDICTION_TYPES, Schedule
 from tokenflow.diffusion.layouts import as_json, layout_of
@@ -258,25 +258,6 @@ def _check_parts(sd: StableDiffusion, model_id: str) -> None:
             raise UserError(
                 f"model: {model_id}: its tokenizer knows no words; copy or download the checkpoint again"
             )
-
-
-def networks_on_meta(
-    model_id: str, controlnet_ids: Sequence[str], version: str | None = None
-) -> list[torch.nn.Module]:
-    """UNet, VAE, text encoders and ControlNets of a checkpoint, without their weights.
-
-    version: see `SingleFile.find`.
-    """
-    where = configuration_of(model_id, version)
-    parts = [(UNet2DConditionModel, where, "unet"), (AutoencoderKL, where, "vae")]
-    parts += [(ControlNetModel, controlnet_id, None) for controlnet_id in controlnet_ids]
-    with torch.device("meta"):
-        unet, vae, *controls = (cls.from_config(load_config(cls, *part)) for cls, *part in parts)
-        texts = {"text_encoder": CLIPTextModel}
-        if _is_xl(unet.config):
-            texts["text_encoder_2"] = CLIPTextModelWithProjection
-        configs = {name: find(CLIPTextConfig.from_pretrained, where, name) for name in texts}
-        return [unet, vae, *(cls(configs[name]) for name, cls in texts.items()), *controls]
 
 
 def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:

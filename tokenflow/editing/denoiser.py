@@ -23,10 +23,9 @@ from tokenflow.editing.consensus import Consensus
 from tokenflow.editing.mask import Mask
 from tokenflow.editing.techniques import Technique
 from tokenflow.editing.windows import Window, joint_passes, seen_by_all, windows
-from tokenflow.memory import MOST_SAMPLES, frames_at_once
 from tokenflow.propagation.correspondences import Led, led_by_resolution
 from tokenflow.runtime.ahead import read_ahead
-from tokenflow.runtime.batching import Batches, balanced
+from tokenflow.runtime.batching import MOST_SAMPLES, Batches, balanced, frames_per_pass
 from tokenflow.runtime.frame_array import FrameArray
 from tokenflow.runtime.turns import Gather, in_turns
 from tokenflow_utils import (
@@ -101,8 +100,9 @@ class Denoiser:
         self.sd, self.config, self.flow = edit.sd, edit.config, flow
         self.technique, self.source = edit.technique, edit.source
         n_streams = len(STREAMS) if self.source.features is None else len(STREAMS) - 1
-        self.at_once = frames_at_once(self.config, n_streams, self.sd.device)
-        adapts = self.config.batch_size is None
+        chosen, default = self.config.batch_size, self.config.frames_at_once
+        self.at_once = frames_per_pass(chosen, default, n_streams, self.sd.device)
+        adapts = chosen is None
         self.batches = Batches(self.at_once, adapts, self.sd.limits, "propagation")
         prompts = edit.prompts
         with self.sd.original():

@@ -33,7 +33,6 @@ from tokenflow.evaluation.report import discard_report
 from tokenflow.inversion.files import CLEAN, Inversion, noisy
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.source_frames import FrameChoice
-from tokenflow.memory import plan_memory
 from tokenflow.motion.dense import DenseMotion
 from tokenflow.motion.fusion import FLICKER, Fusion
 from tokenflow.runtime.batching import Batches, Limits
@@ -159,15 +158,12 @@ class EditRun:
         return replace(sd, adapted=adapted, limits=sd.limits.kept_in(self.checkpoints))
 
     def _load(self) -> StableDiffusion:
-        config = self.config
-        controlnets = config.controlnet_ids if isinstance(config, ControlNetConfig) else ()
-        device, pixels = self.processes.device, self._choice.H * self._choice.W
-        fits = plan_memory(config, controlnets, device, self.dtype, pixels, self.n_frames)
+        config, device = self.config, self.processes.device
         log.info("loading %s on %s in %s", config.model_id, device, self.dtype)
         options = {"cpu_offload": config.cpu_offload, "version": config.sd_version}
         options |= {"compiled": config.compile}
         sd = load(config.model_id, (), device, self.dtype, **options)
-        return replace(sd, clip_skip=config.clip_skip, limits=Limits(fits=fits))
+        return replace(sd, clip_skip=config.clip_skip, limits=Limits())
 
     def latents(self, name: str) -> LatentsOf:
         """The function from frames (n,) to the inversion's latents (n, 4, h, w) of that name."""

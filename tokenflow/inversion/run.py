@@ -38,9 +38,8 @@ from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.report import compare, report_reconstruction
 from tokenflow.inversion.source_features import RecordingPredictor, can_keep_source_features
 from tokenflow.inversion.source_frames import FrameChoice, check_control_frames
-from tokenflow.memory import frames_at_once, plan_memory
 from tokenflow.runtime.ahead import WriteBehind
-from tokenflow.runtime.batching import Batches, Limits, balanced
+from tokenflow.runtime.batching import Batches, Limits, balanced, frames_per_pass
 from tokenflow.runtime.digests import check, seal
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.run_folder import Progress, locked, partial_path, remove, resumable
@@ -189,12 +188,11 @@ class InversionRun:
     def sd(self) -> StableDiffusion:
         """The checkpoint, loaded when it is first needed."""
         config, device = self.config, self.processes.device
-        where, pixels = (config.controlnet_ids, device, self.dtype), config.H * config.W
-        fits = plan_memory(config, *where, pixels, self.manifest.n_frames)
+        where = config.controlnet_ids, device, self.dtype
         log.info("loading %s on %s in %s", config.model_id, device, self.dtype)
         options = {"cpu_offload": config.cpu_offload, "version": config.sd_version}
         sd = load(config.model_id, *where, **options, compiled=config.compile)
-        limits = Limits(Progress(self.inversion.folder).folder, fits)
+        limits = Limits(Progress(self.inversion.folder).folder)
         return replace(sd, clip_skip=config.clip_skip, limits=limits)
 
     def noise_predictor(self, prompt: str) -> VideoNoisePredictor:
@@ -207,7 +205,8 @@ class InversionRun:
 
     @property
     def _frames_at_once(self) -> int:
-        return frames_at_once(self.config, 1, self.processes.device)
+        chosen, default = self.config.batch_size, self.config.frames_at_once
+        return frames_per_pass(chosen, default, 1, self.processes.device)
 
     @cached_property
     def _predictor(self) -> VideoNoisePredictor:

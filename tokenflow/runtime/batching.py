@@ -3,7 +3,7 @@
 import gc
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,18 @@ from accelerate.utils.memory import clear_device_cache
 from tokenflow.errors import is_out_of_memory
 
 log = logging.getLogger("tokenflow")
+
+MOST_SAMPLES = 32  # of a pass on a GPU; more are not expected to be more efficient
+
+
+def frames_per_pass(chosen: int | None, default: int, n_streams: int, device: torch.device) -> int:
+    """The frames that pass the UNet together: as many as were `chosen`, or else as suit the device.
+
+    It is the same in all processes of a run. default: for a device that is no GPU.
+    """
+    if chosen is None and device.type == "cuda":
+        return MOST_SAMPLES // n_streams
+    return chosen or default
 
 
 def balanced(items: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
@@ -28,18 +40,17 @@ class Limits:
     """How many items fit in memory at once, by the kind of pass, as far as failures have taught.
 
     folder: of a run's progress files, where a resumed run finds them; without it they end with the process.
-    fits: how many should fit, by the kind of pass, as far as is known before any has failed.
     """
 
-    def __init__(self, folder: Path | None = None, fits: Mapping[str, int] | None = None) -> None:
-        self.folder, self._fits, self._known = folder, fits or {}, {}
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder, self._known = folder, {}
 
     def of(self, kind: str) -> int:
         """The most items that a pass of that kind may take."""
         if kind not in self._known and self.folder:
             with suppress(OSError, ValueError):  # no pass has failed, or the file is damaged
                 self._known[kind] = max(1, int(self._file(kind).read_bytes()))
-        return min(known.get(kind, sys.maxsize) for known in (self._known, self._fits))
+        return self._known.get(kind, sys.maxsize)
 
     def lower(self, kind: str, size: int) -> None:
         """Passes of that kind take at most `size` items from now on."""
@@ -50,7 +61,7 @@ class Limits:
 
     def kept_in(self, folder: Path) -> "Limits":
         """These limits, which stay common; what fails from now on is kept in the folder of another run."""
-        limits = Limits(folder, self._fits)
+        limits = Limits(folder)
         limits._known = self._known
         return limits
 
