@@ -11,7 +11,7 @@ The algorithm of Geyer et al., TokenFlow (ICLR 2024, arXiv 2307.10373):
         pass all other frames through the UNet, and in every self-attention:
             source: find each token in two keyframes               flanking_blend, correspondences
             uncond, cond: blend the outputs of those tokens        propagate
-        noise = uncond + guidance * (cond - uncond)                editing.denoiser.guided_noise
+        noise = uncond + guidance * (cond - uncond)                editing.denoise, guided_noise
         latents = one DDIM step along the noise                    diffusion.ddim.ddim_step
 
 In the first steps Plug-and-Play gives uncond and cond the source's queries, keys and features. Pure tensor
@@ -22,7 +22,6 @@ Shapes: (n, s, d) = frames, tokens, channels of one stream.
 Indices: a *frame* of the video, a *position* among a timestep's keyframes, a *row* of the cache.
 """
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -167,8 +166,8 @@ class JointPass:
     attended_later: bool = False
 
 
-class TokenFlow(threading.local):
-    """What the layers of one UNet do in this thread's next pass, and what they remember between passes.
+class TokenFlow:
+    """What the layers of one UNet do in its next pass, and what they remember between passes.
 
     A pass takes all streams or some of them. If streams pass one by one, the source comes first.
     propagated: the streams whose outputs are propagated. The authors' code propagates in the source too;
@@ -180,7 +179,7 @@ class TokenFlow(threading.local):
         self, propagated: Sequence[int], finds_correspondences: bool, cache: KeyframeCache
     ) -> None:
         self.propagated, self.finds_correspondences = propagated, finds_correspondences
-        self.cache = cache  # of all threads
+        self.cache = cache
         self.streams: tuple[int, ...] = STREAMS  # of the next pass, ascending
         self.joint: JointPass | None = None  # None during propagation
         self.inject_attention, self.inject_features, self.extended = False, False, True
@@ -196,15 +195,13 @@ class TokenFlow(threading.local):
         inject_attention: bool = False,
         inject_features: bool = False,
         extended: bool = True,
-        gather: Callable[[torch.Tensor], torch.Tensor] = lambda edited: edited,
     ) -> None:
         """Edit keyframes jointly in the next passes, and keep them in the cache.
 
         Without `extended` attention each keyframe is edited by itself, as a baseline for comparisons.
-        gather: adds the keys or values of keyframes that pass in turns with these, in other threads.
         """
         self.cache.add(joint.edited)
-        self.joint, self.source, self.extended, self.gather = joint, None, extended, gather
+        self.joint, self.source, self.extended = joint, None, extended
         self.inject_attention, self.inject_features = inject_attention, inject_features
 
     def begin_propagation(
@@ -247,9 +244,9 @@ class LayerProcessor:
 class TokenFlowAttention(LayerProcessor):
     """Edits keyframes jointly or propagates, as the `TokenFlow` says."""
 
-    def __init__(self, flow: TokenFlow, name: str, injected: bool = False) -> None:
+    def __init__(self, tokenflow: TokenFlow, name: str, injected: bool = False) -> None:
         super().__init__(name)
-        self.flow, self.injected = flow, injected
+        self.tokenflow, self.injected = tokenflow, injected
         self.nearest: torch.Tensor | None = None  # n 2 s, kept if the source passes alone
 
     @torch.compiler.disable  # it depends on what passed before
@@ -257,26 +254,27 @@ class TokenFlowAttention(LayerProcessor):
         self, attn: Attention, hidden_states: torch.Tensor, *args, **kwargs
     ) -> torch.Tensor:
         """The layer's output for its input, the output of `norm1`; both (streams x n, s, d)."""
-        if self.flow.joint is not None:
+        if self.tokenflow.joint is not None:
             return self._joint_edit(attn, hidden_states)
         return self._propagation(attn, hidden_states)
 
     def _joint_edit(self, attn: Attention, hidden_states: torch.Tensor) -> torch.Tensor:
-        cache, streams, edited = self.flow.cache, self.flow.streams, self.flow.joint.edited
+        tokenflow, cache, streams = self.tokenflow, self.tokenflow.cache, self.tokenflow.streams
+        edited = tokenflow.joint.edited
         query, key, value = (
             self._by_stream(project(hidden_states)) for project in (attn.to_q, attn.to_k, attn.to_v)
         )  # each n s d, by stream
-        if SOURCE in streams and self.flow.finds_correspondences:
+        if SOURCE in streams and tokenflow.finds_correspondences:
             cache.write((self.name, "tokens"), edited, self._by_stream(hidden_states)[SOURCE])
-        if self.injected and self.flow.inject_attention:
-            kept = self.flow.injection
+        if self.injected and tokenflow.inject_attention:
+            kept = tokenflow.injection
             source = [query[SOURCE], key[SOURCE]] if SOURCE in streams else kept[self.name]
             kept[self.name] = source if len(streams) < len(STREAMS) else []
             for stream in streams:
                 query[stream], key[stream] = source
         outputs = []
         for stream in streams:
-            if stream == SOURCE or not self.flow.extended:
+            if stream == SOURCE or not tokenflow.extended:
                 outputs.append(attention(query[stream], key[stream], value[stream], attn.heads))
                 continue
             kinds = {"keys": key[stream], "values": value[stream]}
@@ -284,40 +282,41 @@ class TokenFlowAttention(LayerProcessor):
             outputs.append(extended_attention(query[stream], *attended, attn.heads))
         output = output_projection(attn, torch.cat(outputs))
         for stream, of_stream in self._by_stream(output).items():
-            if stream in self.flow.propagated:
+            if stream in tokenflow.propagated:
                 cache.write((self.name, "outputs", stream), edited, of_stream)
         return output
 
     def _with_attended(self, kind: str, stream: int, new: torch.Tensor) -> torch.Tensor:
         """The keys or values of the attended keyframes, followed by the `new` ones (n, s, d)."""
-        name, cache, joint = (self.name, kind, stream), self.flow.cache, self.flow.joint
+        name, cache, joint = (self.name, kind, stream), self.tokenflow.cache, self.tokenflow.joint
         attended = cache.read(name, joint.attended)
         if joint.attended_later:
             cache.write(name, joint.edited, new)
-        new = self.flow.gather(new)
         return torch.stack([*attended, *new]) if attended else new
 
     def _propagation(self, attn: Attention, hidden_states: torch.Tensor) -> torch.Tensor:
-        flow, tokens = self.flow, self._by_stream(hidden_states)
-        led = flow.led[hidden_states.shape[1]] if flow.led else None
-        if flow.source is not None:
-            kept = flow.source.nearest[self.name]
+        tokenflow, tokens = self.tokenflow, self._by_stream(hidden_states)
+        led = tokenflow.led[hidden_states.shape[1]] if tokenflow.led else None
+        if tokenflow.source is not None:
+            kept = tokenflow.source.nearest[self.name]
             self.nearest = led.completed(kept) if led else kept
         elif SOURCE in tokens:
-            found = tokens[SOURCE], flow.cache.tensor((self.name, "tokens"))
-            self.nearest = led.searched(*found) if led else correspondences(*found, flow.blended)
+            found = tokens[SOURCE], tokenflow.cache.tensor((self.name, "tokens"))
+            self.nearest = (
+                led.searched(*found) if led else correspondences(*found, tokenflow.blended)
+            )
         outputs = []
-        for stream in flow.streams:
-            if stream in flow.propagated:
-                remembered = flow.cache.tensor((self.name, "outputs", stream))
-                outputs.append(propagate(remembered, self.nearest, flow.blended))
+        for stream in tokenflow.streams:
+            if stream in tokenflow.propagated:
+                remembered = tokenflow.cache.tensor((self.name, "outputs", stream))
+                outputs.append(propagate(remembered, self.nearest, tokenflow.blended))
             else:
                 outputs.append(frame_self_attention(attn, tokens[stream]))
         return torch.cat(outputs)
 
     def _by_stream(self, tensor: torch.Tensor) -> dict[int, torch.Tensor]:
         """Split a tensor of the pass (streams x n, ...) into one (n, ...) for each stream."""
-        streams = self.flow.streams
+        streams = self.tokenflow.streams
         return dict(zip(streams, tensor.chunk(len(streams)), strict=True))
 
 
@@ -344,14 +343,14 @@ def install_tokenflow(
     Yields the `TokenFlow` that controls the next pass; its class explains the arguments. A pass takes
     its streams concatenated: (streams x n, 4, h, w). Raises the errors of `self_attentions_replaced`.
     """
-    flow = TokenFlow(propagated, finds_correspondences, KeyframeCache())
+    tokenflow = TokenFlow(propagated, finds_correspondences, KeyframeCache())
     injected = layout_of(unet.config).injected_attention
 
     def processor(name: str) -> TokenFlowAttention:
-        return TokenFlowAttention(flow, name, bool(injected.match(name)))
+        return TokenFlowAttention(tokenflow, name, bool(injected.match(name)))
 
-    with self_attentions_replaced(unet, processor, flow._feature_hook):
-        yield flow
+    with self_attentions_replaced(unet, processor, tokenflow._feature_hook):
+        yield tokenflow
 
 
 @contextmanager

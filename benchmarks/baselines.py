@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from tokenflow.editing.denoiser import Denoiser, Latents
+from tokenflow.editing.denoise import Denoiser, Latents
 from tokenflow_utils import JointPass
 
 
@@ -19,8 +19,8 @@ class FrameByFrame(Denoiser):
         """For the `chunks`, one by one: frames (n,) and their guided noise (n, 4, h, w)."""
         injects = t in self.attention_timesteps, t in self.feature_timesteps
         for frames in chunks:
-            self.flow.cache.keep([])
-            self.flow.begin_joint_edit(JointPass(frames.tolist()), *injects, self.extended)
+            self.tokenflow.cache.keep([])
+            self.tokenflow.begin_joint_edit(JointPass(frames.tolist()), *injects, self.extended)
             yield frames, self.guided_noise(latents, t, frames)
 
 

@@ -35,7 +35,7 @@ from benchmarks.quality import edit_clip, loaded, report_of
 from benchmarks.report import COLUMNS, markdown, method_table, write_report
 from shapes.world import render
 from tokenflow.config import PnPConfig
-from tokenflow.editing.denoiser import keyframe_schedule
+from tokenflow.editing.denoise import keyframe_schedule
 from tokenflow.motion.optical_flow import both_ways, dis_flow
 from tokenflow.propagation.cache import BlendedRows
 from tokenflow.propagation.correspondences import Led, correspondences, tokens_along

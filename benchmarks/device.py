@@ -34,8 +34,13 @@ from tokenflow.diffusion.ddim import Schedule
 from tokenflow.diffusion.stable_diffusion import Control, StableDiffusion
 from tokenflow.editing.checkpoint import EditCheckpoint
 from tokenflow.editing.consensus import STRIDE, Consensus
-from tokenflow.editing.denoiser import Edit, Source, TokenFlowDenoiser, keyframe_schedule
-from tokenflow.editing.edit import denoise
+from tokenflow.editing.denoise import (
+    Edit,
+    Source,
+    TokenFlowDenoiser,
+    denoise,
+    keyframe_schedule,
+)
 from tokenflow.editing.techniques import plug_and_play
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles
@@ -156,7 +161,7 @@ class TalliedDenoiser(TokenFlowDenoiser):
     """TokenFlow whose passes are told apart."""
 
     def _edit_jointly(self, latents, t: int, frames: torch.Tensor, joint: JointPass) -> None:
-        self.sd.state["flow"] = self.flow
+        self.sd.state["flow"] = self.tokenflow
         is_whole = len(joint.edited) == len(self._keyframes[t])
         with self.sd.tally.passes("editing", "joint" if is_whole else "joint, windowed"):
             super()._edit_jointly(latents, t, frames, joint)
@@ -293,9 +298,9 @@ def run(sd: TalliedDiffusion, workload: Workload, folder: Path) -> int:
         edit, tally.flops = Edit(sd, technique, known, ("", "", ""), config), 0
         with tempfile.TemporaryDirectory(dir=folder) as steps:
             checkpoint = EditCheckpoint(Path(steps), shape, Processes(CPU))
-            running = denoise(edit, checkpoint, TalliedDenoiser)
-            assert [next(running), next(running)] == [0, 1]
-            running.close()
+            with TalliedDenoiser.installed(edit) as denoiser:
+                running = denoise(denoiser, checkpoint)
+                assert [next(running), next(running)] == [0, 1]
     return tally.flops
 
 

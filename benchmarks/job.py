@@ -18,8 +18,14 @@ from tokenflow.diffusion.ddim import Schedule, invert, last, sample
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.checkpoint import EditCheckpoint
 from tokenflow.editing.consensus import DISTANCES, Consensus, consensus_steps, followed_distances
-from tokenflow.editing.denoiser import Denoiser, Edit, Source, TokenFlowDenoiser, keyframe_schedule
-from tokenflow.editing.edit import denoise
+from tokenflow.editing.denoise import (
+    Denoiser,
+    Edit,
+    Source,
+    TokenFlowDenoiser,
+    denoise,
+    keyframe_schedule,
+)
 from tokenflow.editing.mask import Mask, relevance, write_relevant
 from tokenflow.editing.techniques import Technique, controlnet, plug_and_play, sdedit
 from tokenflow.evaluation.metrics import frame_psnr
@@ -156,7 +162,8 @@ class Job:
             if self.config.mask == "auto":
                 edit = dataclasses.replace(edit, mask=self._mask(near_and_far(), folder))
             checkpoint = EditCheckpoint(folder, self.clean.shape, processes)
-            steps = last(denoise(edit, checkpoint, denoiser))
+            with denoiser.installed(edit) as installed:
+                steps = last(denoise(installed, checkpoint))
             frames = self.sd.decode_latents(checkpoint.latents(steps)[all_frames])
             reach = self.config.fuse_distance
             if denoiser is TokenFlowDenoiser and reach:

@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import Attention
 
 from tokenflow.diffusion.ddim import sample
 from tokenflow.diffusion.layouts import layout_of
-from tokenflow.editing.denoiser import Denoiser, Edit
+from tokenflow.editing.denoise import Denoiser, Edit
 from tokenflow.propagation.cache import KeyframeCache
 from tokenflow_utils import (
     STREAMS,
@@ -119,7 +119,7 @@ class Published(Denoiser):
 
 
 def published_edit(edit: Edit) -> Iterator[torch.Tensor]:
-    """As `editing.edit.denoise`, in memory: yields the latents (N, 4, h, w) after each step."""
+    """As `editing.denoise.denoise`, in memory: yields the latents (N, 4, h, w) after each step."""
     published, frames = Published(edit), torch.arange(edit.source.n_frames)
     with self_attentions_replaced(
         edit.sd.unet, partial(PublishedAttention, published), published.feature_hook

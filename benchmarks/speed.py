@@ -37,15 +37,15 @@ from tokenflow.diffusion.checkpoints import choose_device, load
 from tokenflow.diffusion.ddim import Schedule, invert, last, sample
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.checkpoint import EditCheckpoint
-from tokenflow.editing.denoiser import (
+from tokenflow.editing.denoise import (
     FILLED_CPU,
     Denoiser,
     Edit,
     Source,
     TokenFlowDenoiser,
+    denoise,
     keyframe_schedule,
 )
-from tokenflow.editing.edit import denoise
 from tokenflow.editing.techniques import plug_and_play
 from tokenflow.evaluation.metrics import frame_psnr
 from tokenflow.inversion.predictor import VideoNoisePredictor
@@ -197,7 +197,8 @@ def sd15_rounds(args: argparse.Namespace) -> dict:
         def tokenflow(source: Source, denoiser: type[Denoiser] = TokenFlowDenoiser) -> Iterator:
             with tempfile.TemporaryDirectory(dir=folder) as steps:
                 checkpoint = EditCheckpoint(Path(steps), inverted.shape, processes)
-                yield from denoise(edit_from(source), checkpoint, denoiser)
+                with denoiser.installed(edit_from(source)) as installed:
+                    yield from denoise(installed, checkpoint)
 
         runs = {
             "published": lambda: published_edit(edit_from(three)),

@@ -15,7 +15,7 @@ from tokenflow.config import PnPConfig
 from tokenflow.editing import source_motion
 from tokenflow.editing.checkpoint import EditCheckpoint
 from tokenflow.editing.consensus import DISTANCES, Consensus, consensus_steps, followed_distances
-from tokenflow.editing.edit import denoise
+from tokenflow.editing.denoise import TokenFlowDenoiser, denoise
 from tokenflow.motion import dense
 from tokenflow.motion.averaging import carried, fused, reliability, warped
 from tokenflow.motion.dense import DenseMotion
@@ -240,9 +240,10 @@ def test_a_consensus_moves_the_clean_latents(sd, tmp_path):
     for consensus, result in ((None, plain), (nudge, moved)):
         folder, at_last = tmp_path / str(consensus is None), {9: consensus}
         checkpoint = EditCheckpoint(folder, latents.shape, Processes(CPU))
-        for done in denoise(replace(edit, consensus=at_last.get), checkpoint):
-            if done == 9:
-                before[:] = checkpoint.latents(9)[torch.arange(7)]
+        with TokenFlowDenoiser.installed(replace(edit, consensus=at_last.get)) as denoiser:
+            for done in denoise(denoiser, checkpoint):
+                if done == 9:
+                    before[:] = checkpoint.latents(9)[torch.arange(7)]
         result[:] = checkpoint.latents(10)[torch.arange(7)]
     last, end = edit.technique.schedule.alphas[-2:]
     torch.testing.assert_close(moved, plain + 0.5 * math.sqrt(end))

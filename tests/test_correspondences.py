@@ -101,7 +101,7 @@ def test_equals_reference(sd, propagation, window):
 @torch.no_grad()
 def test_kept_source_features_equal_the_reference(sd, tmp_path, monkeypatch, together):
     """What the flow loses takes the correspondences that the inversion kept."""
-    monkeypatch.setattr("tokenflow.editing.denoiser.FILLED_CPU", 1 << 12 if together else 1)
+    monkeypatch.setattr("tokenflow.editing.denoise.FILLED_CPU", 1 << 12 if together else 1)
     source, latents = video_of(9)
     files, keyframes = SourceFeatureFiles(tmp_path), KeyframeSchedule(9, 3, (FIRST,), SEED)
     files.create(sd.unet, source.shape, [FIRST])

@@ -15,7 +15,7 @@ from benchmarks.device import (
 from shapes.checkpoint import TINY, build_unet, build_vae
 from tokenflow.config import PnPConfig
 from tokenflow.diffusion.ddim import Schedule
-from tokenflow.editing.denoiser import Edit, Source
+from tokenflow.editing.denoise import Edit, Source
 from tokenflow.editing.techniques import plug_and_play
 from tokenflow.propagation.nearest import nearest_tokens
 from tokenflow.runtime.transfer import to_device

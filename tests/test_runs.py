@@ -30,7 +30,6 @@ from tokenflow.motion.dense import DenseMotion
 from tokenflow.runtime import distributed, run_folder
 from tokenflow.runtime.batching import Batches, Limits
 from tokenflow.runtime.distributed import Processes
-from tokenflow.runtime.turns import in_turns
 
 N_FRAMES, STEPS, KILLS = 13, 4, 12
 
@@ -436,31 +435,6 @@ def test_a_size_that_failed_is_remembered(tmp_path):
     assert Batches(8, limits=Limits(tmp_path / "progress"), kind="joint").size == 8
 
 
-def test_parts_take_turns():
-    """They see each other's items, one works at a time, and a failure ends them all."""
-    working, order = [], []
-
-    def work(part, gather):
-        for step in range(3):
-            working.append(part)
-            assert working == [part]
-            order.append((step, part))
-            working.clear()
-            together = gather(torch.tensor([part + 10 * step]))
-            assert together.tolist() == [7 + 10 * step, 8 + 10 * step, 9 + 10 * step]
-        return part
-
-    assert in_turns(work, [7, 8, 9]) == [7, 8, 9]
-    assert sorted(order) == [(step, part) for step in range(3) for part in (7, 8, 9)]
-    assert [step for step, _ in order] == sorted(step for step, _ in order)
-
-    def fails(part, gather):
-        return 1 // (len(gather(torch.ones(1))) * part - 24)
-
-    with pytest.raises(ZeroDivisionError):
-        in_turns(fails, [7, 8, 9])
-
-
 def test_what_a_killed_run_was_replacing_goes(tmp_path):
     """It had put the old folder aside, and not yet the new one in its place."""
     (tmp_path / ".replaced-frames" / "old").mkdir(parents=True)
@@ -487,7 +461,7 @@ def test_what_did_not_fit_is_known_to_a_resumed_run(source, checkpoint, monkeypa
 
         monkeypatch.setattr(cls, name, limited)
 
-    limit(UNet2DConditionModel, "forward", 2)  # two streams of one frame
+    limit(UNet2DConditionModel, "forward", 3)  # one stream of three keyframes
     limit(AutoencoderKL, "encode", 1)
     limit(AutoencoderKL, "decode", 1)
     few = ["--batch_size", "auto", "--n_frames", 5]

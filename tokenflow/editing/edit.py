@@ -1,7 +1,6 @@
 """From an inversion on disk to an edited video on disk, by all processes of a run."""
 
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -16,12 +15,19 @@ from tokenflow.config import ControlNetConfig, EditConfig
 from tokenflow.control.conditions import Conditions, find_conditions
 from tokenflow.control.depth import DEPTH_VIDEO, write_depth_video
 from tokenflow.diffusion.checkpoints import load, with_controlnets
-from tokenflow.diffusion.ddim import Schedule, check_finite, ddim_step, predicted_clean
+from tokenflow.diffusion.ddim import Schedule
 from tokenflow.diffusion.lora import with_loras
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.checkpoint import EditCheckpoint
 from tokenflow.editing.consensus import DISTANCES, Consensus, consensus_steps, followed_distances
-from tokenflow.editing.denoiser import Denoiser, Edit, Source, TokenFlowDenoiser, keyframe_schedule
+from tokenflow.editing.denoise import (
+    Denoiser,
+    Edit,
+    Source,
+    TokenFlowDenoiser,
+    denoise,
+    keyframe_schedule,
+)
 from tokenflow.editing.find_inversion import conditions_of, preprocess_command
 from tokenflow.editing.mask import Mask, given, relevance, write_relevant
 from tokenflow.editing.shared import Shared
@@ -128,11 +134,13 @@ class EditRun:
         agreed = consensus_steps(total, self.config.consensus_count)
         consensus = partial(Consensus.after, self.sd, self._near_and_far, agreed)
         about = prompts, self.config, consensus, self._mask()
-        steps = denoise(Edit(self.sd, technique, self.source, *about), checkpoint, denoiser)
-        if done := next(steps):
-            log.info("resumed after step %d", done)
-        for _ in tqdm(steps, "Editing", total, initial=done, unit="step", disable=hidden):
-            pass
+        edit = Edit(self.sd, technique, self.source, *about)
+        with denoiser.installed(edit) as installed:
+            steps = denoise(installed, checkpoint)
+            if done := next(steps):
+                log.info("resumed after step %d", done)
+            for _ in tqdm(steps, "Editing", total, initial=done, unit="step", disable=hidden):
+                pass
         return checkpoint.latents(total)
 
     def write(self, edited: FrameArray) -> None:
@@ -354,39 +362,3 @@ class EditRun:
             write_depth_video(folder / DEPTH_VIDEO, depth, n_frames, size, fps)
         write_video_from_folders(self.video, [folder / "frames"], n_frames, fps)
         log.info("to compare: %s and %s", comparison, sheet)
-
-
-def denoise(
-    edit: Edit, checkpoint: EditCheckpoint, denoiser: type[Denoiser] = TokenFlowDenoiser
-) -> Iterator[int]:
-    """Loop over the steps of an edit, starting after the last step in the `checkpoint`.
-
-    Yields the number of steps done before the loop and after each step. Processes divide each step's frames.
-    denoiser: how frames become consistent; benchmarks pass their baselines.
-    """
-    schedule, share = edit.technique.schedule, checkpoint.processes.share
-    with denoiser.installed(edit) as predictor:
-        done = checkpoint.steps_done
-        if done is None:
-            done, all_frames = 0, torch.arange(edit.source.n_frames)
-            with checkpoint.writing(0) as latents:
-                for frames in share(all_frames.split(edit.config.frames_at_once)):
-                    latents[frames] = edit.technique.initial(frames)
-        yield done
-        for step in range(done, len(schedule.timesteps)):
-            t, alphas = schedule.timesteps[step], schedule.alphas[step : step + 2]
-            latents = checkpoint.latents(step)
-            consensus = edit.consensus(step)
-            with checkpoint.writing(step + 1) as cleaner:
-                for frames, noise in predictor.noise(latents, t, share(predictor.chunks(t))):
-                    moved = ddim_step(latents[frames], noise, *alphas)
-                    check_finite(moved, f"the edited latents at timestep {t}")
-                    cleaner[frames] = edit.confined(moved, step + 1, frames)
-                    if consensus:
-                        clean = predicted_clean(latents[frames], noise, alphas[0])
-                        consensus.note(frames, clean)
-                if consensus:
-                    for frames, correction in consensus.corrections(edit.config.frames_at_once):
-                        moved = cleaner[frames] + math.sqrt(alphas[1]) * correction
-                        cleaner[frames] = edit.confined(moved, step + 1, frames)
-            yield step + 1

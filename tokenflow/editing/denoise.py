@@ -1,9 +1,10 @@
-"""One step of an edit: joint passes over the keyframes, then propagation to every frame.
+"""The loop over the steps of an edit, and in each step joint passes over keyframes, then propagation.
 
 A technique gives the initial latents, the schedule, the number of steps that inject the source, and the
 ControlNets' conditions. Nothing here depends on which technique it is.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
@@ -17,8 +18,9 @@ import torch
 from diffusers import DDIMScheduler
 
 from tokenflow.config import EditConfig
-from tokenflow.diffusion.ddim import Schedule
+from tokenflow.diffusion.ddim import Schedule, check_finite, ddim_step, predicted_clean
 from tokenflow.diffusion.stable_diffusion import Control, StableDiffusion, Text
+from tokenflow.editing.checkpoint import EditCheckpoint
 from tokenflow.editing.consensus import Consensus
 from tokenflow.editing.mask import Mask
 from tokenflow.editing.techniques import Technique
@@ -27,7 +29,6 @@ from tokenflow.propagation.correspondences import Led, led_by_resolution
 from tokenflow.runtime.ahead import read_ahead
 from tokenflow.runtime.batching import MOST_SAMPLES, Batches, balanced, frames_per_pass
 from tokenflow.runtime.frame_array import FrameArray
-from tokenflow.runtime.turns import Gather, in_turns
 from tokenflow_utils import (
     COND,
     SOURCE,
@@ -93,11 +94,44 @@ class Edit:
         return self.mask.confined(latents, t, frames)
 
 
+def denoise(denoiser: "Denoiser", checkpoint: EditCheckpoint) -> Iterator[int]:
+    """Loop over the steps of an edit, starting after the last step in the `checkpoint`.
+
+    Yields the number of steps done before the loop and after each step. Processes divide each step's frames.
+    denoiser: what predicts the noise, and knows the edit.
+    """
+    edit, share = denoiser.edit, checkpoint.processes.share
+    schedule, done = edit.technique.schedule, checkpoint.steps_done
+    if done is None:
+        done, all_frames = 0, torch.arange(edit.source.n_frames)
+        with checkpoint.writing(0) as latents:
+            for frames in share(all_frames.split(edit.config.frames_at_once)):
+                latents[frames] = edit.technique.initial(frames)
+    yield done
+    for step in range(done, len(schedule.timesteps)):
+        t, alphas = schedule.timesteps[step], schedule.alphas[step : step + 2]
+        latents = checkpoint.latents(step)
+        consensus = edit.consensus(step)
+        with checkpoint.writing(step + 1) as cleaner:
+            for frames, noise in denoiser.noise(latents, t, share(denoiser.chunks(t))):
+                moved = ddim_step(latents[frames], noise, *alphas)
+                check_finite(moved, f"the edited latents at timestep {t}")
+                cleaner[frames] = edit.confined(moved, step + 1, frames)
+                if consensus:
+                    consensus.note(frames, predicted_clean(latents[frames], noise, alphas[0]))
+            if consensus:
+                for frames, correction in consensus.corrections(edit.config.frames_at_once):
+                    moved = cleaner[frames] + math.sqrt(alphas[1]) * correction
+                    cleaner[frames] = edit.confined(moved, step + 1, frames)
+        yield step + 1
+
+
 class Denoiser:
     """Predicts the guided noise of a video's frames at one timestep; subclasses plan the UNet passes."""
 
-    def __init__(self, edit: Edit, flow: TokenFlow) -> None:
-        self.sd, self.config, self.flow = edit.sd, edit.config, flow
+    def __init__(self, edit: Edit, tokenflow: TokenFlow) -> None:
+        self.edit, self.tokenflow = edit, tokenflow
+        self.sd, self.config = edit.sd, edit.config
         self.technique, self.source = edit.technique, edit.source
         n_streams = len(STREAMS) if self.source.features is None else len(STREAMS) - 1
         chosen, default = self.config.batch_size, self.config.frames_at_once
@@ -118,8 +152,8 @@ class Denoiser:
     def installed(cls, edit: Edit) -> Iterator[Self]:
         """Yield a denoiser, with TokenFlow in its UNet while the block lasts."""
         propagated = STREAMS if edit.config.propagation == "previous" else (UNCOND, COND)
-        with install_tokenflow(edit.sd.unet, propagated, edit.source.features is None) as flow:
-            yield cls(edit, flow)
+        with install_tokenflow(edit.sd.unet, propagated, edit.source.features is None) as tokenflow:
+            yield cls(edit, tokenflow)
 
     def chunks(self, t: int) -> list:
         """The video's frames in chunks, which the processes divide; each takes neighbouring chunks."""
@@ -156,7 +190,7 @@ class Denoiser:
         depth = self.source.depth(frames) if self.source.depth else None
         edited, noise = latents[frames], {}
         for streams in passes:
-            self.flow.streams = streams
+            self.tokenflow.streams = streams
             source = self.source.latents(t, frames).to(edited) if SOURCE in streams else None
             samples = torch.cat([source if stream == SOURCE else edited for stream in streams])
             text = Text.cat([self.text[stream].expand(len(frames)) for stream in streams])
@@ -189,7 +223,7 @@ class TokenFlowDenoiser(Denoiser):
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield the frames (n,) of each of some `chunks`, and their guided noise (n, 4, h, w)."""
         keyframes, blend = self._keyframes_and_blend(t)
-        done, cache = done_with_joint_edit(keyframes, blend), self.flow.cache
+        done, cache = done_with_joint_edit(keyframes, blend), self.tokenflow.cache
         cache.keep([])
         for window, of_window in groupby(chunks, itemgetter(0)):
             seen = seen_by_all(window, len(keyframes))
@@ -214,26 +248,18 @@ class TokenFlowDenoiser(Denoiser):
     ) -> None:
         """Edit the frames (k,), which are keyframes, and put their guided noise into the cache.
 
-        Where memory runs out, the streams pass one by one, and then the keyframes in parts, which give each
-        other their keys and values.
+        Where memory runs out, the streams pass one by one.
         """
         injects = t in self.attention_timesteps, t in self.feature_timesteps
-        self.flow.cache.add(joint.edited)  # all of them, before any part
+        self.tokenflow.begin_joint_edit(joint, *injects)
 
-        def edited(n_samples: int) -> torch.Tensor:
-            is_whole = n_samples >= len(STREAMS) * len(frames)
-            passes = (STREAMS,) if is_whole else one_by_one(STREAMS)
+        def edited(n_streams: int) -> torch.Tensor:
+            passes = (STREAMS,) if n_streams == len(STREAMS) else one_by_one(STREAMS)
+            return self.guided_noise(latents, t, frames, passes)
 
-            def of_part(places: torch.Tensor, gather: Gather) -> torch.Tensor:
-                part = replace(joint, edited=[joint.edited[place] for place in places])
-                self.flow.begin_joint_edit(part, *injects, gather=gather)
-                return self.guided_noise(latents, t, frames[places], passes)
-
-            return torch.cat(in_turns(of_part, balanced(torch.arange(len(frames)), n_samples)))
-
-        most = len(frames) * len(self._passes(frames, latents, STREAMS)[0])  # samples
+        most = len(self._passes(frames, latents, STREAMS)[0])  # streams
         noise = Batches(most, limits=self.sd.limits, kind="joint").fitted(edited, most)
-        self.flow.cache.write("noise", joint.edited, noise)
+        self.tokenflow.cache.write("noise", joint.edited, noise)
 
     def _propagate(
         self,
@@ -252,9 +278,9 @@ class TokenFlowDenoiser(Denoiser):
         frames, source = chunk[places], coming.result()
         source = source and features_of(source, slice(places[0], places[-1] + 1))
         mixed = blend.positions[frames], blend.weights[frames]
-        blended = self.flow.cache.blended(*mixed, self.sd.device, self.sd.dtype)
+        blended = self.tokenflow.cache.blended(*mixed, self.sd.device, self.sd.dtype)
         led = self._led(t, frames, *mixed) if self.source.motion else None
-        self.flow.begin_propagation(blended, t in self.feature_timesteps, source, led)
+        self.tokenflow.begin_propagation(blended, t in self.feature_timesteps, source, led)
         passes = self._passes(frames, latents, (UNCOND, COND) if source else STREAMS)
         return self.guided_noise(latents, t, frames, passes)
 
@@ -264,7 +290,7 @@ class TokenFlowDenoiser(Denoiser):
         """Where the source's motion leads the tokens of the frames (n,), by their number in a frame."""
         # A keyframe of weight 0 need not be found: the frame itself stands in for it.
         keyframes = torch.where(weights > 0, self._keyframes[t][positions], frames[:, None])
-        flows, rows = self.source.motion(frames, keyframes), self.flow.cache.rows(positions)
+        flows, rows = self.source.motion(frames, keyframes), self.tokenflow.cache.rows(positions)
         levels = range(len(self.sd.unet.config.block_out_channels))
         return led_by_resolution(flows, rows, weights, levels, self.sd.device)
 
