@@ -16,7 +16,7 @@ def main() -> None:
     config = parse(PreprocessConfig, __doc__)
 
     # Slow imports, after the configuration is known to be valid.
-    from tokenflow.inversion.run import open_inversion
+    from tokenflow.inversion.invert import open_inversion
 
     with open_inversion(config) as run:
         if not run.is_finished:

@@ -37,7 +37,7 @@ from tokenflow.editing.techniques import plug_and_play
 from tokenflow.editing.windows import window_bounds
 from tokenflow.evaluation.contact_sheet import contact_sheet, moments
 from tokenflow.evaluation.metrics import warp_error
-from tokenflow.inversion.run import open_inversion
+from tokenflow.inversion.invert import open_inversion
 from util import write_image, write_video
 
 LENGTHS = (24, 96, 384, 1536)  # frames

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 import tokenflow.editing.edit  # noqa: F401 (both are slow to import; commands are forks of this process)
-import tokenflow.inversion.run  # noqa: F401
+import tokenflow.inversion.invert  # noqa: F401
 from benchmarks.report import markdown
 from shapes.checkpoint import SHAPES, build_random
 from tokenflow.cli import is_list

@@ -32,7 +32,7 @@ from tokenflow.diffusion.checkpoints import choose_device
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.sweep import open_edits
 from tokenflow.editing.techniques import plug_and_play
-from tokenflow.inversion.run import open_inversion
+from tokenflow.inversion.invert import open_inversion
 from util import write_video
 
 SMALL = {"frames": 4, "size": 64, "steps": 1}

@@ -14,8 +14,8 @@ from tokenflow.config import PreprocessConfig, SDEditConfig
 from tokenflow.diffusion.ddim import Schedule, check_finite, ddim_step, invert, sample
 from tokenflow.editing.techniques import sdedit
 from tokenflow.errors import UserError
+from tokenflow.inversion.invert import schedules
 from tokenflow.inversion.predictor import VideoNoisePredictor
-from tokenflow.inversion.run import schedules
 from tokenflow.runtime.batching import Batches
 
 FRAMES, SPREAD, ALPHAS = torch.arange(1000), 2.0, build_scheduler().alphas_cumprod

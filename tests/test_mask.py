@@ -18,7 +18,7 @@ from tokenflow.editing.mask import (
     write_relevant,
 )
 from tokenflow.errors import UserError
-from tokenflow.inversion.source_frames import FrameChoice
+from tokenflow.inversion.frames import FrameChoice
 from tokenflow.runtime.frame_array import FrameArray
 from util import save_frames
 

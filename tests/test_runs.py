@@ -117,7 +117,7 @@ def run_in(folder, script, flags, printed, kill_after=None, environment=None):
 def server():
     """Forks processes that need not import torch again."""
     context = multiprocessing.get_context("forkserver")
-    preloaded = ["test_runs", "tokenflow.inversion.run", "tokenflow.editing.edit"]
+    preloaded = ["test_runs", "tokenflow.inversion.invert", "tokenflow.editing.edit"]
     context.set_forkserver_preload(preloaded)
     return context
 
@@ -271,7 +271,7 @@ def test_what_a_stopped_inversion_left_is_checked(source, checkpoint, whole, mon
     """Damaged files are recomputed, and the result is that of an uninterrupted run."""
     flags, predict_noise = invert_flags(checkpoint, "harmed"), StableDiffusion.predict_noise
     final = inversion_in(source / "harmed")
-    partial = run_folder.partial_path(final)
+    partial = run_folder.unfinished_path(final)
 
     def stops(self, latents, *args):
         if len(list((partial / ".progress").glob("Reconstructing*"))) == 2:

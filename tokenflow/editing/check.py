@@ -20,7 +20,7 @@ from tokenflow.editing.identity import identity_of
 from tokenflow.editing.mask import check_mask
 from tokenflow.editing.shared import Shared
 from tokenflow.errors import UserError
-from tokenflow.inversion.source_frames import FrameChoice, check_control_frames
+from tokenflow.inversion.frames import FrameChoice, check_control_frames
 from tokenflow.runtime.distributed import Processes
 from util import fingerprint
 

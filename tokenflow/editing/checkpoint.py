@@ -9,7 +9,7 @@ import torch
 from tokenflow.runtime.digests import file_digest
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.frame_array import FrameArray
-from tokenflow.runtime.run_folder import partial_path, remove
+from tokenflow.runtime.run_folder import remove, unfinished_path
 
 
 class EditCheckpoint:
@@ -33,13 +33,13 @@ class EditCheckpoint:
         """Yield an array in which all processes write their frames' latents after `steps_done` steps."""
         path, is_main = self._file(steps_done), self.processes.is_main
         if is_main:
-            FrameArray.create(partial_path(path), self.shape, torch.float32)
+            FrameArray.create(unfinished_path(path), self.shape, torch.float32)
         self.processes.wait()
-        yield FrameArray(partial_path(path))
+        yield FrameArray(unfinished_path(path))
         self.processes.wait()
         if is_main:
-            self._digest_file(steps_done).write_text(file_digest(partial_path(path)))
-            partial_path(path).replace(path)
+            self._digest_file(steps_done).write_text(file_digest(unfinished_path(path)))
+            unfinished_path(path).replace(path)
             remove(self._file(steps_done - 1))
             remove(self._digest_file(steps_done - 1))
         self.processes.wait()

@@ -37,15 +37,15 @@ from tokenflow.errors import DamagedError, UserError
 from tokenflow.evaluation.contact_sheet import contact_sheet, moments
 from tokenflow.evaluation.report import discard_report
 from tokenflow.inversion.files import CLEAN, Inversion, noisy
+from tokenflow.inversion.frames import FrameChoice
 from tokenflow.inversion.predictor import VideoNoisePredictor
-from tokenflow.inversion.source_frames import FrameChoice
 from tokenflow.motion.dense import DenseMotion
 from tokenflow.motion.fusion import FLICKER, Fusion
 from tokenflow.runtime.batching import Batches, Limits
 from tokenflow.runtime.digests import check, digest_of, seal
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.frame_array import FrameArray
-from tokenflow.runtime.run_folder import locked, partial_path, remove, run_folder, staged
+from tokenflow.runtime.run_folder import locked, remove, run_folder, staged, unfinished_path
 from util import (
     load_frames,
     read_frames,
@@ -264,7 +264,11 @@ class EditRun:
         """Where the edit may change the video, in a file for all processes, which a killed run has left."""
         if path.exists():
             return FrameArray(path)
-        with staged(path) if self.processes.is_main else nullcontext(partial_path(path)) as partial:
+        with (
+            staged(path)
+            if self.processes.is_main
+            else nullcontext(unfinished_path(path)) as partial
+        ):
             self._write_inside(FrameArray(partial))
         self.processes.wait()
         return FrameArray(path)
@@ -327,7 +331,9 @@ class EditRun:
             shown = mask.composed(finished, batch) if mask else finished
             save_frames(partial, batch[0].item(), shown)
 
-        with staged(frames) if processes.is_main else nullcontext(partial_path(frames)) as partial:
+        with (
+            staged(frames) if processes.is_main else nullcontext(unfinished_path(frames)) as partial
+        ):
             if processes.is_main:
                 partial.mkdir()
             processes.wait()

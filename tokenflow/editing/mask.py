@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from tokenflow.diffusion.ddim import check_finite
 from tokenflow.errors import UserError
-from tokenflow.inversion.source_frames import FrameChoice
+from tokenflow.inversion.frames import FrameChoice
 from tokenflow.motion.fusion import Fusion
 from tokenflow.runtime.frame_array import FrameArray
 

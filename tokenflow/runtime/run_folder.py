@@ -21,7 +21,7 @@ def staged(path: Path) -> Iterator[Path]:
 
     If the block raises, what it wrote is removed and `path` stays as it was.
     """
-    partial = partial_path(path)
+    partial = unfinished_path(path)
     with _created_folder(path.parent):
         remove(partial)
         try:
@@ -39,7 +39,7 @@ def resumable(path: Path, identity: str, resume: bool) -> Iterator[Path]:
     If the block raises UserError or FloatingPointError, the folder is removed. If anything else ends the
     block, the folder stays for the next run. Without `resume` the block starts with an empty folder.
     """
-    partial = partial_path(path)
+    partial = unfinished_path(path)
     note = partial / ".run.json"
     with _created_folder(path.parent):
         if not (resume and note.is_file() and note.read_bytes() == identity.encode()):
@@ -55,7 +55,7 @@ def resumable(path: Path, identity: str, resume: bool) -> Iterator[Path]:
         (path / note.name).unlink()
 
 
-def partial_path(path: Path) -> Path:
+def unfinished_path(path: Path) -> Path:
     """Where a file or folder is written until it is complete and renamed to `path`."""
     return path.with_name(f".partial-{path.name}")
 

@@ -34,15 +34,15 @@ from tokenflow.diffusion.stable_diffusion import Control, StableDiffusion
 from tokenflow.errors import DamagedError, UserError
 from tokenflow.evaluation.report import PAGE
 from tokenflow.inversion.files import CLEAN, INVERTED, Inversion, Manifest, noisy
+from tokenflow.inversion.frames import FrameChoice, check_control_frames
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.report import compare, report_reconstruction
 from tokenflow.inversion.source_features import RecordingPredictor, can_keep_source_features
-from tokenflow.inversion.source_frames import FrameChoice, check_control_frames
 from tokenflow.runtime.ahead import WriteBehind
 from tokenflow.runtime.batching import Batches, Limits, balanced, frames_per_pass
 from tokenflow.runtime.digests import check, seal
 from tokenflow.runtime.distributed import Processes
-from tokenflow.runtime.run_folder import Progress, locked, partial_path, remove, resumable
+from tokenflow.runtime.run_folder import Progress, locked, remove, resumable, unfinished_path
 from tokenflow_utils import KeyframeSchedule
 from util import (
     fingerprint,
@@ -76,7 +76,7 @@ def open_inversion(config: PreprocessConfig) -> Iterator["InversionRun"]:
         check_control_frames(config, FrameChoice.of(asdict(config)), manifest.n_frames)
     final = Inversion.of(config, manifest.n_frames)
     processes = Processes(device)
-    inversion = Inversion(partial_path(final.folder))
+    inversion = Inversion(unfinished_path(final.folder))
     run = InversionRun(config, manifest, schedule, editing, final, inversion, processes, dtype)
     if is_there(final, manifest, config.overwrite):
         log.info("this inversion exists already; --overwrite recomputes it")
