@@ -13,7 +13,7 @@ import numpy as np
 
 from tokenflow.errors import UserError, is_text
 from tokenflow.runtime.ahead import in_parallel
-from tokenflow.runtime.run_folder import staged
+from tokenflow.runtime.run_folder import stage
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 # The macroblock tree of x264's AVX-512 code reads memory that it did not write, so the same frames give
@@ -132,7 +132,7 @@ def fit_frame(frame: np.ndarray, height: int, width: int, mode: str) -> np.ndarr
 
 def write_video(path: Path, frames: Iterable[np.ndarray], fps: Fraction) -> None:
     """Encode uint8 RGB frames (H, W, 3), H and W even, as H.264, one by one."""
-    with staged(path) as partial, av.open(str(partial), "w") as container:
+    with stage(path) as unfinished, av.open(str(unfinished), "w") as container:
         stream = None
         for frame in frames:
             if stream is None:

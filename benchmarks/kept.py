@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tokenflow.diffusion.checkpoints import choose_device
 from tokenflow.runtime.digests import digest_of
-from tokenflow.runtime.run_folder import staged
+from tokenflow.runtime.run_folder import stage
 
 ROOT = Path(__file__).parent.parent
 # The code of an edit and of its measures. How methods are defined goes into the name of what they made,
@@ -31,5 +31,5 @@ def kept_path(folder: Path, name: str, *decides) -> Path:
 
 def keep(path: Path, measured: dict | float) -> None:
     """Write a measurement, which appears whole or not at all."""
-    with staged(path) as unfinished:
+    with stage(path) as unfinished:
         unfinished.write_text(json.dumps(measured))

@@ -358,7 +358,7 @@ def test_a_second_run_into_the_same_folder_is_refused(source, checkpoint, whole)
         ("preprocess.py", invert_flags(checkpoint, "whole"), inversion),
         ("run_tokenflow_pnp.py", edit_flags(checkpoint, "whole", "edits"), edit),
     ):
-        with run_folder.locked(folder):
+        with run_folder.lock(folder):
             result = run(script, *flags, "--overwrite", cwd=source)
             refusal(result, folder.name, f"process {os.getpid()} on")
         assert not list(folder.parent.glob(".lock*")) and not list(folder.parent.glob(".partial*"))
@@ -369,12 +369,12 @@ def test_a_lock_dies_with_its_process(tmp_path):
     code = (
         f"import sys, os, pathlib; sys.path.insert(0, {str(ROOT)!r})\n"
         "from tokenflow.runtime import run_folder\n"
-        "with run_folder.locked(pathlib.Path('edit')): os.kill(os.getpid(), 9)"
+        "with run_folder.lock(pathlib.Path('edit')): os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path).returncode == -9
     assert (tmp_path / ".lock-edit").exists()
     edit, refused = tmp_path / "edit", pytest.raises(UserError, match="at work")
-    with run_folder.locked(edit), refused, run_folder.locked(edit):
+    with run_folder.lock(edit), refused, run_folder.lock(edit):
         pass
     assert not list(tmp_path.iterdir())
 
@@ -383,7 +383,7 @@ def test_what_another_configuration_left_is_not_resumed(tmp_path):
     def found(identity, resume=True):
         with (
             contextlib.suppress(KeyboardInterrupt),
-            run_folder.resumable(tmp_path / "x", identity, resume) as f,
+            run_folder.resume_folder(tmp_path / "x", identity, resume) as f,
         ):
             names = sorted(path.name for path in f.iterdir() if path.name != ".run.json")
             (f / identity).touch()
@@ -391,7 +391,7 @@ def test_what_another_configuration_left_is_not_resumed(tmp_path):
         return names
 
     assert [found("a"), found("a"), found("b"), found("b", False)] == [[], ["a"], [], []]
-    with pytest.raises(UserError), run_folder.resumable(tmp_path / "x", "b", True):
+    with pytest.raises(UserError), run_folder.resume_folder(tmp_path / "x", "b", True):
         raise UserError
     assert not list(tmp_path.iterdir())
 
@@ -439,7 +439,7 @@ def test_what_a_killed_run_was_replacing_goes(tmp_path):
     """It had put the old folder aside, and not yet the new one in its place."""
     (tmp_path / ".replaced-frames" / "old").mkdir(parents=True)
     for _ in range(2):
-        with run_folder.staged(tmp_path / "frames") as partial:
+        with run_folder.stage(tmp_path / "frames") as partial:
             partial.mkdir()
         assert [path.name for path in tmp_path.iterdir()] == ["frames"]
 

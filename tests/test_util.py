@@ -10,7 +10,7 @@ import pytest
 import util
 from tokenflow.control.detectors import canny
 from tokenflow.errors import UserError
-from tokenflow.runtime.run_folder import run_folder, staged
+from tokenflow.runtime.run_folder import open_run_folder, stage
 
 
 def mean_error(a, b):
@@ -125,26 +125,26 @@ def test_sources_that_are_no_video(tmp_path):
 
 def test_staged_files_appear_whole_or_not_at_all(tmp_path):
     target = tmp_path / "new" / "folder"
-    with pytest.raises(KeyError), staged(target) as partial:
-        partial.mkdir()
-        (partial / "file").write_text("half")
+    with pytest.raises(KeyError), stage(target) as unfinished:
+        unfinished.mkdir()
+        (unfinished / "file").write_text("half")
         raise KeyError
     assert not list(tmp_path.iterdir())
     for content in ("first", "second"):
-        with staged(target) as partial:
-            partial.mkdir()
-            (partial / content).write_text(content)
+        with stage(target) as unfinished:
+            unfinished.mkdir()
+            (unfinished / content).write_text(content)
     assert [path.name for path in target.parent.rglob("*")] == ["folder", "second"]
 
 
 def test_run_folders_are_shared_by_equal_runs_only(tmp_path):
     def folder_of(config):
-        with run_folder(tmp_path / "out", "pnp_clip", config) as folder:
+        with open_run_folder(tmp_path / "out", "pnp_clip", config) as folder:
             return folder.name
 
     names = [folder_of(config) for config in ("a", "b", "a", "c", "b")]
     assert names == ["pnp_clip", "pnp_clip_2", "pnp_clip", "pnp_clip_3", "pnp_clip_2"]
-    with pytest.raises(UserError), run_folder(tmp_path / "out", "pnp_clip", "d"):
+    with pytest.raises(UserError), open_run_folder(tmp_path / "out", "pnp_clip", "d"):
         raise UserError
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(set(names))
 

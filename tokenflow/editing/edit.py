@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -45,7 +45,7 @@ from tokenflow.runtime.batching import Batches, Limits
 from tokenflow.runtime.digests import check, digest_of, seal
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.frame_array import FrameArray
-from tokenflow.runtime.run_folder import locked, remove, run_folder, staged, unfinished_path
+from tokenflow.runtime.run_folder import lock, open_run_folder, remove, stage
 from util import (
     load_frames,
     read_frames,
@@ -89,7 +89,7 @@ class EditRun:
         with ExitStack() as held:
             where = Path(config.output_path), self.name, self.identity
             with processes.main_first():
-                folder = held.enter_context(run_folder(*where))
+                folder = held.enter_context(open_run_folder(*where))
             run = replace(self, folder=folder, scratch=scratch or folder / STEPS)
             if run.video.exists() and not run.checkpoints.exists() and not config.overwrite:
                 try:
@@ -100,7 +100,7 @@ class EditRun:
                 yield replace(run, is_finished=True)
                 return
             if processes.is_main:
-                held.enter_context(locked(folder))
+                held.enter_context(lock(folder))
                 if config.overwrite or not config.resume:
                     remove(run.checkpoints)
                 run.checkpoints.mkdir(exist_ok=True)
@@ -264,12 +264,8 @@ class EditRun:
         """Where the edit may change the video, in a file for all processes, which a killed run has left."""
         if path.exists():
             return FrameArray(path)
-        with (
-            staged(path)
-            if self.processes.is_main
-            else nullcontext(unfinished_path(path)) as partial
-        ):
-            self._write_inside(FrameArray(partial))
+        with stage(path, self.processes.is_main) as unfinished:
+            self._write_inside(FrameArray(unfinished))
         self.processes.wait()
         return FrameArray(path)
 
@@ -329,13 +325,11 @@ class EditRun:
 
         def save(batch: torch.Tensor, finished: np.ndarray) -> None:
             shown = mask.composed(finished, batch) if mask else finished
-            save_frames(partial, batch[0].item(), shown)
+            save_frames(unfinished, batch[0].item(), shown)
 
-        with (
-            staged(frames) if processes.is_main else nullcontext(unfinished_path(frames)) as partial
-        ):
+        with stage(frames, processes.is_main) as unfinished:
             if processes.is_main:
-                partial.mkdir()
+                unfinished.mkdir()
             processes.wait()
             batches = processes.share(torch.arange(self.n_frames).split(DECODE_BATCH))
             for batch in tqdm(batches, "Decoding", unit="batch", disable=not processes.is_main):

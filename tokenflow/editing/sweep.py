@@ -18,7 +18,7 @@ from tokenflow.errors import UserError
 from tokenflow.evaluation.config import EvaluateConfig
 from tokenflow.evaluation.evaluate import evaluate
 from tokenflow.evaluation.report import PAGE, discard_report
-from tokenflow.runtime.run_folder import locked, remove, run_folder
+from tokenflow.runtime.run_folder import lock, open_run_folder, remove
 
 log = logging.getLogger("tokenflow")
 
@@ -59,9 +59,9 @@ def _sweep_folder(first: EditRun, identity: str) -> Iterator[Path]:
     with ExitStack() as held:
         where = Path(first.config.output_path), f"{first.name}_sweep", identity
         with first.processes.main_first():
-            folder = held.enter_context(run_folder(*where))
+            folder = held.enter_context(open_run_folder(*where))
         if first.processes.is_main:
-            held.enter_context(locked(folder))
+            held.enter_context(lock(folder))
         yield folder
         if first.processes.is_main:
             remove(folder / STEPS)

@@ -36,7 +36,7 @@ from tokenflow.evaluation.report import PAGE, PARTS, Entry, thumbnails, write_me
 from tokenflow.evaluation.subject import Subject
 from tokenflow.evaluation.verdict import verdict
 from tokenflow.motion.optical_flow import Flow, dis_flow, raft_flow
-from tokenflow.runtime.run_folder import locked, staged
+from tokenflow.runtime.run_folder import lock, stage
 from util import write_video
 
 T = TypeVar("T")
@@ -50,7 +50,7 @@ def evaluate(config: EvaluateConfig, subjects: list[Subject]) -> Path:
     flow = raft_flow(device) if config.flow == "raft" else dis_flow()
     with ExitStack() as held:
         for subject in subjects:
-            held.enter_context(locked(subject.folder))
+            held.enter_context(lock(subject.folder))
         entries = []
         for _, members in groupby(subjects, key=attrgetter("compared_with")):
             for subject, entry in evaluate_together(list(members), config, flow, device):
@@ -149,8 +149,8 @@ def _playable(subject: Subject, name: str, written: dict[str, Path]) -> Path:
         return subject.playable[name]
     path = subject.folder / PARTS / f"{name}.mp4"
     if name in written:
-        with staged(path) as partial:
-            shutil.copyfile(written[name], partial)
+        with stage(path) as unfinished:
+            shutil.copyfile(written[name], unfinished)
     else:
         write_video(path, subject.read(name), subject.fps)
         written[name] = path

@@ -27,7 +27,7 @@ from tokenflow.evaluation.meters import (
     Values,
 )
 from tokenflow.evaluation.verdict import Finding
-from tokenflow.runtime.run_folder import remove, staged
+from tokenflow.runtime.run_folder import remove, stage
 from util import write_image
 
 PAGE, PARTS = "report.html", "report"  # the page, and the folder of what it shows beside it
@@ -108,13 +108,13 @@ def write_report(path: Path, title: str, entries: list[Entry]) -> None:
     page = (TEMPLATE / "page.html").read_text(encoding="utf-8")
     for mark, part in (("/* style */", "page.css"), ("/* script */", "page.js")):
         page = page.replace(mark, (TEMPLATE / part).read_text(encoding="utf-8"))
-    with staged(path) as partial:
+    with stage(path) as partial:
         partial.write_text(page.replace("/* data */", text), encoding="utf-8")
 
 
 def write_measured(folder: Path, entry: Entry) -> None:
     """Write what was measured as JSON, for scripts, to `report/figures.json` in the `folder`."""
-    with staged(folder / PARTS / "figures.json") as partial:
+    with stage(folder / PARTS / "figures.json") as partial:
         partial.write_text(
             json.dumps(entry.measured(), indent=1, ensure_ascii=False) + "\n", "utf-8"
         )
@@ -144,7 +144,7 @@ def sheet_of_edits(entries: Sequence[Entry], apart: Sequence[Mapping[str, Any]])
 def write_table(path: Path, entries: Sequence[Entry], apart: Sequence[Mapping[str, Any]]) -> None:
     """Write the edits' figures as comma-separated values. apart: as for `sheet_of_edits`."""
     keys = [key for key in FIGURES if any(EDIT in e.figures.get(key, {}) for e in entries)]
-    with staged(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+    with stage(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["edit", *apart[0], *keys])
         for entry, settings in zip(entries, apart, strict=True):

@@ -42,7 +42,7 @@ from tokenflow.runtime.ahead import WriteBehind
 from tokenflow.runtime.batching import Batches, Limits, balanced, frames_per_pass
 from tokenflow.runtime.digests import check, seal
 from tokenflow.runtime.distributed import Processes
-from tokenflow.runtime.run_folder import Progress, locked, remove, resumable, unfinished_path
+from tokenflow.runtime.run_folder import Progress, lock, remove, resume_folder, unfinished_path
 from tokenflow_utils import KeyframeSchedule
 from util import (
     fingerprint,
@@ -84,10 +84,10 @@ def open_inversion(config: PreprocessConfig) -> Iterator["InversionRun"]:
         return
     with ExitStack() as held:
         if processes.is_main:
-            held.enter_context(locked(final.folder))
+            held.enter_context(lock(final.folder))
             identity = json.dumps(manifest.identity, sort_keys=True)
             resume = config.resume and not config.overwrite
-            held.enter_context(resumable(final.folder, identity, resume))
+            held.enter_context(resume_folder(final.folder, identity, resume))
         processes.wait()
         yield run
 
@@ -119,7 +119,7 @@ class InversionRun:
             "read", written=pictures(folder, frames)
         ):
             self._choice.write(Path(self.config.data_path), folder, n_frames)
-            progress.done("read", written=pictures(folder, frames))
+            progress.record("read", written=pictures(folder, frames))
 
     def invert(self) -> None:
         """Encode the frames, invert them, and save their latents at every editing timestep."""
@@ -182,7 +182,7 @@ class InversionRun:
         if not self.config.no_reconstruction:
             log.info("to look at: %s", self.final.folder / PAGE)
         seal(inversion.folder)
-        Progress(inversion.folder).remove()
+        remove(Progress(inversion.folder).folder)
 
     @cached_property
     def sd(self) -> StableDiffusion:
@@ -272,7 +272,7 @@ class InversionRun:
         with tqdm(total=total, desc=stage, unit="step", disable=hidden) as bar:
             for frames in missing:
                 yield frames, bar
-                progress.done(stage, frames[0].item(), len(frames), written=written(frames))
+                progress.record(stage, frames[0].item(), len(frames), written=written(frames))
         self.processes.wait()
 
     def _inverted(self, frames: torch.Tensor) -> Iterator[bytes]:

@@ -12,7 +12,7 @@ import torch
 from tokenflow.runtime.digests import digest_of
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.frame_array import FrameArray
-from tokenflow.runtime.run_folder import locked
+from tokenflow.runtime.run_folder import lock
 
 log = logging.getLogger("tokenflow")
 
@@ -44,7 +44,7 @@ class KeptPairs:
             "the source's motion takes up to %.0f MB of disk in %s", n_bytes / 1e6, self.folder
         )
         if processes.is_main:
-            with locked(self.folder, waits=True):
+            with lock(self.folder, waits=True):
                 for apart in distances:
                     pairs, digests = self._files(apart)
                     pairs.ensure((self.n_frames, *self.shape), torch.float16)

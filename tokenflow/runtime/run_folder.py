@@ -1,6 +1,5 @@
 """Folders of runs: complete or absent, used by one run at a time, and resumed after a kill."""
 
-import fcntl
 import itertools
 import os
 import shutil
@@ -8,56 +7,61 @@ import socket
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+
+from filelock import FileLock, Timeout
 
 from tokenflow.errors import UserError
 from tokenflow.runtime.ahead import in_parallel
 from tokenflow.runtime.digests import digest_of
 
 
+def unfinished_path(path: Path) -> Path:
+    """Where a file or folder is written until it is complete and renamed to `path`."""
+    return path.with_name(f".partial-{path.name}")
+
+
 @contextmanager
-def staged(path: Path) -> Iterator[Path]:
+def stage(path: Path, is_main: bool = True) -> Iterator[Path]:
     """Yield a path to write a file or folder to, which is renamed to `path` if the block succeeds.
 
     If the block raises, what it wrote is removed and `path` stays as it was.
+    is_main: False in the processes that only write into what the main process of their run stages.
     """
-    partial = unfinished_path(path)
-    with _created_folder(path.parent):
-        remove(partial)
+    unfinished = unfinished_path(path)
+    if not is_main:
+        yield unfinished
+        return
+    with _create_folder(path.parent):
+        remove(unfinished)
         try:
-            yield partial
-            _replace(partial, path)
+            yield unfinished
+            _replace(unfinished, path)
         except BaseException:
-            remove(partial)
+            remove(unfinished)
             raise
 
 
 @contextmanager
-def resumable(path: Path, identity: str, resume: bool) -> Iterator[Path]:
-    """As `staged` for a folder, which may already hold what a killed run of the same `identity` wrote.
+def resume_folder(path: Path, identity: str, resume: bool) -> Iterator[Path]:
+    """As `stage` for a folder, which may already hold what a killed run of the same `identity` wrote.
 
     If the block raises UserError or FloatingPointError, the folder is removed. If anything else ends the
     block, the folder stays for the next run. Without `resume` the block starts with an empty folder.
     """
-    partial = unfinished_path(path)
-    note = partial / ".run.json"
-    with _created_folder(path.parent):
+    unfinished = unfinished_path(path)
+    note = unfinished / ".run.json"
+    with _create_folder(path.parent):
         if not (resume and note.is_file() and note.read_bytes() == identity.encode()):
-            remove(partial)
-            partial.mkdir()
+            remove(unfinished)
+            unfinished.mkdir()
             note.write_bytes(identity.encode())
         try:
-            yield partial
+            yield unfinished
         except (UserError, FloatingPointError):
-            remove(partial)
+            remove(unfinished)
             raise
-        _replace(partial, path)
+        _replace(unfinished, path)
         (path / note.name).unlink()
-
-
-def unfinished_path(path: Path) -> Path:
-    """Where a file or folder is written until it is complete and renamed to `path`."""
-    return path.with_name(f".partial-{path.name}")
 
 
 class Progress:
@@ -74,14 +78,10 @@ class Progress:
         except (OSError, ValueError, EOFError):  # what was written is unreadable
             return False
 
-    def done(self, stage: str, *part: int, written: Iterable[bytes]) -> None:
+    def record(self, stage: str, *part: int, written: Iterable[bytes]) -> None:
         """Record that a part is done, and the digest of what it wrote."""
         self.folder.mkdir(exist_ok=True)
         self._file(stage, part).write_bytes(_digest(written))
-
-    def remove(self) -> None:
-        """Forget all parts, when the run is done."""
-        remove(self.folder)
 
     def _file(self, stage: str, part: Sequence[int]) -> Path:
         return self.folder / "_".join([stage, *map(str, part)])
@@ -94,47 +94,37 @@ def _digest(written: Iterable[bytes]) -> bytes:
 
 
 @contextmanager
-def locked(folder: Path, waits: bool = False) -> Iterator[None]:
+def lock(folder: Path, waits: bool = False) -> Iterator[None]:
     """Keep other runs from `folder` during the block. If one is there, wait, or raise UserError with its pid.
 
     The system releases the lock of a process that dies.
     """
     path = folder.with_name(f".lock-{folder.name}")
-    with _created_folder(path.parent), _lock(path, folder, waits) as file:
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {socket.gethostname()}")
-        file.flush()
+    with _create_folder(path.parent):
         try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _lock(path: Path, folder: Path, waits: bool) -> IO:
-    while True:
-        file = path.open("a+", errors="replace")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
-        except BlockingIOError:
-            with file:
-                file.seek(0)
-                raise UserError(
-                    f"{folder}: process {file.read()} is at work there; let that process finish, or end it"
-                ) from None
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            return file
-        file.close()  # the run that held the lock removed the file before we locked it
+            acquired = FileLock(path).acquire(timeout=-1 if waits else 0)
+        except Timeout:
+            holder = path.read_text(errors="replace") if path.exists() else "that has just ended"
+            raise UserError(
+                f"{folder}: process {holder} is at work there; let that process finish, or end it"
+            ) from None
+        with acquired:
+            path.write_text(f"{os.getpid()} on {socket.gethostname()}")
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
 
 
 @contextmanager
-def run_folder(parent: Path, name: str, config: str) -> Iterator[Path]:
+def open_run_folder(parent: Path, name: str, config: str) -> Iterator[Path]:
     """The folder `parent/name` for the run with this `config` text, which it stores as `config.yaml`.
 
     The same text gets the same folder again; another text gets `name_2`, `name_3`, ...
     If the block raises UserError or FloatingPointError, a new folder is removed. If anything else ends the
     block, it stays for the next run.
     """
-    with _created_folder(parent):
+    with _create_folder(parent):
         folder, new = _claim_folder(parent, name, config)
         try:
             yield folder
@@ -152,17 +142,17 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _replace(partial: Path, path: Path) -> None:
+def _replace(unfinished: Path, path: Path) -> None:
     replaced = path.with_name(f".replaced-{path.name}")
     remove(replaced)  # of a run that was killed right here
     if path.is_dir():  # a folder cannot be renamed over one that has files
         path.rename(replaced)
-    partial.replace(path)
+    unfinished.replace(path)
     remove(replaced)
 
 
 @contextmanager
-def _created_folder(folder: Path) -> Iterator[None]:
+def _create_folder(folder: Path) -> Iterator[None]:
     """Create `folder` for the block; if the block raises, remove folders that are new and empty."""
     missing = [f for f in (folder, *folder.parents) if not f.exists()]
     try:
