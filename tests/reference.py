@@ -1,7 +1,8 @@
-"""TokenFlow as plain loops, written from the text of the design: slow and obviously right.
+"""TokenFlow in plain loops: what its authors published, and what the paper says; slow and obviously right.
 
-It shares no code with `tokenflow_utils`: it computes the attention of every layer head by head and every
-similarity matrix whole, and replaces the layers one by one.
+It shares no code with the product: attention is computed head by head, on keys and values that are repeated
+for every frame, and every similarity matrix whole. Tests compare the product's results with its results, and
+benchmarks compare their speed.
 """
 
 import math
@@ -10,12 +11,117 @@ import torch
 
 
 class Reference:
+    """The authors' two scripts on one clip: DDIM inversion, reconstruction and edits."""
+
+    @torch.no_grad()
+    def __init__(self, sd, frames, prompt, n_steps, batch_size=8):
+        """Encode and invert uint8 RGB frames (N, H, W, 3) under their prompt.
+
+        sd: a `StableDiffusion`, of which only the networks are used. batch_size: frames in a pass, and of a
+        keyframe.
+        """
+        self.sd, self.scheduler, self.batch_size = sd, sd.scheduler, batch_size
+        self.prompt, self.n_steps = prompt, n_steps
+        images = torch.from_numpy(frames).permute(0, 3, 1, 2).to(sd.device, sd.vae.dtype) / 255
+        encoded = [sd.vae.encode(2 * image - 1).latent_dist.mean for image in images.split(1)]
+        self.clean = torch.cat(encoded).float().cpu() * sd.vae.config.scaling_factor
+        self.saved, latents = {}, self.clean  # by timestep
+        alphas, before = self.scheduler.alphas_cumprod, self.scheduler.final_alpha_cumprod
+        self.scheduler.set_timesteps(n_steps)
+        for t in reversed(self.scheduler.timesteps.tolist()):
+            noise = self.predict_source_noise(latents, t)
+            x0 = (latents - (1 - before) ** 0.5 * noise) / before**0.5
+            latents = alphas[t] ** 0.5 * x0 + (1 - alphas[t]) ** 0.5 * noise
+            self.saved[t], before = latents, alphas[t]
+
+    @torch.no_grad()
+    def reconstruct(self):
+        """The frames, uint8 RGB (N, H, W, 3), that sampling from the inversion's noise gives back."""
+        self.scheduler.set_timesteps(self.n_steps)
+        latents = self.saved[self.scheduler.timesteps[0].item()]
+        for t in self.scheduler.timesteps.tolist():
+            noise = self.predict_source_noise(latents, t)
+            latents = self.scheduler.step(noise, t, latents).prev_sample
+        return self.decode(latents)
+
+    @torch.no_grad()
+    def edit(
+        self,
+        prompt,
+        negative_prompt="",
+        n_steps=50,
+        skipped_steps=0,
+        attention_steps=0,
+        feature_steps=0,
+        propagation="previous",
+        guidance_scale=7.5,
+        seed=1,
+    ):
+        """The edited frames, uint8 RGB (N, H, W, 3).
+
+        SDEdit skips the first steps. Plug-and-Play injects the source's attention and features into some.
+        """
+        self.scheduler.set_timesteps(n_steps)
+        timesteps = self.scheduler.timesteps[skipped_steps:]
+        noisiest = self.scheduler.timesteps[0].item()
+        alpha = self.scheduler.alphas_cumprod[noisiest]
+        noise = (self.saved[noisiest] - alpha**0.5 * self.clean) / (1 - alpha) ** 0.5
+        latents = self.scheduler.add_noise(self.clean, noise, timesteps[:1])
+        text = torch.cat([self.embed(p) for p in (self.prompt, negative_prompt, prompt)])
+        predictor = Predictor(self.sd.unet, self.batch_size, propagation)
+        generator, n_frames = torch.Generator().manual_seed(seed), len(latents)
+        for step, t in enumerate(timesteps.tolist()):
+            starts = torch.arange(0, n_frames, self.batch_size)
+            draws = torch.randint(self.batch_size, starts.shape, generator=generator)
+            keyframes = (starts + draws).clamp(max=n_frames - 1).tolist()
+            injects = step < attention_steps, step < feature_steps
+            _, uncond, cond = predictor.predict(
+                self.saved[t], latents, t, text, keyframes, *injects
+            )
+            guided = uncond + guidance_scale * (cond - uncond)
+            latents = self.scheduler.step(guided, t, latents).prev_sample
+        return self.decode(latents)
+
+    def embed(self, prompt):
+        """The embedding (1, l, d) of a prompt."""
+        tokenizer = self.sd.tokenizer
+        length = {"padding": "max_length", "max_length": tokenizer.model_max_length}
+        tokens = tokenizer(prompt, return_tensors="pt", truncation=True, **length).input_ids
+        return self.sd.text_encoder(tokens.to(self.sd.device)).last_hidden_state
+
+    def predict_source_noise(self, latents, t):
+        """Noise (N, 4, h, w) of latents under the source's prompt."""
+        text, batches = self.embed(self.prompt), latents.split(self.batch_size)
+        return torch.cat([evaluate(self.sd.unet, b, t, text.repeat(len(b), 1, 1)) for b in batches])
+
+    def decode(self, latents):
+        """Frames, uint8 RGB (N, H, W, 3)."""
+        scaled = (latents / self.sd.vae.config.scaling_factor).to(self.sd.device, self.sd.vae.dtype)
+        images = torch.cat(
+            [self.sd.vae.decode(one).sample.float().cpu() for one in scaled.split(1)]
+        )
+        return ((images / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def evaluate(unet, latents, t, text):
+    """The UNet's noise (n, 4, h, w) of latents, which stay where they are, under texts (n, l, d)."""
+    samples = latents.to(unet.device, unet.dtype)
+    return unet(samples, t, encoder_hidden_states=text).sample.to(latents)
+
+
+def injected_layers(unet):
+    """The names of the layers whose attention Plug-and-Play injects: the decoder's but the first."""
+    names = [name for name, _ in unet.named_modules() if name.endswith("attn1")]
+    return [name for name in names if name.startswith("up_blocks")][1:]
+
+
+class Predictor:
     """Predicts the noise of all frames of a video at one timestep."""
 
-    def __init__(self, unet, batch_size, propagation, attention_layers, window=100, motion=None):
+    def __init__(self, unet, batch_size, propagation, window=100, motion=None):
         self.unet, self.batch_size, self.propagation = unet, batch_size, propagation
         self.window, self.motion = window, motion
-        self.attention_layers = attention_layers
+        self.attention_layers = injected_layers(unet)
         self.memory = {}  # by layer and keyframe position: source tokens, outputs, keys, values
         self.keyframes, self.chunk, self.group, self.attended = None, None, None, None
         self.joint, self.inject_attention, self.inject_features = True, False, False
@@ -68,7 +174,7 @@ class Reference:
     def _pass(self, source, latents, t, text, frames):
         streams = [source[frames], latents[frames], latents[frames]]
         texts = [text[i : i + 1].repeat(len(frames), 1, 1) for i in range(3)]
-        noise = self.unet(torch.cat(streams), t, encoder_hidden_states=torch.cat(texts)).sample
+        noise = evaluate(self.unet, torch.cat(streams), t, torch.cat(texts))
         return torch.stack(noise.chunk(3))
 
     def _conv(self, forward):
@@ -89,8 +195,9 @@ class Reference:
                 out = self._extended(attn, streams, inject, self.memory[name])
             else:
                 out = self._propagated(streams[0], self.memory[name])
-                if self.propagation == "flanking":
-                    out[0] = self._own(attn, streams[0])
+                if self.propagation == "flanking":  # the source attends to itself, as at inversion
+                    x = streams[0]
+                    out[0] = attend(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x))
             return torch.cat(out)
 
         return forward
@@ -104,33 +211,18 @@ class Reference:
         for i, position in enumerate(self.group):
             memory[position] = {
                 "tokens": streams[0][i],
-                "outputs": [None] * 3,
                 "keys": [key[i] for key in keys],
                 "values": [value[i] for value in values],
             }
-        for stream in range(3):
-            for i, position in enumerate(self.group):
-                seen = [position] if stream == 0 else self.attended + self.group
-                key = torch.cat([memory[p]["keys"][stream] for p in seen])
-                value = torch.cat([memory[p]["values"][stream] for p in seen])
-                output = self._attend(attn, queries[stream][i], key, value)
-                memory[position]["outputs"][stream] = output
-        return [
-            torch.stack([memory[p]["outputs"][stream] for p in self.group]) for stream in range(3)
-        ]
-
-    def _own(self, attn, source):
-        frames = [self._attend(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x)) for x in source]
-        return torch.stack(frames)
-
-    def _attend(self, attn, query, key, value):
-        size = query.shape[-1] // attn.heads
-        heads = []
-        for head in range(attn.heads):
-            part = slice(head * size, (head + 1) * size)
-            score = query[:, part] @ key[:, part].T / math.sqrt(size)
-            heads.append(score.softmax(-1) @ value[:, part])
-        return attn.to_out[0](torch.cat(heads, -1))
+        outputs = [attend(attn, queries[0], keys[0], values[0])]
+        for stream in (1, 2):
+            seen, n = [memory[p] for p in self.attended + self.group], len(self.group)
+            key = torch.cat([one["keys"][stream] for one in seen]).repeat(n, 1, 1)
+            value = torch.cat([one["values"][stream] for one in seen]).repeat(n, 1, 1)
+            outputs.append(attend(attn, queries[stream], key, value))
+        for i, position in enumerate(self.group):
+            memory[position]["outputs"] = [output[i] for output in outputs]
+        return outputs
 
     def _propagated(self, source, memory):
         outputs = [[], [], []]
@@ -174,6 +266,15 @@ class Reference:
         d2 = abs(frame - ((chunk - 1) * self.batch_size + self.batch_size // 2))
         weight = 1 / (1 + math.exp(-d2 / (d1 + d2)))
         return {chunk: weight, chunk - 1: 1 - weight}
+
+
+def attend(attn, query, key, value):
+    """The layer's output (n, q, d) for queries (n, q, d), keys and values (n, k, d), head by head."""
+    heads = []
+    for q, k, v in zip(*(x.chunk(attn.heads, dim=-1) for x in (query, key, value)), strict=True):
+        scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
+        heads.append(scores.softmax(-1) @ v)
+    return attn.to_out[0](torch.cat(heads, -1))
 
 
 def followed_by_hand(flow: list, nearest: torch.Tensor) -> torch.Tensor:

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import Reference
+from reference import Predictor, injected_layers
 from test_cli import ROOT
 
-from benchmarks.published import Published, PublishedAttention
 from tokenflow.config import PnPConfig
 from tokenflow.diffusion.checkpoints import load
 from tokenflow.diffusion.ddim import Schedule
@@ -36,7 +35,6 @@ from tokenflow_utils import (
     install_tokenflow,
     previous_blend,
     propagate,
-    self_attentions_replaced,
 )
 
 INJECTED_LAYERS = {
@@ -156,20 +154,6 @@ def test_windows_share_one_keyframe_each(n_keyframes, size):
     assert len(found) == (1 if n_keyframes <= size else -(-(n_keyframes - 1) // (size - 5)))
 
 
-@torch.no_grad()
-def test_what_the_speed_benchmark_compares_with(sd, video):
-    """The benchmark's published algorithm predicts what the reference does, only faster."""
-    source, latents = video
-    options = {"batch_size": BATCH_SIZE, "propagation": "previous"}
-    edit = edit_of(sd, source_of(source), latents, **options)
-    published = Published(edit)
-    with self_attentions_replaced(
-        sd.unet, partial(PublishedAttention, published), published.feature_hook
-    ):
-        noise = published.predict_noise(latents, FIRST)
-    assert_same_noise(noise, edit, source, latents)
-
-
 @pytest.mark.parametrize(
     "batch_size, window, together", [(2, 16, True), (7, 16, False), (2, 6, False), (7, 6, True)]
 )
@@ -199,8 +183,8 @@ def test_two_streams_equal_the_reference(sd, tmp_path, monkeypatch, batch_size, 
 def assert_same_noise(ours, edit, source, latents, tolerance=1e-3, motion=None):
     """Assert the reference's guided noise, except for tokens whose nearest neighbours tie."""
     sd, config, technique = edit.sd, edit.config, edit.technique
-    options = config.propagation, INJECTED_LAYERS, config.keyframe_window, motion
-    reference = Reference(sd.unet, config.interval, *options)
+    sizes = {"batch_size": config.interval, "window": config.keyframe_window}
+    reference = Predictor(sd.unet, propagation=config.propagation, motion=motion, **sizes)
     keyframes = KeyframeSchedule(len(source), config.interval, (FIRST,), SEED).draw()[FIRST]
     injects = technique.attention_steps > 0, technique.feature_steps > 0
     text = torch.cat([sd.encode_text(prompt).tokens for prompt in PROMPTS])
@@ -218,7 +202,7 @@ def test_the_reference_tells_the_modes_apart(sd, video):
     source, latents = video
     text = torch.cat([sd.encode_text(prompt).tokens for prompt in PROMPTS])
     outputs = [
-        Reference(sd.unet, BATCH_SIZE, mode, INJECTED_LAYERS).predict(
+        Predictor(sd.unet, BATCH_SIZE, mode).predict(
             source, latents, 901, text, [1, 3, 6], attention, features
         )[1:]
         for mode in ("flanking", "previous")
@@ -333,6 +317,7 @@ def test_injected_layers_by_name(sd):
         }
     injected = {name for name, processor in installed.items() if processor.injected}
     assert injected == {f"{name}.processor" for name in INJECTED_LAYERS}
+    assert set(injected_layers(sd.unet)) == INJECTED_LAYERS
     every = {name for name in sd.unet.attn_processors if ".attn1." in name}
     assert set(installed) == every and len(every) == 16
 
@@ -384,7 +369,7 @@ def test_propagation_by_hand():
 def test_joint_passes_are_the_references(sd, n_keyframes, size):
     """For a process that edits all windows, and for processes that edit only the later ones."""
     blend = flanking_blend(torch.arange(4 * n_keyframes), torch.arange(n_keyframes) * 4 + 1)
-    reference = Reference(sd.unet, 4, "flanking", INJECTED_LAYERS, window=size)
+    reference = Predictor(sd.unet, 4, "flanking", window=size)
     expected = {
         position: set(group + attended)
         for group, attended in reference._groups(n_keyframes)
