@@ -2,98 +2,63 @@
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-from tokenflow.cli import for_each, option
 from tokenflow.config_control import ControlConfig
 from tokenflow.config_model import ModelConfig
 from tokenflow.diffusion.versions import VERSIONS
 from tokenflow.errors import UserError
+from tokenflow.options import for_each, option
 
 MAX_FRAMES, MAX_SIZE = 10**6, 2**14  # frames (eleven hours of video); pixels
 RESIZE = ("crop", "stretch", "pad")
 # Options that change how an inversion or an edit is computed, but not its result.
 HOW = ("batch_size", "device", "cpu_offload", "compile", "resume", "overwrite")
 
-# Options of the same bounds.
-frames_option = partial(option, low=1, high=MAX_FRAMES)
-steps_option = partial(option, low=1, high=999)
-share_option = partial(option, low=0, high=1)
-
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessConfig(ModelConfig, ControlConfig):
     """Options of `preprocess.py`."""
 
-    data_path: str = option(
-        "video file, or folder of images, which are used in natural order (2 before 10) and play at 24 "
-        "frames per second"
-    )
-    inversion_prompt: str = option("what the source video shows, in words", "")
-    H: int | None = option(
-        "height of the frames in pixels, a multiple of 64; auto: what the checkpoint was trained on, 512, "
-        "768 or 1024",
-        None,
-        low=8,
-        high=MAX_SIZE,
-        none="auto",
-    )
-    W: int | None = option(
-        "width of the frames in pixels, a multiple of 64; auto: what the checkpoint was trained on, 512, "
-        "768 or 1024",
-        None,
-        low=8,
-        high=MAX_SIZE,
-        none="auto",
-    )
-    resize: str = option(
-        "how frames of another size become H x W pixels; crop: cut out the centre, stretch: change the "
-        "aspect ratio, pad: add black borders",
-        "crop",
-        choices=RESIZE,
-    )
-    start_frame: int = frames_option("first frame used, counted from 0", 0, low=0)
-    n_frames: int = frames_option("number of frames used; 0: all", 40, low=0)
-    stride: int = frames_option(
-        "distance between frames that are used; 2: every second frame, at half the frame rate", 1
-    )
-    inversion: str = option(
-        "how the video is inverted; fixed_point: each step's equation is solved by iteration, ddim: the "
-        "published approximation, for which no source features are kept",
-        "fixed_point",
-        choices=("fixed_point", "ddim"),
-    )
-    steps: int = steps_option(
-        "number of inversion steps; they must include the editing steps (save_steps)", 50
-    )
-    save_steps: int = steps_option(
-        "number of editing steps that the inversion is for (n_timesteps of the edits); the latents of "
-        "each are saved",
-        50,
-    )
-    keep_source: bool = option(
-        "keep the source features on disk, which makes edits faster; the space is reported before it is "
-        "taken",
-        True,
-    )
-    keyframe_interval: int = frames_option(
-        "number of frames per keyframe; kept source features serve only edits with the same "
-        "keyframe_interval",
-        8,
-    )
-    no_reconstruction: bool = option(
-        "save the time of reconstructing the video; without inverted.mp4 the inversion cannot be "
-        "judged",
-        False,
-    )
-    batch_size: int | None = frames_option(
-        "frames in one UNet pass, which changes memory and speed only; auto: 16, or 32 on a GPU, halved "
-        "while the device is out of memory",
-        None,
-        none="auto",
-    )
-    save_dir: str = option("folder in which each inversion gets a folder of its own", "latents")
+    data_path: str
+    """Video file, or folder of images in natural order (2 before 10), which play at 24 frames per
+    second."""
+    inversion_prompt: str = ""
+    """Prompt that describes the source video."""
+    H: int | None = option(None, 8, MAX_SIZE, none="auto")
+    """Height of the frames in pixels, a multiple of 64. auto: the size that the checkpoint was trained on, 512, 768
+    or 1024."""
+    W: int | None = option(None, 8, MAX_SIZE, none="auto")
+    """Width of the frames in pixels, a multiple of 64. auto: the size that the checkpoint was trained on, 512, 768
+    or 1024."""
+    resize: str = option("crop", choices=RESIZE)
+    """How frames of another size are made H x W pixels. crop: the centre is cut out. stretch: the aspect
+    ratio changes. pad: black borders are added."""
+    start_frame: int = option(0, 0, MAX_FRAMES)
+    """First frame to use, counted from 0."""
+    n_frames: int = option(40, 0, MAX_FRAMES)
+    """Number of frames to use. 0: all."""
+    stride: int = option(1, 1, MAX_FRAMES)
+    """Distance between the frames to use. 2: every second frame, at half the frame rate."""
+    inversion: str = option("fixed_point", choices=("fixed_point", "ddim"))
+    """Method of inversion. fixed_point: each step's equation is solved by fixed-point iteration. ddim: the
+    approximation of the published DDIM inversion, for which no source features are kept."""
+    steps: int = option(50, 1, 999)
+    """Number of inversion steps, which must include the editing steps (save_steps)."""
+    save_steps: int = option(50, 1, 999)
+    """Number of editing steps, for which the latents are saved (n_timesteps of the edits)."""
+    keep_source: bool = True
+    """Keep the source features on disk, which makes edits faster. The log says beforehand how much space
+    they take."""
+    keyframe_interval: int = option(8, 1, MAX_FRAMES)
+    """Number of frames per keyframe. Edits with the same number can use the source features."""
+    no_reconstruction: bool = False
+    """Skip the reconstruction of the video, without which the inversion cannot be judged."""
+    batch_size: int | None = option(None, 1, MAX_FRAMES, none="auto")
+    """Number of frames in one UNet pass, which changes memory and speed only. auto: 16, or 32 on a GPU,
+    halved while the device is out of memory."""
+    save_dir: str = "latents"
+    """Folder of all inversions. Each gets a folder of its own."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,104 +91,61 @@ class EditConfig(ModelConfig):
     """Options that all three techniques share."""
 
     sd_version: str = option(
-        "version of Stable Diffusion, the one that the inversion was computed with",
-        "2.1",
-        choices=tuple(name for name, version in VERSIONS.items() if not version.conditioned),
+        "2.1", choices=tuple(name for name, version in VERSIONS.items() if not version.conditioned)
     )
-    data_path: str = option("the video file or folder of images that preprocess.py was given")
-    latents_path: str = option("folder of all inversions (save_dir of preprocess.py)", "latents")
-    output_path: str = option(
-        "folder in which each edit gets a folder of its own", "tokenflow-results"
-    )
-    prompt: str = option("what the whole edited video shows, in words, not just what changes")
-    negative_prompt: str = option("what the edit is guided away from, in words", "")
-    lora: tuple[str, ...] = option(
-        "LoRAs that change the model for the edit alone: .safetensors files in kohya's or diffusers' format, "
-        "folders that hold one, or hub ids; the source's inversion serves edits with and without them",
-        (),
-    )
-    lora_scale: tuple[float, ...] = option(
-        "strength of the LoRAs: one number for all, or one for each; 0: no effect",
-        (1.0,),
-        low=-10,
-        high=10,
-    )
-    n_inversion_steps: int = steps_option(
-        "number of inversion steps of the inversion to use (steps of preprocess.py)", 50
-    )
-    n_timesteps: int = steps_option(
-        "number of editing steps, whose latents the inversion must have saved (save_steps of "
-        "preprocess.py)",
-        50,
-    )
-    n_frames: int = frames_option(
-        "number of frames to edit, from the first; 0: all that were inverted", 40, low=0
-    )
-    batch_size: int | None = frames_option(
-        "frames in one UNet pass, which changes memory and speed; auto: 8, or 10 to 16 on a GPU, halved "
-        "while the device is out of memory",
-        None,
-        none="auto",
-    )
-    keyframe_interval: int | None = frames_option(
-        "number of frames per keyframe, which is chosen at random at each step; None: batch_size, "
-        "or 8 if that is auto",
-        None,
-    )
+    """Version of Stable Diffusion with which the inversion was computed."""
+    data_path: str
+    """The video file or folder of images that preprocess.py was given."""
+    latents_path: str = "latents"
+    """Folder of all inversions (save_dir of preprocess.py)."""
+    output_path: str = "tokenflow-results"
+    """Folder of all edits. Each gets a folder of its own."""
+    prompt: str
+    """Prompt that describes the whole edited video, not just what changes."""
+    negative_prompt: str = ""
+    """Prompt that the edit is guided away from."""
+    lora: tuple[str, ...] = ()
+    """LoRAs for the edit alone, whose inversion stays the same: .safetensors files in the format of kohya
+    or diffusers, folders that hold one, or hub ids."""
+    lora_scale: tuple[float, ...] = option((1.0,), -10, 10)
+    """Strength of the LoRAs: one for all, or one for each."""
+    n_inversion_steps: int = option(50, 1, 999)
+    """Number of inversion steps of the inversion to use (steps of preprocess.py)."""
+    n_timesteps: int = option(50, 1, 999)
+    """Number of editing steps, whose latents were saved (save_steps of preprocess.py)."""
+    n_frames: int = option(40, 0, MAX_FRAMES)
+    """Number of frames to edit, from the first. 0: all that were inverted."""
+    batch_size: int | None = option(None, 1, MAX_FRAMES, none="auto")
+    """Number of frames in one UNet pass, which changes memory and speed. auto: 8, or 10 to 16 on a GPU,
+    halved while the device is out of memory."""
+    keyframe_interval: int | None = option(None, 1, MAX_FRAMES)
+    """Number of frames per keyframe, which is drawn at random at each step. None: batch_size, or 8 if that
+    is auto."""
     # At least four anchors and two neighbouring keyframes.
-    keyframe_window: int = frames_option(
-        "largest number of keyframes edited jointly; a larger one lets the frames of a long video attend "
-        "to more of it, takes more memory, and can lose textures that turn or change",
-        8,
-        low=6,
-    )
-    reuse_source: bool = option(
-        "use the source features that preprocess.py kept, which changes only the speed", True
-    )
-    guidance_scale: float = option(
-        "strength of classifier-free guidance: how strongly the edit follows the prompt; 1: no guidance",
-        5.0,
-        low=0,
-        high=1000,
-    )
-    propagation: str = option(
-        "which keyframes a frame blends; flanking: the nearest on each side (the paper), previous: those "
-        "of its own interval and the one before (the authors' code)",
-        "flanking",
-        choices=("flanking", "previous"),
-    )
-    correspondences: str = option(
-        "where a frame's tokens are found in its keyframes; tokens: at those that are most alike, flow: "
-        "where the source's optical flow leads, and where that fails at those that are most alike",
-        "tokens",
-        choices=("tokens", "flow"),
-    )
-    max_displacement: float = option(
-        "longest optical flow in pixels that correspondences flow follows; longer ones count as failed",
-        50.0,
-        low=0,
-        high=MAX_SIZE,
-    )
-    consensus: int | None = option(
-        "how often, in the last 40 % of the steps, predicted clean frames are averaged along the source's "
-        "motion, which is steadier; the last time is followed by one step, which sharpens the frames again; "
-        "None: 3 times, but 0 (never) with propagation previous, as published",
-        None,
-        low=0,
-        high=10,
-    )
-    mask: str = option(
-        "where the edit may change the video; none: everywhere, auto: where the prompt and inversion_prompt "
-        "differ, else a video or folder of images as long as the source, white where the edit may change it",
-        "none",
-    )
-    fuse: int | None = option(
-        "frames on each side that finished frames are averaged with along the source's motion, which takes "
-        "their flicker; more takes fine detail, too; None: 1, but 0 with propagation previous, as published",
-        None,
-        low=0,
-        high=50,
-    )
+    keyframe_window: int = option(8, 6, MAX_FRAMES)
+    """Largest number of keyframes that are edited jointly. With more, the frames of a long video attend to
+    more of it, which takes more memory and can lose textures that turn or change."""
+    reuse_source: bool = True
+    """Use the source features that preprocess.py kept, which changes only the speed."""
+    guidance_scale: float = option(5.0, 0, 1000)
+    """Scale of classifier-free guidance: how strongly the edit follows the prompt. 1: no guidance."""
+    propagation: str = option("flanking", choices=("flanking", "previous"))
+    """Keyframes that a frame blends. flanking: the nearest on each side (the paper). previous: those of its
+    own interval and the one before (the authors' code)."""
+    correspondences: str = option("tokens", choices=("tokens", "flow"))
+    """Where a frame's tokens are found in its keyframes. tokens: at those that are most alike. flow: where
+    the source's optical flow leads, and if it fails at those that are most alike."""
+    max_displacement: float = option(50.0, 0, MAX_SIZE)
+    """Longest optical flow in pixels that correspondences flow follows. Longer flow counts as failed."""
+    consensus: int | None = option(None, 0, 10)
+    """How often, in the last 40 % of the steps, the frames' predicted x0 are averaged along the source's
+    motion, which is steadier. None: 3, but 0 with propagation previous, as published."""
+    mask: str = "none"
+    """Where the edit may change the video. none: everywhere. auto: where prompt and inversion_prompt
+    differ. A video or folder of images, as long as the source: where it is white."""
+    fuse: int | None = option(None, 0, 50)
+    """Number of frames on each side that finished frames are averaged with along the source's motion. More
+    take flicker and fine detail. None: 1, but 0 with propagation previous, as published."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -279,31 +201,23 @@ class EditConfig(ModelConfig):
 class PnPConfig(EditConfig):
     """Options of `run_tokenflow_pnp.py`."""
 
-    pnp_attn_t: float = share_option(
-        "share of the editing steps, from the first, that take over the source's self-attention; more "
-        "keeps more of its structure",
-        0.5,
-    )
-    pnp_f_t: float = share_option(
-        "share of the editing steps, from the first, that take over the source's features; more keeps "
-        "more of its structure",
-        0.8,
-    )
+    pnp_attn_t: float = option(0.5, 0, 1)
+    """Share of the editing steps, from the first, that inject the source's self-attention. More keep more
+    of its structure."""
+    pnp_f_t: float = option(0.8, 0, 1)
+    """Share of the editing steps, from the first, that inject the source's features. More keep more of its
+    structure."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SDEditConfig(EditConfig):
     """Options of `run_tokenflow_sdedit.py`."""
 
-    start: float = share_option(
-        "share of the editing steps that are run, which are the last ones and at least one; more goes "
-        "further from the source",
-        0.9,
-    )
-    use_ddim_noise: bool = option(
-        "start from the noise that the inversion found; false: from one random noise for all frames",
-        True,
-    )
+    start: float = option(0.9, 0, 1)
+    """Share of the editing steps to run: the last ones, and at least one. More go further from the
+    source."""
+    use_ddim_noise: bool = True
+    """Start from the noise of the inversion. false: from one random noise for all frames."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -318,12 +232,9 @@ class SDEditConfig(EditConfig):
 class ControlNetConfig(EditConfig, ControlConfig):
     """Options of `run_tokenflow_controlnet.py`."""
 
-    sd_version: str = option(
-        "version of Stable Diffusion; ControlNet: version 1.5, on an inversion under the same ControlNets "
-        "if there is one",
-        "ControlNet",
-        choices=tuple(VERSIONS),
-    )
+    sd_version: str = option("ControlNet", choices=tuple(VERSIONS))
+    """Version of Stable Diffusion. ControlNet: 1.5, and preferably an inversion under the same
+    ControlNets."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,57 +1,37 @@
-"""How ControlNets are conditioned: the options that inversions and edits share."""
+"""What ControlNets are given of a video: the options that inversions and edits share."""
 
 from dataclasses import dataclass
-from functools import partial
 
-from tokenflow.cli import for_each, option
 from tokenflow.diffusion.versions import VERSIONS
 from tokenflow.errors import UserError
-
-level_option = partial(option, low=0, high=10_000)  # grey levels of a gradient
+from tokenflow.options import for_each, option
 
 
 @dataclass(frozen=True, kw_only=True)
 class ControlConfig:
     """How ControlNets are conditioned: the same keys for the inversion and for the edit."""
 
-    controlnet: tuple[str, ...] = option(
-        "ControlNets to use instead of those that are known for sd_version, one for each of control: hub "
-        "ids, or folders in diffusers layout",
-        (),
-    )
+    controlnet: tuple[str, ...] = ()
+    """ControlNets, one for each of control: hub ids or folders in diffusers layout. None: those that are
+    known for sd_version."""
     control: tuple[str, ...] = option(
-        "what each ControlNet is given of the source's frames; canny: their Canny edges, depth: their "
-        "depth, softedge and lineart: what the package controlnet_aux finds, tile: the frames "
-        "themselves, path: the frames of control_path",
-        ("canny",),
-        choices=("canny", "depth", "softedge", "tile", "lineart", "path"),
+        ("canny",), choices=("canny", "depth", "softedge", "tile", "lineart", "path")
     )
-    control_path: str | None = option(
-        "video file or folder of images that a ControlNet is given (with control: path), a frame for each "
-        "frame of the whole source",
-        None,
-    )
-    canny_low: int = level_option(
-        "lower threshold of the Canny edges: a weaker gradient, in grey levels, is no edge", 100
-    )
-    canny_high: int = level_option(
-        "upper threshold of the Canny edges: a stronger gradient, in grey levels, is an edge; one "
-        "between both thresholds is an edge if it continues one",
-        200,
-    )
-    depth_model: str | None = option(
-        "model of transformers that finds the depth of frames: a hub id or a folder; auto: the depth "
-        "checkpoint's own, and Intel/dpt-hybrid-midas for a ControlNet",
-        None,
-        none="auto",
-    )
-    control_scale: tuple[float, ...] = option(
-        "strength of the ControlNets: factor on what each adds to the UNet, one for all, or one for each of "
-        "control; 0: it has no effect",
-        (1.0,),
-        low=0,
-        high=2,
-    )
+    """Control images of each ControlNet. canny: edges. depth: depth maps. softedge, lineart: found by the
+    package controlnet_aux. tile: the frames themselves. path: the frames of control_path."""
+    control_path: str | None = None
+    """Video file or folder of the control images for control path, one for each frame of the whole
+    source."""
+    canny_low: int = option(100, 0, 10_000)
+    """Lower threshold of the Canny edges: weaker gradients, in grey levels, are no edges."""
+    canny_high: int = option(200, 0, 10_000)
+    """Upper threshold of the Canny edges: stronger gradients, in grey levels, are edges. Those between both
+    thresholds are edges if they continue one."""
+    depth_model: str | None = option(None, none="auto")
+    """Depth model of transformers: a hub id or a folder. auto: the depth checkpoint's own, and
+    Intel/dpt-hybrid-midas for a ControlNet."""
+    control_scale: tuple[float, ...] = option((1.0,), 0, 2)
+    """Factor on what the ControlNets add to the UNet: one for all, or one for each of control."""
 
     @property
     def control_scales(self) -> tuple[float, ...]:
@@ -63,9 +43,11 @@ class ControlConfig:
         known = VERSIONS[sd_version].controlnets
         for control in self.control:
             if control not in known:
+                others = [name for name, v in VERSIONS.items() if control in v.controlnets]
+                instead = " or ".join(f"sd_version {name}" for name in others) or "another control"
                 raise UserError(
                     f"controlnet: none is known for {control} under sd_version {sd_version}; name one, or "
-                    f"use {self._instead(control)}"
+                    f"use {instead}"
                 )
         return tuple(known[control] for control in self.control)
 
@@ -87,11 +69,3 @@ class ControlConfig:
                 f"control_path: {self.control_path} is not used, because control is "
                 f"{' '.join(self.control)}; add path to it"
             )
-
-    @staticmethod
-    def _instead(control: str) -> str:
-        """What a user can do who has no ControlNet for a condition."""
-        versions = [
-            f"sd_version {name}" for name, v in VERSIONS.items() if control in v.controlnets
-        ]
-        return " or ".join(versions) or "another control"

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import Field, fields
 from typing import Any, TypeVar
 
-from tokenflow.cli import build, is_list, read_options
+from tokenflow.cli import read_options
 from tokenflow.config import HOW
 from tokenflow.errors import UserError
+from tokenflow.options import build, format_value, is_list
 
 C = TypeVar("C")
 
@@ -25,30 +26,31 @@ def parse_sweep(
 
     Raises UserError for prompts that look like the words of one.
     """
-    flags, values = read_options(cls, description, default_yaml, argv, several=True)
+    swept = {f.name for f in fields(cls)} - set(SHARED)
+    flags, values = read_options(cls, description, default_yaml, argv, swept)
     prompts = flags.get("prompt", [])
     if len(prompts) > 1 and not any(" " in prompt.strip() for prompt in prompts):
         raise UserError(
             f"prompt: {' '.join(prompts)}: several prompts of one word each; put a prompt of several words "
             "in quotes, or list prompts of one word in a YAML file"
         )
-    return combinations(cls, {**values, **flags})
+    return combine(cls, {**values, **flags})
 
 
-def combinations(cls: type[C], values: Mapping[str, Any]) -> tuple[C, ...]:
+def combine(cls: type[C], values: Mapping[str, Any]) -> tuple[C, ...]:
     """A configuration of class `cls` for each combination, ordered by its fields; the last one varies first.
 
     values: of options, from YAML or flags. A list has several, but for an option that takes a list itself,
     of which a list of lists has several. Raises UserError, which names the combination.
     """
-    several = {f.name: _several(f, values[f.name]) for f in fields(cls) if f.name in values}
-    swept = {name: found for name, found in several.items() if len(found) > 1}
+    several = {f.name: _list_values(f, values[f.name]) for f in fields(cls) if f.name in values}
+    swept = {name: items for name, items in several.items() if len(items) > 1}
     for name in swept:
         if name in SHARED:
             raise UserError(f"{name}: the edits of a sweep share it; give one value")
     if (count := math.prod(map(len, swept.values()))) > MOST:
         raise UserError(f"{', '.join(swept)}: {count} combinations; a sweep has at most {MOST}")
-    single = {**values, **{name: found[0] for name, found in several.items()}}
+    single = {**values, **{name: items[0] for name, items in several.items()}}
     configs = []
     for combination in itertools.product(*swept.values()):
         chosen = dict(zip(swept, combination, strict=True))
@@ -71,22 +73,14 @@ def differences(options: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def label(settings: Mapping[str, Any]) -> str:
     """Options and their values as words: `pnp_attn_t 0.3, lora none`."""
-    return ", ".join(f"{name} {spelt(value)}" for name, value in settings.items())
+    return ", ".join(f"{name} {format_value(value)}" for name, value in settings.items())
 
 
-def spelt(value: Any) -> str:
-    """A value of any option as words."""
-    if isinstance(value, list | tuple):
-        value = " ".join(map(str, value))
-    return "none" if value is None or value == "" else str(value)
-
-
-def _several(f: Field, value: Any) -> list[Any]:
+def _list_values(f: Field, value: Any) -> list[Any]:
     """The values that a list gives the option `f`, or the one that something else gives it."""
-    if is_list(f):
-        is_sweep = isinstance(value, list) and any(isinstance(item, list) for item in value)
-    else:
-        is_sweep = isinstance(value, list)
+    is_sweep = isinstance(value, list) and (
+        not is_list(f) or any(isinstance(v, list) for v in value)
+    )
     if value == [] and is_sweep:
         raise UserError(f"{f.name}: its list is empty; give a value")
     return value if is_sweep else [value]
