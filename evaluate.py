@@ -8,7 +8,7 @@ The last line on stdout is the path of the report; of several edits, of the one 
 """
 
 from tokenflow.cli import command, parse
-from tokenflow.evaluation.config import EvaluateConfig
+from tokenflow.config_evaluate import EvaluateConfig
 
 
 @command

@@ -32,9 +32,9 @@ import tokenflow.editing.edit  # noqa: F401 (both are slow to import; commands a
 import tokenflow.inversion.invert  # noqa: F401
 from benchmarks.report import markdown
 from shapes.checkpoint import SHAPES, build_random
-from tokenflow.cli import is_list
 from tokenflow.config import ControlNetConfig, PnPConfig, PreprocessConfig, SDEditConfig
 from tokenflow.config_sweep import MOST, SHARED
+from tokenflow.options import is_list
 from util import write_video
 
 ROOT = Path(__file__).parent.parent

@@ -18,11 +18,11 @@ import yaml
 from conftest import SHAPES_CHECKPOINT
 
 import util
-from tokenflow.cli import build
 from tokenflow.config import ControlNetConfig, PnPConfig, PreprocessConfig, SDEditConfig
+from tokenflow.config_evaluate import EvaluateConfig
 from tokenflow.errors import UserError
-from tokenflow.evaluation.config import EvaluateConfig
 from tokenflow.evaluation.metrics import frame_psnr
+from tokenflow.options import build
 
 ROOT = Path(__file__).parent.parent
 TECHNIQUES = {"pnp": PnPConfig, "sdedit": SDEditConfig, "controlnet": ControlNetConfig}

@@ -11,12 +11,12 @@ from diffusers import MultiControlNetModel
 from test_cli import last_line, refusal, run, video_of
 
 import util
-from tokenflow.cli import build
 from tokenflow.config import ControlNetConfig, PreprocessConfig
 from tokenflow.control import detectors
 from tokenflow.control.conditions import Conditions
 from tokenflow.diffusion.stable_diffusion import Control
 from tokenflow.errors import UserError
+from tokenflow.options import build
 
 CPU = torch.device("cpu")
 

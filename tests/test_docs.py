@@ -11,8 +11,8 @@ from test_cli import ROOT, TECHNIQUES
 from benchmarks import options
 from tokenflow.cli import parse
 from tokenflow.config import EditConfig, PreprocessConfig
+from tokenflow.config_evaluate import EvaluateConfig
 from tokenflow.config_sweep import parse_sweep
-from tokenflow.evaluation.config import EvaluateConfig
 
 COMMANDS = {"preprocess.py": (PreprocessConfig, None)} | {
     f"run_tokenflow_{name}.py": (cls, f"config_{name}.yaml") for name, cls in TECHNIQUES.items()

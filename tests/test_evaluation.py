@@ -19,9 +19,9 @@ from transformers import CLIPModel, CLIPTokenizer, ViTModel
 
 import util
 from benchmarks.flow import accuracy
+from tokenflow.config_evaluate import EvaluateConfig
 from tokenflow.editing.subjects import find_subjects
 from tokenflow.evaluation import networks
-from tokenflow.evaluation.config import EvaluateConfig
 from tokenflow.evaluation.contact_sheet import LABEL_HEIGHT, contact_sheet
 from tokenflow.evaluation.evaluate import joint_folder
 from tokenflow.evaluation.meters import (

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     ["tokenflow.errors"],
     ["tokenflow.runtime"],
-    ["util", "tokenflow.cli"],
+    ["util", "tokenflow.cli", "tokenflow.options"],
     ["tokenflow.diffusion", "tokenflow.propagation"],
     ["tokenflow.config"],
     ["tokenflow_utils", "tokenflow.motion", "tokenflow.control"],

@@ -14,14 +14,14 @@ from test_lora import factors, kohya, write  # noqa: F401 (factors is a fixture)
 from test_runs import content
 
 import util
-from tokenflow.cli import dump
 from tokenflow.config import ControlNetConfig, PnPConfig, SDEditConfig
-from tokenflow.config_sweep import SHARED, combinations, differences, label, parse_sweep
+from tokenflow.config_sweep import SHARED, combine, differences, label, parse_sweep
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing import edit as editing
 from tokenflow.editing.shared import Shared
 from tokenflow.errors import UserError
 from tokenflow.evaluation import networks
+from tokenflow.options import dump
 
 N_FRAMES, STEPS = 4, 2
 NEEDED = {"data_path": "a.mp4", "prompt": "a dog"}
@@ -29,7 +29,7 @@ NEEDED = {"data_path": "a.mp4", "prompt": "a dog"}
 
 def test_all_combinations_in_the_order_of_the_options():
     values = {**NEEDED, "pnp_f_t": ["0.2", "1"], "prompt": ["a cat", "a dog"], "seed": 3}
-    configs = combinations(PnPConfig, values)
+    configs = combine(PnPConfig, values)
     found = [(c.prompt, c.pnp_f_t, c.seed) for c in configs]
     assert found == [(*pair, 3) for pair in itertools.product(("a cat", "a dog"), (0.2, 1.0))]
     apart = differences([vars(config) for config in configs])
@@ -37,13 +37,13 @@ def test_all_combinations_in_the_order_of_the_options():
         "prompt a cat, pnp_f_t 0.2",
         "prompt a cat, pnp_f_t 1.0",
     ]
-    (alone,) = combinations(PnPConfig, {**NEEDED, "pnp_f_t": ["0.2"]})
+    (alone,) = combine(PnPConfig, {**NEEDED, "pnp_f_t": ["0.2"]})
     assert alone == PnPConfig(**NEEDED, pnp_f_t=0.2) and differences([vars(alone)]) == [{}]
 
 
 def test_an_option_that_takes_a_list_is_swept_by_a_list_of_lists():
     def swept(name, value):
-        return [getattr(c, name) for c in combinations(ControlNetConfig, {**NEEDED, name: value})]
+        return [getattr(c, name) for c in combine(ControlNetConfig, {**NEEDED, name: value})]
 
     assert swept("control", ["canny"]) == [("canny",)]
     assert swept("lora", ["a", "b"]) == [("a", "b")]
@@ -77,7 +77,7 @@ def test_flags_and_yaml(tmp_path):
 )
 def test_mistakes_name_the_option_or_the_combination(values, words):
     with pytest.raises(UserError, match=f"^{words}"):
-        combinations(PnPConfig, {**NEEDED, **values})
+        combine(PnPConfig, {**NEEDED, **values})
 
 
 def test_what_is_shared_is_made_anew_for_another_key():
@@ -159,7 +159,7 @@ def test_each_edit_is_as_if_made_alone(
         "report.html",
     ]
 
-    configs = combinations(TECHNIQUES[technique], {**NEEDED, **sweep})
+    configs = combine(TECHNIQUES[technique], {**NEEDED, **sweep})
     entries = page_data(result / "report.html")["entries"]
     assert len(entries) == len(configs) == math.prod(map(len, sweep.values()))
     names = [f"{technique}_clip", *(f"{technique}_clip_{n}" for n in range(2, len(configs) + 1))]

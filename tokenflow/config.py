@@ -21,19 +21,16 @@ class PreprocessConfig(ModelConfig, ControlConfig):
     """Options of `preprocess.py`."""
 
     data_path: str
-    """Video file, or folder of images in natural order (2 before 10), which play at 24 frames per
-    second."""
+    """Video file, or folder of images in natural order (2 before 10), played at 24 frames per second."""
     inversion_prompt: str = ""
     """Prompt that describes the source video."""
     H: int | None = option(None, 8, MAX_SIZE, none="auto")
-    """Height of the frames in pixels, a multiple of 64. auto: the size that the checkpoint was trained on, 512, 768
-    or 1024."""
+    """Height of the frames in pixels, a multiple of 64. auto: as the checkpoint was trained."""
     W: int | None = option(None, 8, MAX_SIZE, none="auto")
-    """Width of the frames in pixels, a multiple of 64. auto: the size that the checkpoint was trained on, 512, 768
-    or 1024."""
+    """Width of the frames in pixels, a multiple of 64. auto: as the checkpoint was trained."""
     resize: str = option("crop", choices=RESIZE)
-    """How frames of another size are made H x W pixels. crop: the centre is cut out. stretch: the aspect
-    ratio changes. pad: black borders are added."""
+    """How frames of another size are fitted. crop: cut out the centre. stretch: change the aspect ratio.
+    pad: add black borders."""
     start_frame: int = option(0, 0, MAX_FRAMES)
     """First frame to use, counted from 0."""
     n_frames: int = option(40, 0, MAX_FRAMES)
@@ -41,22 +38,21 @@ class PreprocessConfig(ModelConfig, ControlConfig):
     stride: int = option(1, 1, MAX_FRAMES)
     """Distance between the frames to use. 2: every second frame, at half the frame rate."""
     inversion: str = option("fixed_point", choices=("fixed_point", "ddim"))
-    """Method of inversion. fixed_point: each step's equation is solved by fixed-point iteration. ddim: the
-    approximation of the published DDIM inversion, for which no source features are kept."""
+    """Method of inversion. fixed_point: solve each step's equation by iteration. ddim: approximate it, as
+    published, for which no source features are kept."""
     steps: int = option(50, 1, 999)
     """Number of inversion steps, which must include the editing steps (save_steps)."""
     save_steps: int = option(50, 1, 999)
     """Number of editing steps, for which the latents are saved (n_timesteps of the edits)."""
     keep_source: bool = True
-    """Keep the source features on disk, which makes edits faster. The log says beforehand how much space
-    they take."""
+    """Keep the source features on disk, which makes edits faster. The log names their size beforehand."""
     keyframe_interval: int = option(8, 1, MAX_FRAMES)
     """Number of frames per keyframe. Edits with the same number can use the source features."""
     no_reconstruction: bool = False
     """Skip the reconstruction of the video, without which the inversion cannot be judged."""
     batch_size: int | None = option(None, 1, MAX_FRAMES, none="auto")
-    """Number of frames in one UNet pass, which changes memory and speed only. auto: 16, or 32 on a GPU,
-    halved while the device is out of memory."""
+    """Number of frames in one UNet pass, for memory and speed alone. auto: 16, or 32 on a GPU, halved when
+    out of memory."""
     save_dir: str = "latents"
     """Folder of all inversions. Each gets a folder of its own."""
 
@@ -105,47 +101,47 @@ class EditConfig(ModelConfig):
     negative_prompt: str = ""
     """Prompt that the edit is guided away from."""
     lora: tuple[str, ...] = ()
-    """LoRAs for the edit alone, whose inversion stays the same: .safetensors files in the format of kohya
-    or diffusers, folders that hold one, or hub ids."""
+    """LoRAs, for the edit alone: .safetensors files in kohya's or diffusers' format, folders that hold one,
+    or hub ids."""
     lora_scale: tuple[float, ...] = option((1.0,), -10, 10)
     """Strength of the LoRAs: one for all, or one for each."""
     n_inversion_steps: int = option(50, 1, 999)
-    """Number of inversion steps of the inversion to use (steps of preprocess.py)."""
+    """Number of inversion steps of the inversion (steps of preprocess.py)."""
     n_timesteps: int = option(50, 1, 999)
     """Number of editing steps, whose latents were saved (save_steps of preprocess.py)."""
     n_frames: int = option(40, 0, MAX_FRAMES)
     """Number of frames to edit, from the first. 0: all that were inverted."""
     batch_size: int | None = option(None, 1, MAX_FRAMES, none="auto")
-    """Number of frames in one UNet pass, which changes memory and speed. auto: 8, or 10 to 16 on a GPU,
-    halved while the device is out of memory."""
+    """Number of frames in one UNet pass, for memory and speed. auto: 8, or 10 to 16 on a GPU, halved when
+    out of memory."""
     keyframe_interval: int | None = option(None, 1, MAX_FRAMES)
     """Number of frames per keyframe, which is drawn at random at each step. None: batch_size, or 8 if that
     is auto."""
     # At least four anchors and two neighbouring keyframes.
     keyframe_window: int = option(8, 6, MAX_FRAMES)
-    """Largest number of keyframes that are edited jointly. With more, the frames of a long video attend to
-    more of it, which takes more memory and can lose textures that turn or change."""
+    """Largest number of keyframes that are edited jointly. More see more of a long video, take more memory,
+    and can lose textures that turn or change."""
     reuse_source: bool = True
     """Use the source features that preprocess.py kept, which changes only the speed."""
     guidance_scale: float = option(5.0, 0, 1000)
-    """Scale of classifier-free guidance: how strongly the edit follows the prompt. 1: no guidance."""
+    """Scale of classifier-free guidance. More follows the prompt more closely. 1: no guidance."""
     propagation: str = option("flanking", choices=("flanking", "previous"))
-    """Keyframes that a frame blends. flanking: the nearest on each side (the paper). previous: those of its
-    own interval and the one before (the authors' code)."""
+    """Keyframes that a frame blends. flanking: the nearest on each side, as in the paper. previous: those
+    of its own and the previous interval, as in the authors' code."""
     correspondences: str = option("tokens", choices=("tokens", "flow"))
-    """Where a frame's tokens are found in its keyframes. tokens: at those that are most alike. flow: where
-    the source's optical flow leads, and if it fails at those that are most alike."""
+    """How a frame's tokens are found in its keyframes. tokens: by cosine similarity. flow: along the
+    source's optical flow, and by similarity where that fails."""
     max_displacement: float = option(50.0, 0, MAX_SIZE)
-    """Longest optical flow in pixels that correspondences flow follows. Longer flow counts as failed."""
+    """Longest optical flow, in pixels, that correspondences flow follows. Longer flow counts as failed."""
     consensus: int | None = option(None, 0, 10)
-    """How often, in the last 40 % of the steps, the frames' predicted x0 are averaged along the source's
-    motion, which is steadier. None: 3, but 0 with propagation previous, as published."""
+    """How often, in the last 40 % of the steps, predicted x0 is averaged along the source's motion, for
+    steadiness. None: 3, but 0 with propagation previous."""
     mask: str = "none"
     """Where the edit may change the video. none: everywhere. auto: where prompt and inversion_prompt
-    differ. A video or folder of images, as long as the source: where it is white."""
+    differ. A video or folder of images: where it is white."""
     fuse: int | None = option(None, 0, 50)
-    """Number of frames on each side that finished frames are averaged with along the source's motion. More
-    take flicker and fine detail. None: 1, but 0 with propagation previous, as published."""
+    """Number of frames on each side with which finished frames are averaged along the source's motion. More
+    take flicker and fine detail. None: 1, but 0 with propagation previous."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -202,10 +198,10 @@ class PnPConfig(EditConfig):
     """Options of `run_tokenflow_pnp.py`."""
 
     pnp_attn_t: float = option(0.5, 0, 1)
-    """Share of the editing steps, from the first, that inject the source's self-attention. More keep more
-    of its structure."""
+    """Share of the editing steps, from the first, that inject the source's self-attention. More keeps more
+    structure."""
     pnp_f_t: float = option(0.8, 0, 1)
-    """Share of the editing steps, from the first, that inject the source's features. More keep more of its
+    """Share of the editing steps, from the first, that inject the source's features. More keeps more
     structure."""
 
 
@@ -214,8 +210,7 @@ class SDEditConfig(EditConfig):
     """Options of `run_tokenflow_sdedit.py`."""
 
     start: float = option(0.9, 0, 1)
-    """Share of the editing steps to run: the last ones, and at least one. More go further from the
-    source."""
+    """Share of the editing steps to run: the last ones, at least one. More goes further from the source."""
     use_ddim_noise: bool = True
     """Start from the noise of the inversion. false: from one random noise for all frames."""
 

@@ -17,16 +17,16 @@ class ControlConfig:
     control: tuple[str, ...] = option(
         ("canny",), choices=("canny", "depth", "softedge", "tile", "lineart", "path")
     )
-    """Control images of each ControlNet. canny: edges. depth: depth maps. softedge, lineart: found by the
-    package controlnet_aux. tile: the frames themselves. path: the frames of control_path."""
+    """Control images of each ControlNet. canny: edges. depth: depth maps. softedge, lineart: found by
+    controlnet_aux. tile: the frames themselves. path: the frames of control_path."""
     control_path: str | None = None
-    """Video file or folder of the control images for control path, one for each frame of the whole
+    """Video file or folder of the control images for control path: one for each frame of the whole
     source."""
     canny_low: int = option(100, 0, 10_000)
     """Lower threshold of the Canny edges: weaker gradients, in grey levels, are no edges."""
     canny_high: int = option(200, 0, 10_000)
-    """Upper threshold of the Canny edges: stronger gradients, in grey levels, are edges. Those between both
-    thresholds are edges if they continue one."""
+    """Upper threshold of the Canny edges: stronger gradients, in grey levels, are edges; those between both
+    thresholds are if they continue one."""
     depth_model: str | None = option(None, none="auto")
     """Depth model of transformers: a hub id or a folder. auto: the depth checkpoint's own, and
     Intel/dpt-hybrid-midas for a ControlNet."""

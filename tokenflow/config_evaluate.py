@@ -15,29 +15,28 @@ class EvaluateConfig(DeviceConfig):
     edits: tuple[str, ...] = ()
     """Folders of finished edits. Several get a report each, and one over all."""
     source: str | None = None
-    """Source video of an edit by any program, instead of edits: a file or a folder of images."""
+    """Source video, a file or a folder of images, of an edit by any program. Instead of edits."""
     edited: str | None = None
     """Edited video that belongs to source."""
     frame_by_frame: str | None = None
-    """Video in which the same edit was made frame by frame, for comparison. For one edit only."""
+    """Video of the same edit made frame by frame, for comparison. For one edit only."""
     prompt: str | None = None
-    """Prompt that describes the edited video. None: the prompt in each edit's config.yaml."""
+    """Prompt that describes the edited video. None: as in each edit's config.yaml."""
     n_frames: int = option(0, 0, MAX_FRAMES)
-    """Number of frames to compare, from the first. 0: all that source and edit both have."""
+    """Number of frames to compare, from the first. 0: all."""
     resize: str = option("crop", choices=RESIZE)
-    """How videos of another size are made as large as the edit. crop: the centre is cut out. stretch: the
-    aspect ratio changes. pad: black borders are added."""
+    """How videos of another size are fitted to the edit. crop: cut out the centre. stretch: change the
+    aspect ratio. pad: add black borders."""
     flow: str = option("dis", choices=("dis", "raft"))
-    """Optical flow of the source. dis: dense inverse search of OpenCV. raft: the network of torchvision,
-    which must be installed."""
+    """Optical flow of the source. dis: dense inverse search of OpenCV. raft: network of torchvision, which
+    must be installed."""
     clip: str | None = "openai/clip-vit-base-patch32"
-    """CLIP model for the CLIP scores: a hub id, or a folder in transformers layout. None: no CLIP
-    scores."""
+    """CLIP model of the CLIP scores: a hub id, or a folder in transformers layout. None: no CLIP scores."""
     dino: str | None = "facebook/dino-vitb8"
-    """DINO vision transformer for the structure distance: a hub id, or a folder in transformers layout.
-    None: no structure distance."""
+    """DINO model of the structure distance: a hub id, or a folder in transformers layout. None: no
+    structure distance."""
     latents_path: str | None = None
-    """Folder of all inversions, where the sources of edits are. None: as in each edit's config.yaml."""
+    """Folder of all inversions. None: as in each edit's config.yaml."""
     output_path: str | None = None
     """Folder of the report. None: that of the edit, the one that several edits share, or a new one beside
     the edited video."""

@@ -30,21 +30,21 @@ class ModelConfig(DeviceConfig):
 
     sd_version: str = option("2.1", choices=tuple(VERSIONS))
     """Version of Stable Diffusion, downloaded from the Hugging Face hub at first use. -768: trained on 768
-    x 768 pixels. depth: the UNet takes depth maps, too. ControlNet: 1.5 with its ControlNets."""
+    x 768 pixels. depth: takes depth maps. ControlNet: 1.5 with its ControlNets."""
     model: str | None = None
-    """Checkpoint that replaces the one of sd_version: a hub id, a folder in diffusers layout, or a single
-    .safetensors or .ckpt file."""
+    """Checkpoint in place of sd_version's: a hub id, a folder in diffusers layout, or a .safetensors or
+    .ckpt file."""
     dtype: str = option("auto", choices=DTYPES, aliases=SHORT_DTYPES)
     """Precision of the networks. auto: float16 on CUDA, bfloat16 on CPUs with instructions for it,
     otherwise float32."""
     cpu_offload: bool = False
-    """Save GPU memory: of the UNet, the VAE and the text encoder, only the one in use is on the GPU."""
+    """Save GPU memory: only the network in use (UNet, VAE or text encoder) is on the GPU."""
     compile: bool = False
-    """Compile the UNet with torch.compile. This takes minutes at first; then a pass takes a quarter less
-    time (on an H100)."""
+    """Compile the UNet with torch.compile, which takes minutes. Then a pass takes a quarter less time (on
+    an H100)."""
     clip_skip: int = option(0, 0, 22)
-    """Number of last layers of the text encoder to skip, for edits that of their inversion. Web interfaces
-    count one more: their clip skip 2 is 1 here."""
+    """Number of the text encoder's last layers to skip; in edits, as in their inversion. Clip skip 2 of web
+    interfaces is 1 here."""
     seed: int = option(1, 0, 2**63 - 1)
     """Random seed of the keyframes, and of SDEdit's noise without use_ddim_noise. Edits with the seed of
     their inversion can use its source features."""

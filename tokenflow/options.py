@@ -43,7 +43,9 @@ def read_help(cls: type) -> dict[str, str]:
         body = ast.parse(inspect.getsource(owner)).body[0].body
         for line, below in itertools.pairwise(body):
             match line, below:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(
+                    value=ast.Constant(value=str(text))
+                ):
                     texts[name] = " ".join(text.split())
     return texts
 
@@ -132,7 +134,9 @@ def _convert_one(f: Field, kind: type, value: Any) -> Any:
     if kind in (int, float):
         low, high = f.metadata["low"], f.metadata["high"]
         if not low <= converted <= high:
-            raise UserError(f"{f.name}: {value} is out of range; it must be between {low} and {high}")
+            raise UserError(
+                f"{f.name}: {value} is out of range; it must be between {low} and {high}"
+            )
     return converted
 
 

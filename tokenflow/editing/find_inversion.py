@@ -12,6 +12,7 @@ from tokenflow.control.conditions import control_identity
 from tokenflow.diffusion.checkpoints import checkpoint_identity
 from tokenflow.errors import DamagedError, UserError
 from tokenflow.inversion.files import Inversion
+from tokenflow.options import format_value
 from util import fingerprint
 
 # Options of the edit that an inversion under ControlNets must share.
@@ -130,16 +131,11 @@ def _check_fits(config: EditConfig, inversion: Inversion, timesteps: tuple[int, 
         for key in CONDITIONS:
             if conditions[key] != inverted.get(key):
                 raise UserError(
-                    f"{key}: {spelt(conditions[key])}, but the inversion was conditioned with "
-                    f"{spelt(inverted.get(key))}; use that, or {remedy}"
+                    f"{key}: {format_value(conditions[key])}, but the inversion was conditioned with "
+                    f"{format_value(inverted.get(key))}; use that, or {remedy}"
                 )
         if control_identity(config) != inverted["control_frames"]:
             raise UserError(
                 f"control_path: the frames in {config.control_path} have changed since the inversion was "
                 f"conditioned with them; {remedy}"
             )
-
-
-def spelt(value: Any) -> str:
-    """A value of a configuration as a user writes it."""
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

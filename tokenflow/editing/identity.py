@@ -8,10 +8,10 @@ from typing import Any
 
 import yaml
 
-from tokenflow.cli import dump
 from tokenflow.config import HOW, EditConfig
 from tokenflow.config_sweep import differences
 from tokenflow.inversion.files import Inversion
+from tokenflow.options import dump
 
 # Comments below the options, so that the file stays one that --config_path accepts.
 INVERSION_NOTE, FILE_NOTE = "# of the inversion ", "# of the file "

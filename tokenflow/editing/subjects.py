@@ -4,9 +4,9 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
+from tokenflow.config_evaluate import EvaluateConfig
 from tokenflow.editing.identity import read_identity
 from tokenflow.errors import DamagedError, UserError
-from tokenflow.evaluation.config import EvaluateConfig
 from tokenflow.evaluation.meters import EDIT, PER_FRAME, RECONSTRUCTION, SOURCE, VAE
 from tokenflow.evaluation.report import PAGE, SHEET, TABLE
 from tokenflow.evaluation.subject import Subject

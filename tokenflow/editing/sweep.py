@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenflow.config import EditConfig
+from tokenflow.config_evaluate import EvaluateConfig
 from tokenflow.config_sweep import differences, label
 from tokenflow.editing.check import check_edit
 from tokenflow.editing.edit import STEPS, EditRun
@@ -15,7 +16,6 @@ from tokenflow.editing.identity import identity_of_sweep
 from tokenflow.editing.shared import Shared
 from tokenflow.editing.subjects import find_subjects
 from tokenflow.errors import UserError
-from tokenflow.evaluation.config import EvaluateConfig
 from tokenflow.evaluation.evaluate import evaluate
 from tokenflow.evaluation.report import PAGE, discard_report
 from tokenflow.runtime.run_folder import lock, open_run_folder, remove

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from tokenflow.config_evaluate import EvaluateConfig
 from tokenflow.diffusion.checkpoints import choose_device
-from tokenflow.evaluation.config import EvaluateConfig
 from tokenflow.evaluation.contact_sheet import moments
 from tokenflow.evaluation.meters import (
     EDIT,

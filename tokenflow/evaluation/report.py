@@ -14,7 +14,7 @@ from urllib.parse import quote
 import cv2
 import numpy as np
 
-from tokenflow.config_sweep import differences, label, spelt
+from tokenflow.config_sweep import differences, label
 from tokenflow.evaluation.contact_sheet import contact_sheet, moments
 from tokenflow.evaluation.meters import (
     EDIT,
@@ -27,6 +27,7 @@ from tokenflow.evaluation.meters import (
     Values,
 )
 from tokenflow.evaluation.verdict import Finding
+from tokenflow.options import format_value
 from tokenflow.runtime.run_folder import remove, stage
 from util import write_image
 
@@ -97,7 +98,7 @@ def write_report(path: Path, title: str, entries: list[Entry]) -> None:
         }
         rows = {NAMES[name]: pictures for name, pictures in entry.pictures.items()}
         more = {
-            "settings": {name: spelt(value) for name, value in settings.items()},
+            "settings": {name: format_value(value) for name, value in settings.items()},
             "videos": videos,
             "sheet": _as_url(contact_sheet(rows)),
             "moments": moments(entry.n_frames),
@@ -149,7 +150,7 @@ def write_table(path: Path, entries: Sequence[Entry], apart: Sequence[Mapping[st
         table.writerow(["edit", *apart[0], *keys])
         for entry, settings in zip(entries, apart, strict=True):
             figures = [_rounded(entry.figures.get(key, {}).get(EDIT)) for key in keys]
-            table.writerow([entry.name, *map(spelt, settings.values()), *figures])
+            table.writerow([entry.name, *map(format_value, settings.values()), *figures])
 
 
 def thumbnails(videos: Mapping[str, Iterable[np.ndarray]], n_frames: int) -> dict[str, np.ndarray]:

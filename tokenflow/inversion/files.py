@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tokenflow.cli import for_each
 from tokenflow.config import HOW, PreprocessConfig, inversion_name
 from tokenflow.inversion.source_features import SourceFeatureFiles
+from tokenflow.options import for_each
 from tokenflow.runtime.digests import check
 from tokenflow.runtime.frame_array import FrameArray
 from tokenflow_utils import KeyframeSchedule
