@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from tokenflow.diffusion.checkpoints import choose_device
+from tokenflow.diffusion.device import choose_device
 from tokenflow.runtime.digests import digest_of
 from tokenflow.runtime.run_folder import stage
 

@@ -30,7 +30,8 @@ from shapes.checkpoint import build_random
 from shapes.judge import Judge
 from shapes.world import render
 from tokenflow.config import PnPConfig, PreprocessConfig
-from tokenflow.diffusion.checkpoints import choose_device, load
+from tokenflow.diffusion.checkpoint import Checkpoint
+from tokenflow.diffusion.device import choose_device
 from tokenflow.editing.check import check_edit
 from tokenflow.editing.shared import Shared
 from tokenflow.editing.techniques import plug_and_play
@@ -104,7 +105,7 @@ def cost_of(*configs: PreprocessConfig | PnPConfig) -> Cost:
 
 def quality_rows(args: argparse.Namespace, n_frames: int, sizes: list[int]) -> list[dict]:
     """How one long clip fares with windows of these sizes, the last of which holds all keyframes."""
-    sd = load(str(args.model), (), *choose_device(args.device, args.dtype))
+    sd = Checkpoint.find(str(args.model)).load(*choose_device(args.device, args.dtype))
     judge = Judge.load(args.model / "judge.safetensors")
     config = PnPConfig(data_path="", prompt="unused", n_timesteps=args.steps)
     (clip,) = held_out_clips(1, n_frames)

@@ -32,7 +32,8 @@ from benchmarks.methods import BASE, FRAME_BY_FRAME, METHODS, chosen_methods
 from benchmarks.report import method_table, plot, reconstruction_table, write_report
 from shapes.judge import Judge
 from tokenflow.config import PnPConfig
-from tokenflow.diffusion.checkpoints import choose_device, load
+from tokenflow.diffusion.checkpoint import Checkpoint
+from tokenflow.diffusion.device import choose_device
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.evaluation.contact_sheet import contact_sheet, moments
 from util import read_image, write_image
@@ -199,7 +200,9 @@ def loaded(args: argparse.Namespace) -> StableDiffusion:
     """The checkpoint, in a process that takes its share of the machine's cores and no more than it may."""
     torch.set_num_threads(max(1, min(torch.get_num_threads(), os.cpu_count() // args.workers)))
     device, dtype = choose_device(args.device, args.dtype)
-    return load(str(args.model), [str(args.model / "controlnet")], device, dtype)
+    return Checkpoint.find(str(args.model)).load(
+        device, dtype, controlnets=[str(args.model / "controlnet")]
+    )
 
 
 if __name__ == "__main__":

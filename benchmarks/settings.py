@@ -20,7 +20,8 @@ from benchmarks.measures import measure, summary, with_sharpness
 from benchmarks.report import method_table
 from shapes.judge import Judge
 from tokenflow.config import PnPConfig
-from tokenflow.diffusion.checkpoints import choose_device, load
+from tokenflow.diffusion.checkpoint import Checkpoint
+from tokenflow.diffusion.device import choose_device
 
 VARIED = {
     "guidance_scale": (3.0, 7.5, 10.0),
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=20)
     parser.add_argument("--steps", type=int, default=20, help="of the inversion and of the edits")
     args = parser.parse_args()
-    sd = load(str(args.model), (), *choose_device(args.device, args.dtype))
+    sd = Checkpoint.find(str(args.model)).load(*choose_device(args.device, args.dtype))
     judge = Judge.load(args.model / "judge.safetensors")
     config = PnPConfig(data_path="", prompt="unused", n_timesteps=args.steps)
     changes = [{}] + [{key: value} for key, values in VARIED.items() for value in values]

@@ -28,7 +28,7 @@ from shapes.checkpoint import TINY, build_tokenizer
 from shapes.versions import CONFIGURATIONS, build_on_meta, build_text_encoders, save_pipeline
 from shapes.world import render
 from tokenflow.config import PnPConfig, PreprocessConfig
-from tokenflow.diffusion.checkpoints import choose_device
+from tokenflow.diffusion.device import choose_device
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.sweep import open_edits
 from tokenflow.editing.techniques import plug_and_play

@@ -33,8 +33,9 @@ from benchmarks.sd15 import random_sd15
 from shapes.judge import Judge
 from tokenflow.cli import parse
 from tokenflow.config import PnPConfig
-from tokenflow.diffusion.checkpoints import choose_device, load
+from tokenflow.diffusion.checkpoint import Checkpoint
 from tokenflow.diffusion.ddim import Schedule, invert, last, sample
+from tokenflow.diffusion.device import choose_device
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.checkpoint import EditCheckpoint
 from tokenflow.editing.denoise import (
@@ -131,7 +132,7 @@ def floor(sd: StableDiffusion, costs: dict[str, Cost], latent_size: int) -> dict
 def shapes_rounds(args: argparse.Namespace) -> tuple[dict, dict]:
     """Costs by method and stage, and qualities by method, a list of one entry for each clip."""
     n_clips, n_frames = (1, 6) if args.quick else (2, 16)
-    sd = load(str(args.model), (), *choose_device(args.device, args.dtype))
+    sd = Checkpoint.find(str(args.model)).load(*choose_device(args.device, args.dtype))
     judge, meter = Judge.load(args.model / "judge.safetensors"), Meter(sd.device, sd.unet)
     at_defaults = PnPConfig(data_path="", prompt="unused")
     fast = parse(PnPConfig, "", "fast.yaml", ["--data_path", "", "--prompt", "unused"])

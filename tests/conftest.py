@@ -15,7 +15,7 @@ import torch
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, ViTConfig, ViTModel
 
 from shapes.checkpoint import build_random
-from tokenflow.diffusion.checkpoints import load
+from tokenflow.diffusion.checkpoint import Checkpoint
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from util import write_video
 
@@ -32,14 +32,16 @@ def checkpoint(tmp_path_factory) -> Path:
 def sd(checkpoint) -> StableDiffusion:
     """The tiny checkpoint and its ControlNet, loaded on the CPU in fp32."""
     controlnet = str(checkpoint / "controlnet")
-    return load(str(checkpoint), [controlnet], torch.device("cpu"), torch.float32)
+    return Checkpoint.find(str(checkpoint)).load(
+        torch.device("cpu"), torch.float32, controlnets=[controlnet]
+    )
 
 
 @pytest.fixture(scope="session")
 def trained() -> StableDiffusion:
     """The shapes checkpoint with its ControlNet."""
     folder, device = str(SHAPES_CHECKPOINT), torch.device("cpu")
-    return load(folder, [f"{folder}/controlnet"], device, torch.float32)
+    return Checkpoint.find(folder).load(device, torch.float32, controlnets=[f"{folder}/controlnet"])
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessorPil
 import util
 from shapes.checkpoint import TINY, build_controlnet
 from tokenflow.control.depth import load_depth_model
-from tokenflow.diffusion.checkpoints import load
+from tokenflow.diffusion.checkpoint import Checkpoint
 
 CPU = torch.device("cpu")
 
@@ -68,7 +68,7 @@ def test_depth_is_relative_to_the_whole_video(model, clip_frames):
 
 @torch.no_grad()
 def test_depth_is_the_fifth_channel(depth_checkpoint):
-    sd = load(str(depth_checkpoint), (), CPU, torch.float32)
+    sd = Checkpoint.find(str(depth_checkpoint)).load(CPU, torch.float32)
     generator = torch.Generator().manual_seed(0)
     latents, text = torch.randn(2, 4, 8, 8, generator=generator), sd.encode_text("a dog")
     depth = torch.rand(2, 1, 8, 8, generator=generator)

@@ -11,7 +11,7 @@ from test_tokenflow import PROMPTS, SEED, edit_of, predicted, source_of, video_o
 
 import util
 from tokenflow.diffusion.ddim import Schedule
-from tokenflow.diffusion.lora import with_loras
+from tokenflow.diffusion.lora import use_loras
 from tokenflow.errors import UserError
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles
@@ -100,9 +100,9 @@ def test_equals_merged_weights(sd, lora, factors):
         return text.tokens, sd.predict_noise(latents, 500, text.expand(2))
 
     plain, expected, path = results(sd), results(merged), str(lora)
-    once = with_loras(copied(sd), [path], [scale])
-    twice = with_loras(copied(sd), [path, path], [0.4, 0.3])
-    nothing = with_loras(copied(sd), [path], [0.0])
+    once = use_loras(copied(sd), [path], [scale])
+    twice = use_loras(copied(sd), [path, path], [0.4, 0.3])
+    nothing = use_loras(copied(sd), [path], [0.0])
     for ours, theirs in ((once, expected), (twice, expected), (nothing, plain)):
         torch.testing.assert_close(results(ours), theirs, atol=1e-4, rtol=1e-4)
     with once.original():
@@ -110,9 +110,9 @@ def test_equals_merged_weights(sd, lora, factors):
     torch.testing.assert_close(results(once), expected, atol=1e-4, rtol=1e-4)
     assert all((a - b).abs().mean() > 0.01 for a, b in zip(plain, expected, strict=True))
     # Others take its place, and without any the networks are what they were.
-    other = with_loras(once, [path], [0.0])
+    other = use_loras(once, [path], [0.0])
     torch.testing.assert_close(results(other), plain, atol=1e-5, rtol=1e-5)
-    bare, untouched = with_loras(other, [], []), copied(sd)
+    bare, untouched = use_loras(other, [], []), copied(sd)
     assert not bare.adapted
     for part in ("unet", "text_encoder"):
         ours, theirs = (getattr(of, part) for of in (bare, untouched))
@@ -134,7 +134,7 @@ def test_the_source_is_without_it(sd, factors, tmp_path):
     with recording.installed():
         recording(source, t, torch.arange(7))
 
-    adapted = with_loras(copied(sd), [str(lora)], [1.0])
+    adapted = use_loras(copied(sd), [str(lora)], [1.0])
 
     def noise(sd, features=None):
         changes = {"batch_size": 2, "keyframe_interval": 2}
@@ -172,7 +172,7 @@ def test_a_wrong_one_is_refused(sd, factors, tmp_path, kind):
     tensors, words = wrong_loras(factors)[kind]
     path = write(tmp_path / f"{kind}.safetensors", tensors)
     with pytest.raises(UserError, match=f"lora: .*{kind}.safetensors .*{words}") as refused:
-        with_loras(copied(sd), [str(path)], [1.0])
+        use_loras(copied(sd), [str(path)], [1.0])
     assert "\n" not in str(refused.value)
 
 

@@ -186,15 +186,15 @@ def test_each_edit_is_as_if_made_alone(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # files of float16 are missed first
 def test_an_edits_controlnets_do_not_outlive_it(work, checkpoint, monkeypatch, dtype):
     folder, flags = work
-    made, with_controlnets = [], editing.with_controlnets
+    made, use_controlnets = [], editing.use_controlnets
 
     def noted(*args):
         assert not any(earlier() for earlier in made)
-        sd = with_controlnets(*args)
+        sd = use_controlnets(*args)
         made.append(weakref.ref(sd.controlnet))
         return sd
 
-    monkeypatch.setattr(editing, "with_controlnets", noted)
+    monkeypatch.setattr(editing, "use_controlnets", noted)
     several = [[f"{checkpoint}/controlnet"], [f"{checkpoint}/../{checkpoint.name}/controlnet"]]
     (folder / "networks.yaml").write_text(yaml.safe_dump({"controlnet": several}))
     flags = [*flags, "--config_path", "networks.yaml", "--output_path", f"networks_{dtype}"]

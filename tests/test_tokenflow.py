@@ -13,7 +13,7 @@ from reference import Predictor, injected_layers
 from test_cli import ROOT
 
 from tokenflow.config import PnPConfig
-from tokenflow.diffusion.checkpoints import load
+from tokenflow.diffusion.checkpoint import Checkpoint
 from tokenflow.diffusion.ddim import Schedule
 from tokenflow.editing.denoise import Edit, Source, TokenFlowDenoiser
 from tokenflow.editing.techniques import Technique
@@ -228,7 +228,9 @@ def test_a_compiled_unet_predicts_the_same(sd, checkpoint, video, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", compile_parts)
     for name in ("skip_nnmodule_hook_guards", "recompile_limit"):
         monkeypatch.setattr(config, name, getattr(config, name))  # restored at the end
-    compiled = load(str(checkpoint), (), torch.device("cpu"), torch.float32, compiled=True)
+    compiled = Checkpoint.find(str(checkpoint)).load(
+        torch.device("cpu"), torch.float32, compiled=True
+    )
     torch._dynamo.utils.counters.clear()
     source, latents = (part[:3] for part in video)
     samples, blend = (

@@ -17,14 +17,10 @@ from test_cli import last_line, refusal, run
 
 import util
 from shapes.versions import CONFIGURATIONS, build_narrow, build_on_meta
-from tokenflow.diffusion.checkpoints import (
-    check_checkpoint,
-    choose_device,
-    load,
-    trained_side,
-)
+from tokenflow.diffusion.checkpoint import Checkpoint
+from tokenflow.diffusion.device import choose_device
 from tokenflow.diffusion.layouts import features_shape, tokens_by_layer
-from tokenflow.diffusion.lora import with_loras
+from tokenflow.diffusion.lora import use_loras
 from tokenflow.errors import UserError
 from tokenflow_utils import JointPass, install_tokenflow
 
@@ -118,16 +114,18 @@ def test_every_technique(narrow, clip, tmp_path, version):
 
 
 def test_sides_that_versions_were_trained_on(narrow):
-    sides = {version: trained_side(str(narrow(version))) for version in CONFIGURATIONS}
+    sides = {
+        version: Checkpoint.find(str(narrow(version))).trained_side for version in CONFIGURATIONS
+    }
     assert sides == {"1.5": 512, "2.1": 512, "2.1-768": 768, "depth": 512, "XL": 1024}
-    check_checkpoint(str(narrow("XL")), 96, 96)  # halved five times, not six
+    Checkpoint.find(str(narrow("XL"))).check_size(96, 96)  # halved five times, not six
 
 
 @torch.no_grad()
 def test_xl_is_told_what_diffusers_tells_it(narrow):
     """Both text encoders, the pooled embedding, sizes, and zeros for no prompt."""
     folder = narrow("XL")
-    sd, pipeline = load(str(folder), (), CPU, torch.float32), None
+    sd, pipeline = Checkpoint.find(str(folder)).load(CPU, torch.float32), None
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     tokens, nothing, pooled, no_pooled = pipeline.encode_prompt("a red circle")
@@ -150,7 +148,9 @@ def test_xl_is_told_what_diffusers_tells_it(narrow):
 @torch.no_grad()
 def test_xl_with_a_lora(narrow, tmp_path):
     """One in kohya's format, by the original names of the layers, is a change of three networks' weights."""
-    plain, adapted, merged = (load(str(narrow("XL")), (), CPU, torch.float32) for _ in range(3))
+    plain, adapted, merged = (
+        Checkpoint.find(str(narrow("XL"))).load(CPU, torch.float32) for _ in range(3)
+    )
     generator, tensors = torch.Generator().manual_seed(0), {}
     for name, layer in {
         "unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k": merged.unet.down_blocks[1]
@@ -168,7 +168,7 @@ def test_xl_with_a_lora(narrow, tmp_path):
         tensors[f"lora_{name}.alpha"] = torch.tensor(1.0)
         layer.weight += 0.3 * 1 / 2 * up @ down
     save_file(tensors, tmp_path / "lora.safetensors")
-    adapted = with_loras(adapted, [str(tmp_path / "lora.safetensors")], [0.3])
+    adapted = use_loras(adapted, [str(tmp_path / "lora.safetensors")], [0.3])
     assert len(adapted.adapted) == 3
 
     latents = torch.randn(1, 4, 8, 8, generator=generator)
@@ -186,10 +186,10 @@ def test_xl_with_a_lora(narrow, tmp_path):
 
 def test_xl_vae_in_half_precision(narrow):
     """The VAE of XL overflows in float16; the other networks do not."""
-    sd = load(str(narrow("XL")), (), CPU, torch.float16)
+    sd = Checkpoint.find(str(narrow("XL"))).load(CPU, torch.float16)
     assert sd.vae.dtype == torch.float32 and sd.unet.dtype == torch.float16
     assert sd.encode_frames(np.zeros((1, 64, 64, 3), np.uint8)).isfinite().all()
-    assert load(str(narrow("2.1")), (), CPU, torch.float16).vae.dtype == torch.float16
+    assert Checkpoint.find(str(narrow("2.1"))).load(CPU, torch.float16).vae.dtype == torch.float16
 
 
 def linked(checkpoint: Path, folder: Path, **scheduler) -> Path:
@@ -223,7 +223,7 @@ def test_epsilon_and_velocity_give_the_same_frames(clip, tmp_path, monkeypatch, 
     flags = ["--inversion", inversion]
     as_epsilon = edited(SHAPES_CHECKPOINT, clip, tmp_path, *flags, steps=3)
     model = linked(SHAPES_CHECKPOINT, tmp_path / "velocity", prediction_type="v_prediction")
-    alphas = load(str(model), (), CPU, torch.float32).scheduler.alphas_cumprod
+    alphas = Checkpoint.find(str(model)).load(CPU, torch.float32).scheduler.alphas_cumprod
     forward = UNet2DConditionModel.forward
 
     def velocity(self, sample, timestep, *args, **kwargs):
@@ -270,7 +270,9 @@ def beside(folder: Path, path: Path) -> Path:
 )
 def test_single_file_holds_the_same_networks(narrow, tmp_path, version, suffix):
     file = beside(narrow(version), tmp_path / f"mine{suffix}")
-    ours, theirs = (load(str(p), (), CPU, torch.float32) for p in (file, narrow(version)))
+    ours, theirs = (
+        Checkpoint.find(str(p)).load(CPU, torch.float32) for p in (file, narrow(version))
+    )
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         if expected := getattr(theirs, part):
             found = getattr(ours, part).state_dict()
@@ -289,7 +291,7 @@ def test_single_file_and_half_variant_edit_like_their_folder(clip, tmp_path):
     half = linked(SHAPES_CHECKPOINT, tmp_path / "half")
     for part in ("unet", "vae", "text_encoder"):
         (half / part).unlink()
-        network = getattr(load(str(SHAPES_CHECKPOINT), (), CPU, torch.float16), part)
+        network = getattr(Checkpoint.find(str(SHAPES_CHECKPOINT)).load(CPU, torch.float16), part)
         network.save_pretrained(half / part, variant="fp16")
     for ours, theirs in zip(edited(half, clip, tmp_path), expected, strict=True):
         assert np.abs(ours.astype(int) - theirs).mean() < 2

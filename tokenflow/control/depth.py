@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
-from tokenflow.diffusion.parts import find
+from tokenflow.diffusion.parts import load_part
 from tokenflow.runtime.frame_array import FrameArray
 from util import write_video
 
@@ -72,8 +72,8 @@ def load_depth_model(
 ) -> DepthModel:
     """A depth model from a hub id or a folder. parts: the sub-folders of its network and its processor."""
     option = "depth_model" if parts[0] is None else None
-    network = find(AutoModelForDepthEstimation.from_pretrained, model, parts[0], option=option)
-    processor = find(AutoImageProcessor.from_pretrained, model, parts[1], option=option)
+    network = load_part(AutoModelForDepthEstimation.from_pretrained, model, parts[0], option=option)
+    processor = load_part(AutoImageProcessor.from_pretrained, model, parts[1], option=option)
     return DepthModel(network.float().eval().to(device), processor, device)
 
 

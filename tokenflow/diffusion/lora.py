@@ -8,21 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diffusers import UNet2DConditionModel
 from diffusers.configuration_utils import FrozenDict
 from diffusers.loaders import StableDiffusionLoraLoaderMixin as Loader
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.utils import recurse_remove_peft_layers, set_weights_and_activate_adapters
 from torch import nn
 
-from tokenflow.diffusion.checkpoints import configuration_of
-from tokenflow.diffusion.parts import load_config, on_hub
+from tokenflow.diffusion.parts import on_hub
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.errors import UserError
 from util import fingerprint
 
 
-def with_loras(
+def use_loras(
     sd: StableDiffusion, loras: Sequence[str], scales: Sequence[float]
 ) -> StableDiffusion:
     """`sd` with LoRAs, each a file, a folder or a hub id, times its scale; `sd.original()` is without.
@@ -46,12 +44,10 @@ def with_loras(
     return replace(sd, adapted=adapted)
 
 
-def check_loras(loras: Sequence[str], model_id: str, version: str | None = None) -> None:
-    """Before the checkpoint's weights are loaded, raise UserError for a LoRA that cannot be read."""
-    where = configuration_of(model_id, version)
-    unet = load_config(UNet2DConditionModel, where, "unet", "block_out_channels")
+def check_loras(loras: Sequence[str], unet_config: Mapping[str, Any]) -> None:
+    """Before weights are loaded, raise UserError for a LoRA that cannot be read for a UNet of this kind."""
     for lora in loras:
-        _read(lora, FrozenDict(unet))
+        _read(lora, FrozenDict(unet_config))
 
 
 def lora_identity(lora: str) -> str:

@@ -23,7 +23,7 @@ HUB_TIMEOUT = 10  # seconds
 
 # diffusers passes a retired argument to the hub, which does not concern the user.
 warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks.*")
-# Files are looked for in two places; `find` reports those that are missing in both.
+# Files are looked for in two places; `load_part` reports those that are missing in both.
 diffusers.utils.logging.set_verbosity(logging.CRITICAL)
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
@@ -32,7 +32,7 @@ transformers.utils.logging.disable_progress_bar()
 
 def load_config(cls: type, model_id: str, subfolder: str | None, *lists: str) -> dict[str, Any]:
     """The configuration of a checkpoint's part, in which the keys `lists` must hold lists."""
-    config = find(cls.load_config, model_id, subfolder)
+    config = load_part(cls.load_config, model_id, subfolder)
     if not (isinstance(config, dict) and all(isinstance(config.get(key), list) for key in lists)):
         raise UserError(
             f"{option_of(subfolder)}: {model_id}: the configuration of its {subfolder or 'network'} is "
@@ -41,17 +41,31 @@ def load_config(cls: type, model_id: str, subfolder: str | None, *lists: str) ->
     return config
 
 
-def load_weights(
+def load_network(
     cls: type, model_id: str, subfolder: str | None, dtype: torch.dtype
 ) -> torch.nn.Module:
-    """A network from the variant nearest to `dtype`; not every repository has both variants."""
+    """A network, ready to run, from the variant nearest to `dtype`: not every repository has both variants.
+
+    Raises UserError if it cannot be read, or its weights lack some.
+    """
     half = dtype != torch.float32
     variants = [{"variant": variant} for variant in (("fp16", None) if half else (None, "fp16"))]
     key = "dtype" if issubclass(cls, transformers.PreTrainedModel) else "torch_dtype"
-    return find(cls.from_pretrained, model_id, subfolder, variants, **{key: dtype})
+    network = load_part(cls.from_pretrained, model_id, subfolder, variants, **{key: dtype})
+    return check_whole(network, model_id, subfolder)
 
 
-def find(
+def check_whole(network: torch.nn.Module, model_id: str, subfolder: str | None) -> torch.nn.Module:
+    """The network, ready to run. Raises UserError if its weights lack some."""
+    for name, parameter in network.named_parameters():
+        if parameter.is_meta:
+            raise UserError(
+                f"{option_of(subfolder)}: {model_id} is no {type(network).__name__}: its weights lack {name}"
+            )
+    return network.eval()
+
+
+def load_part(
     get: Callable[..., Any],
     model_id: str,
     subfolder: str | None,

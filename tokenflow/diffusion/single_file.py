@@ -21,7 +21,7 @@ from diffusers.loaders.single_file_utils import (
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from tokenflow.diffusion.parts import find, load_config
+from tokenflow.diffusion.parts import check_whole, load_config, load_part
 from tokenflow.diffusion.versions import VERSIONS
 from tokenflow.errors import UserError
 
@@ -41,10 +41,14 @@ Weights = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class SingleFile:
-    """A file of weights, and the folder or hub id in diffusers layout that describes them."""
+    """A file of weights, and the folder or hub id in diffusers layout that describes them.
+
+    weights: by name; they are read from disk when they are used.
+    """
 
     path: Path
     configuration: str
+    weights: Weights
 
     @classmethod
     def find(cls, model_id: str, version: str | None = None) -> "SingleFile | None":
@@ -62,7 +66,7 @@ class SingleFile:
         known = _versions_of(path, weights)
         for folder in (path.with_suffix(""), path.parent):
             if (folder / "unet" / "config.json").is_file():
-                return cls(path, str(folder))
+                return cls(path, str(folder), weights)
         name = version if version in known else known[0]
         try:
             load_config(UNet2DConditionModel, VERSIONS[name].model, "unet", "block_out_channels")
@@ -72,7 +76,7 @@ class SingleFile:
                 f"{VERSIONS[name].model}, is neither on disk nor can be downloaded; put a folder of it in "
                 f"diffusers layout beside the file, named {path.stem}"
             ) from error
-        return cls(path, VERSIONS[name].model)
+        return cls(path, VERSIONS[name].model, weights)
 
     @property
     def identity(self) -> str:
@@ -86,22 +90,21 @@ class SingleFile:
         is_beside = Path(self.configuration).is_dir()
         return digest.hexdigest() + ("" if is_beside else f" as {self.configuration}")
 
-    def network(
-        self, weights: Weights, cls: type, subfolder: str, dtype: torch.dtype
-    ) -> torch.nn.Module:
-        """A network of the file's `weights`. Raises UserError if they are not of its configuration."""
-        if not any(name.startswith(PREFIXES[subfolder]) for name in weights):
+    def load_network(self, cls: type, subfolder: str, dtype: torch.dtype) -> torch.nn.Module:
+        """A network, ready to run. Raises UserError if the weights are not of its configuration."""
+        if not any(name.startswith(PREFIXES[subfolder]) for name in self.weights):
             raise UserError(f"model: {self.path} holds no weights of a {subfolder}")
         is_text_encoder = issubclass(cls, PreTrainedModel)
         config = cls.config_class.from_pretrained if is_text_encoder else cls.load_config
-        find(config, self.configuration, subfolder)  # from now on it is on disk
+        load_part(config, self.configuration, subfolder)  # from now on it is on disk
         where = {"config": self.configuration, "subfolder": subfolder, "local_files_only": True}
         try:
             if is_text_encoder:
-                return create_diffusers_clip_model_from_ldm(
-                    cls, weights, torch_dtype=dtype, **where
+                network = create_diffusers_clip_model_from_ldm(
+                    cls, self.weights, torch_dtype=dtype, **where
                 )
-            return cls.from_single_file(weights, torch_dtype=dtype, **where)
+            else:
+                network = cls.from_single_file(self.weights, torch_dtype=dtype, **where)
         except MemoryError:
             raise
         except Exception as error:  # weights of another configuration fail in many ways
@@ -112,6 +115,7 @@ class SingleFile:
                 f"model: {self.path}: its {subfolder} is not of the configuration "
                 f"{self.configuration}: {reason}"
             ) from error
+        return check_whole(network, str(self.path), subfolder)
 
 
 def read_weights(path: Path) -> Weights:

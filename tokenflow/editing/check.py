@@ -6,13 +6,10 @@ from pathlib import Path
 from tokenflow.config import ControlNetConfig, EditConfig
 from tokenflow.control.conditions import control_identity
 from tokenflow.control.detectors import check_detectors
-from tokenflow.diffusion.checkpoints import (
-    check_checkpoint,
-    check_controlnets,
-    choose_device,
-    load_scheduler,
-)
+from tokenflow.diffusion.checkpoint import Checkpoint
+from tokenflow.diffusion.controlnets import check_controlnets
 from tokenflow.diffusion.ddim import Schedule
+from tokenflow.diffusion.device import choose_device
 from tokenflow.diffusion.lora import check_loras, lora_identity
 from tokenflow.editing.edit import EditRun
 from tokenflow.editing.find_inversion import conditions_of, find_inversion, preprocess_command
@@ -30,10 +27,13 @@ def check_edit(config: EditConfig, technique: str, shared: Shared) -> EditRun:
 
     technique: first part of the folder's name. shared: what other edits of the same video have made.
     """
-    check_checkpoint(config.model_id, version=config.sd_version)
-    scheduler = load_scheduler(config.model_id, config.sd_version)
-    schedule = Schedule.of(scheduler, config.n_timesteps)
-    conditions, find = conditions_of(config), partial(find_inversion, config, schedule.timesteps)
+    find = partial(Checkpoint.find, config.model_id, config.sd_version)
+    checkpoint = shared.get("checkpoint", None, find)
+    schedule = Schedule.of(checkpoint.scheduler, config.n_timesteps)
+    conditions, find = (
+        conditions_of(config),
+        partial(find_inversion, config, checkpoint, schedule.timesteps),
+    )
     inversion, n_frames = shared.get("inversion", (schedule.timesteps, conditions), find)
     if config.mask == "auto" and not inversion.prompt.strip():
         recompute = preprocess_command(
@@ -50,7 +50,7 @@ def check_edit(config: EditConfig, technique: str, shared: Shared) -> EditRun:
         )
     device, dtype = choose_device(config.device, config.dtype)
     choice = FrameChoice.of(inversion.manifest.config)
-    check_loras(config.lora, config.model_id, config.sd_version)
+    check_loras(config.lora, checkpoint.unet_config)
     files = [lora_identity(lora) for lora in config.lora]
     if isinstance(config, ControlNetConfig):
         check_controlnets(config.controlnet_ids)
@@ -63,6 +63,6 @@ def check_edit(config: EditConfig, technique: str, shared: Shared) -> EditRun:
         shared.get("mask checked", config.mask, check)
         files.append(fingerprint(config.mask_path))
     identity, processes = identity_of(config, inversion, files), Processes(device)
-    made_from = inversion, schedule, n_frames, identity
+    made_from = checkpoint, inversion, schedule, n_frames, identity
     name = f"{technique}_{Path(config.data_path).stem}"
     return EditRun(config, name, *made_from, processes, dtype, shared)

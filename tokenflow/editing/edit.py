@@ -14,9 +14,10 @@ from tqdm import tqdm
 from tokenflow.config import ControlNetConfig, EditConfig
 from tokenflow.control.conditions import Conditions, find_conditions
 from tokenflow.control.depth import DEPTH_VIDEO, write_depth_video
-from tokenflow.diffusion.checkpoints import load, with_controlnets
+from tokenflow.diffusion.checkpoint import Checkpoint
+from tokenflow.diffusion.controlnets import use_controlnets
 from tokenflow.diffusion.ddim import Schedule
-from tokenflow.diffusion.lora import with_loras
+from tokenflow.diffusion.lora import use_loras
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.checkpoint import EditCheckpoint
 from tokenflow.editing.consensus import DISTANCES, Consensus, consensus_steps, followed_distances
@@ -41,7 +42,7 @@ from tokenflow.inversion.frames import FrameChoice
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.motion.dense import DenseMotion
 from tokenflow.motion.fusion import FLICKER, Fusion
-from tokenflow.runtime.batching import Batches, Limits
+from tokenflow.runtime.batching import Batches
 from tokenflow.runtime.digests import check, digest_of, seal
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.frame_array import FrameArray
@@ -71,6 +72,7 @@ class EditRun:
 
     config: EditConfig
     name: str
+    checkpoint: Checkpoint
     inversion: Inversion
     schedule: Schedule
     n_frames: int
@@ -158,20 +160,23 @@ class EditRun:
         config, get = self.config, self.shared.get
         controlnets = config.controlnet_ids if isinstance(config, ControlNetConfig) else ()
         loras = config.lora, config.lora_scales
-        sd = get("checkpoint", None, self._load)
-        controlled = partial(with_controlnets, sd, config.model_id, controlnets)
+        sd = get("networks", None, self._load)
+        controlled = partial(use_controlnets, sd, controlnets)
         sd = get("ControlNets", controlnets, controlled)
         # Not all that it returns is shared, since the ControlNets of one edit would outlive it.
-        adapted = get("LoRAs", loras, lambda: with_loras(sd, *loras).adapted)
+        adapted = get("LoRAs", loras, lambda: use_loras(sd, *loras).adapted)
         return replace(sd, adapted=adapted, limits=sd.limits.kept_in(self.checkpoints))
 
     def _load(self) -> StableDiffusion:
         config, device = self.config, self.processes.device
         log.info("loading %s on %s in %s", config.model_id, device, self.dtype)
-        options = {"cpu_offload": config.cpu_offload, "version": config.sd_version}
-        options |= {"compiled": config.compile}
-        sd = load(config.model_id, (), device, self.dtype, **options)
-        return replace(sd, clip_skip=config.clip_skip, limits=Limits())
+        return self.checkpoint.load(
+            device,
+            self.dtype,
+            cpu_offload=config.cpu_offload,
+            compiled=config.compile,
+            clip_skip=config.clip_skip,
+        )
 
     def latents(self, name: str) -> LatentsOf:
         """The function from frames (n,) to the inversion's latents (n, 4, h, w) of that name."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenflow.config import ControlNetConfig, EditConfig
 from tokenflow.control.conditions import control_identity
-from tokenflow.diffusion.checkpoints import checkpoint_identity
+from tokenflow.diffusion.checkpoint import Checkpoint
 from tokenflow.errors import DamagedError, UserError
 from tokenflow.inversion.files import Inversion
 from tokenflow.options import format_value
@@ -19,7 +19,9 @@ from util import fingerprint
 CONDITIONS = ("control", "control_path", "canny_low", "canny_high", "depth_model")
 
 
-def find_inversion(config: EditConfig, timesteps: tuple[int, ...]) -> tuple[Inversion, int]:
+def find_inversion(
+    config: EditConfig, checkpoint: Checkpoint, timesteps: tuple[int, ...]
+) -> tuple[Inversion, int]:
     """The inversion that an edit uses, and the number of frames to edit.
 
     timesteps: of the edit, the noisiest first. Of several inversions with enough frames, the shortest is
@@ -46,7 +48,7 @@ def find_inversion(config: EditConfig, timesteps: tuple[int, ...]) -> tuple[Inve
             f"{manifest.n_frames} frames; ask for fewer, or run: "
             f"{preprocess_command(config, manifest.config)}"
         )
-    _check_fits(config, inversion, timesteps)
+    _check_fits(config, checkpoint, inversion, timesteps)
     return inversion, config.n_frames or manifest.n_frames
 
 
@@ -105,13 +107,15 @@ def _no_latents(config: EditConfig) -> str:
     )
 
 
-def _check_fits(config: EditConfig, inversion: Inversion, timesteps: tuple[int, ...]) -> None:
+def _check_fits(
+    config: EditConfig, checkpoint: Checkpoint, inversion: Inversion, timesteps: tuple[int, ...]
+) -> None:
     manifest, folder = inversion.manifest, inversion.folder
     inverted = manifest.config
     remedy = f"recompute them with: {preprocess_command(config, inverted)}"
     if Path(config.data_path).exists() and fingerprint(Path(config.data_path)) != manifest.source:
         raise UserError(f"the latents in {folder} are of another video; {remedy}")
-    if checkpoint_identity(config.model_id, config.sd_version) != manifest.checkpoint:
+    if checkpoint.identity != manifest.checkpoint:
         raise UserError(
             f"the latents in {folder} are of another model, {inverted['model']}; {remedy}"
         )

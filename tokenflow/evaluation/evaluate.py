@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from tokenflow.config_evaluate import EvaluateConfig
-from tokenflow.diffusion.checkpoints import choose_device
+from tokenflow.diffusion.device import choose_device
 from tokenflow.evaluation.contact_sheet import moments
 from tokenflow.evaluation.meters import (
     EDIT,

@@ -13,22 +13,16 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
+from diffusers import DDIMScheduler
 from tqdm import tqdm
 
 from tokenflow.config import PreprocessConfig
 from tokenflow.control.conditions import Conditions, control_identity, find_conditions
 from tokenflow.control.depth import DEPTH_VIDEO, find_depth, load_depth_model, write_depth_video
 from tokenflow.control.detectors import check_detectors
-from tokenflow.diffusion.checkpoints import (
-    check_checkpoint,
-    checkpoint_identity,
-    choose_device,
-    configuration_of,
-    load,
-    load_scheduler,
-    trained_side,
-)
+from tokenflow.diffusion.checkpoint import Checkpoint
 from tokenflow.diffusion.ddim import NoisePredictor, Schedule, invert, sample
+from tokenflow.diffusion.device import choose_device
 from tokenflow.diffusion.layouts import as_json
 from tokenflow.diffusion.stable_diffusion import Control, StableDiffusion
 from tokenflow.errors import DamagedError, UserError
@@ -65,19 +59,23 @@ def open_inversion(config: PreprocessConfig) -> Iterator["InversionRun"]:
 
     Everything that can be checked is checked first. The inversion appears on disk when the block ends.
     """
-    side = partial(trained_side, config.model_id, config.sd_version)
-    config = replace(config, H=config.H or side(), W=config.W or side())
-    check_checkpoint(config.model_id, config.H, config.W, config.sd_version)
-    schedule, editing = schedules(config)
+    checkpoint = Checkpoint.find(config.model_id, config.sd_version)
+    if not (config.H and config.W):
+        side = checkpoint.trained_side
+        config = replace(config, H=config.H or side, W=config.W or side)
+    checkpoint.check_size(config.H, config.W)
+    schedule, editing = schedules(config, checkpoint.scheduler)
     device, dtype = choose_device(config.device, config.dtype)
-    manifest = new_manifest(config, schedule, editing)
+    manifest = new_manifest(config, checkpoint, schedule, editing)
     if config.controlnet_ids:
         check_detectors(config)
         check_control_frames(config, FrameChoice.of(asdict(config)), manifest.n_frames)
     final = Inversion.of(config, manifest.n_frames)
     processes = Processes(device)
     inversion = Inversion(unfinished_path(final.folder))
-    run = InversionRun(config, manifest, schedule, editing, final, inversion, processes, dtype)
+    run = InversionRun(
+        config, checkpoint, manifest, schedule, editing, final, inversion, processes, dtype
+    )
     if is_there(final, manifest, config.overwrite):
         log.info("this inversion exists already; --overwrite recomputes it")
         yield replace(run, is_finished=True)
@@ -97,6 +95,7 @@ class InversionRun:
     """One process's part in inverting a video, resumed if an earlier run was killed."""
 
     config: PreprocessConfig
+    checkpoint: Checkpoint
     manifest: Manifest
     schedule: Schedule  # the inversion steps
     editing: Schedule  # the editing steps, whose latents are saved
@@ -188,12 +187,16 @@ class InversionRun:
     def sd(self) -> StableDiffusion:
         """The checkpoint, loaded when it is first needed."""
         config, device = self.config, self.processes.device
-        where = config.controlnet_ids, device, self.dtype
         log.info("loading %s on %s in %s", config.model_id, device, self.dtype)
-        options = {"cpu_offload": config.cpu_offload, "version": config.sd_version}
-        sd = load(config.model_id, *where, **options, compiled=config.compile)
-        limits = Limits(Progress(self.inversion.folder).folder)
-        return replace(sd, clip_skip=config.clip_skip, limits=limits)
+        sd = self.checkpoint.load(
+            device,
+            self.dtype,
+            controlnets=config.controlnet_ids,
+            cpu_offload=config.cpu_offload,
+            compiled=config.compile,
+            clip_skip=config.clip_skip,
+        )
+        return replace(sd, limits=Limits(Progress(self.inversion.folder).folder))
 
     def noise_predictor(self, prompt: str) -> VideoNoisePredictor:
         """A predictor of the noise of the video's frames under a prompt."""
@@ -237,7 +240,7 @@ class InversionRun:
         if not self.sd.takes_depth:
             return
         parts = (None, None) if config.depth_model else ("depth_estimator", "feature_extractor")
-        where = config.depth_model or configuration_of(config.model_id, config.sd_version)
+        where = config.depth_model or self.checkpoint.configuration
         model = load_depth_model(where, self.processes.device, parts)
         shape = self.sd.latent_shape(n_frames, config.H, config.W)
         depth = inversion.create_depth((n_frames, 1, *shape[2:]))
@@ -315,12 +318,11 @@ class InversionRun:
         return {self.manifest.inverted_timestep: self.manifest.inverted} | names
 
 
-def schedules(config: PreprocessConfig) -> tuple[Schedule, Schedule]:
+def schedules(config: PreprocessConfig, scheduler: DDIMScheduler) -> tuple[Schedule, Schedule]:
     """The schedules of the inversion steps and of the editing steps, whose latents are saved.
 
     Raises UserError if the inversion would not visit every editing timestep.
     """
-    scheduler = load_scheduler(config.model_id, config.sd_version)
     editing = Schedule.of(scheduler, config.save_steps)
     inverting = Schedule.of(scheduler, config.steps)
     if not set(editing.timesteps) <= set(inverting.timesteps):
@@ -336,7 +338,9 @@ def schedules(config: PreprocessConfig) -> tuple[Schedule, Schedule]:
     return inverting, editing
 
 
-def new_manifest(config: PreprocessConfig, schedule: Schedule, editing: Schedule) -> Manifest:
+def new_manifest(
+    config: PreprocessConfig, checkpoint: Checkpoint, schedule: Schedule, editing: Schedule
+) -> Manifest:
     """The manifest of the inversion that is to be computed, as yet without keyframes."""
     noisiest, video = schedule.timesteps[0], Path(config.data_path)
     fps = frame_rate(video) / config.stride  # first, because it refuses a missing video
@@ -345,7 +349,7 @@ def new_manifest(config: PreprocessConfig, schedule: Schedule, editing: Schedule
         config=options
         | {"conditioned": bool(config.controlnet_ids), "control_frames": control_identity(config)},
         source=fingerprint(video),
-        checkpoint=checkpoint_identity(config.model_id, config.sd_version),
+        checkpoint=checkpoint.identity,
         fps=str(fps),
         n_frames=config.n_frames or FrameChoice.of(asdict(config)).count(video),
         timesteps=editing.timesteps,

@@ -1,0 +1,246 @@
+"""A checkpoint of Stable Diffusion: found once, and loaded onto a device in a precision that suits it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from accelerate import cpu_offload_with_hook
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.configuration_utils import ConfigMixin
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from tokenflow.diffusion.controlnets import check_controlnets, use_controlnets
+from tokenflow.diffusion.ddim import PREDICTION_TYPES, Schedule
+from tokenflow.diffusion.layouts import Layout, layout_of
+from tokenflow.diffusion.parts import load_config, load_network, load_part
+from tokenflow.diffusion.single_file import SingleFile
+from tokenflow.diffusion.stable_diffusion import SIZES_OF_XL, StableDiffusion
+from tokenflow.errors import UserError
+from util import fingerprint
+
+CHANNELS = (4, 5)  # of the latents, and of those with a depth map
+SMALLEST_SIDE = 512  # pixels; the depth version's configuration says less than it was trained on
+GRAPHS = 64  # compiled from one function, at most
+BYTE_TOKENS = 512  # CLIP's smallest vocabulary: each byte within a word and at its end
+
+
+class PipelineIndex(ConfigMixin):
+    """What a checkpoint says of its parts together, without importing diffusers' pipelines."""
+
+    config_name = "model_index.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is known of a checkpoint before its weights are loaded.
+
+    model_id: how the user names it: a hub id, a folder in diffusers layout, or a file.
+    configuration: the hub id or folder in diffusers layout that describes its parts.
+    scheduler: its noise schedule, with the steps of DDIM. file: its weights, if they are in a single file.
+    """
+
+    model_id: str
+    configuration: str
+    unet_config: Mapping[str, Any]
+    vae_config: Mapping[str, Any]
+    layout: Layout
+    scheduler: DDIMScheduler
+    file: SingleFile | None
+
+    @classmethod
+    def find(cls, model_id: str, version: str | None = None) -> Self:
+        """The checkpoint that a hub id, a folder or a file names. Raises UserError if it cannot work.
+
+        version: the sd_version, whose configuration is taken for a file that has none beside it.
+        """
+        file = SingleFile.find(model_id, version)
+        where = file.configuration if file else model_id
+        unet = load_config(UNet2DConditionModel, where, "unet", "block_out_channels")
+        try:
+            layout = layout_of(unet)
+        except ValueError as error:
+            raise UserError(f"{model_id}: {error}") from error
+        if (channels := unet.get("in_channels")) not in CHANNELS:
+            raise UserError(
+                f"{model_id}: its UNet takes {channels} channels, not {' or '.join(map(str, CHANNELS))}; "
+                "checkpoints for inpainting and upscaling cannot be used"
+            )
+        return cls(
+            model_id=model_id,
+            configuration=where,
+            unet_config=unet,
+            vae_config=load_config(AutoencoderKL, where, "vae", "block_out_channels"),
+            layout=layout,
+            scheduler=load_scheduler(model_id, where),
+            file=file,
+        )
+
+    @property
+    def identity(self) -> str:
+        """What tells checkpoints apart: the fingerprint of a file or of a folder's UNet, or a hub id."""
+        if self.file:
+            return self.file.identity
+        weights = sorted((Path(self.model_id) / "unet").glob("*.safetensors"))
+        weights += sorted((Path(self.model_id) / "unet").glob("*.bin"))
+        return fingerprint(weights[0]) if weights else self.model_id
+
+    @property
+    def is_xl(self) -> bool:
+        """Whether it is a Stable Diffusion XL, which has two text encoders."""
+        return self.unet_config.get("addition_embed_type") == "text_time"
+
+    @property
+    def takes_depth(self) -> bool:
+        """Whether its UNet takes the depth of each frame beside its latents."""
+        return self.unet_config["in_channels"] == max(CHANNELS)
+
+    @property
+    def trained_side(self) -> int:
+        """The larger side of the frames that it was trained on, in pixels: 512, 768 or 1024."""
+        size = self.unet_config.get("sample_size") or 0
+        sides = size if isinstance(size, list) else [size]
+        if not all(isinstance(side, int) for side in sides):
+            raise UserError(
+                f"{self.model_id}: the sample_size of its UNet is {size}, no whole number; use --H and --W"
+            )
+        return max(SMALLEST_SIDE, *(side * 2**self._halvings_by_vae for side in sides))
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise UserError for a frame size in pixels that the networks cannot halve as often as they do."""
+        multiple = 2 ** (self._halvings_by_vae + len(self.unet_config["block_out_channels"]) - 1)
+        for name, size in {"H": height, "W": width}.items():
+            if size % multiple:
+                nearest = max(multiple, round(size / multiple) * multiple)
+                raise UserError(
+                    f"{name}: {size} is not a multiple of {multiple}; the nearest valid size is {nearest}"
+                )
+
+    @property
+    def _halvings_by_vae(self) -> int:
+        return len(self.vae_config["block_out_channels"]) - 1
+
+    def load(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        controlnets: Sequence[str] = (),
+        cpu_offload: bool = False,
+        compiled: bool = False,
+        clip_skip: int = 0,
+    ) -> StableDiffusion:
+        """Load its networks, and ControlNets from hub ids or folders.
+
+        cpu_offload: only one of the VAE, the text encoders and the UNet is on the device at a time.
+        compiled: the UNet is compiled, in its first passes. clip_skip: see `StableDiffusion`.
+        """
+        check_controlnets(controlnets)
+        second = {}
+        if self.is_xl:
+            second = {
+                "tokenizer_2": self._load_tokenizer("tokenizer_2"),
+                "text_encoder_2": self._load(CLIPTextModelWithProjection, "text_encoder_2", dtype),
+                "zero_if_empty": self._zero_if_empty,
+            }
+        sd = StableDiffusion(
+            vae=self._load(AutoencoderKL, "vae", self._vae_dtype(dtype)),
+            tokenizer=self._load_tokenizer("tokenizer"),
+            text_encoder=self._load(CLIPTextModel, "text_encoder", dtype),
+            unet=self._load(UNet2DConditionModel, "unet", dtype),
+            scheduler=self.scheduler,
+            controlnet=None,
+            device=device,
+            dtype=dtype,
+            clip_skip=clip_skip,
+            compiled=compiled,
+            **second,
+        )
+        _check_parts(sd, self.model_id)
+        networks = [part for part in (sd.vae, sd.text_encoder, sd.text_encoder_2, sd.unet) if part]
+        if cpu_offload:
+            hooks = [cpu_offload_with_hook(part, device)[1] for part in networks]
+            # A run uses the networks in this order, again and again; each sends the one before it away.
+            for hook, before in zip(hooks, hooks[-1:] + hooks[:-1], strict=True):
+                hook.hook.prev_module_hook = before
+        else:
+            for part in networks:
+                part.to(device)
+        if compiled:
+            # What is compiled must notice hooks and processors that come and go (TokenFlow's), which torch
+            # does not by default, and every width of a layer has a graph of its own.
+            torch._dynamo.config.skip_nnmodule_hook_guards = False
+            torch._dynamo.config.recompile_limit = GRAPHS
+            sd.unet.compile()
+        return use_controlnets(sd, controlnets)
+
+    def _load(self, cls: type, subfolder: str, dtype: torch.dtype) -> torch.nn.Module:
+        if self.file:
+            return self.file.load_network(cls, subfolder, dtype)
+        return load_network(cls, self.model_id, subfolder, dtype)
+
+    def _load_tokenizer(self, subfolder: str) -> CLIPTokenizer:
+        return load_part(CLIPTokenizer.from_pretrained, self.configuration, subfolder)
+
+    def _vae_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The precision of the VAE beside networks in `dtype`."""
+        # XL's VAE overflows in float16; its configuration says so, by diffusers' default.
+        upcast = dtype == torch.float16 and self.vae_config.get("force_upcast", True)
+        return torch.float32 if self.is_xl and upcast else dtype
+
+    @property
+    def _zero_if_empty(self) -> bool:
+        """Whether XL's empty prompt is embedded as zeros: it was trained so, and diffusers assumes it."""
+        where = self.configuration
+        if Path(where).is_dir() and not (Path(where) / PipelineIndex.config_name).exists():
+            return True
+        index = load_part(PipelineIndex.load_config, where, "")
+        return bool(index.get("force_zeros_for_empty_prompt", True))
+
+
+def load_scheduler(model_id: str, where: str) -> DDIMScheduler:
+    """The noise schedule of the checkpoint that is described at `where`, with DDIM's steps."""
+    config = load_config(DDIMScheduler, where, "scheduler")
+    try:
+        scheduler = DDIMScheduler.from_config(config)
+        Schedule.of(scheduler, 1)  # checks most of the configuration
+    except Exception as error:  # each wrong value raises its own
+        raise UserError(f"model: {model_id}: its scheduler cannot be used: {error}") from error
+    kind = scheduler.config.prediction_type
+    if kind not in PREDICTION_TYPES:
+        raise UserError(
+            f"model: {model_id}: its scheduler's prediction_type is {kind}, "
+            f"none of {', '.join(PREDICTION_TYPES)}"
+        )
+    return scheduler
+
+
+def _check_parts(sd: StableDiffusion, model_id: str) -> None:
+    """Raise UserError for parts that do not fit each other."""
+    unet = sd.unet.config
+    texts = [(sd.tokenizer, sd.text_encoder.config)]
+    if sd.text_encoder_2:
+        texts.append((sd.tokenizer_2, sd.text_encoder_2.config))
+        pooled, takes = texts[1][1].projection_dim, sd.unet.add_embedding.linear_1.in_features
+        if pooled + SIZES_OF_XL * unet.addition_time_embed_dim != takes:
+            raise UserError(
+                f"model: {model_id}: its second text encoder's embedding of {pooled} does not fit its UNet; "
+                "they belong to different checkpoints"
+            )
+    width = sum(text.hidden_size for _, text in texts)
+    if width != unet.cross_attention_dim:
+        raise UserError(
+            f"model: {model_id}: its text encoder's width is {width}, "
+            f"but its UNet takes {unet.cross_attention_dim}; they belong to different checkpoints"
+        )
+    for tokenizer, text in texts:
+        length = tokenizer.model_max_length
+        if length > text.max_position_embeddings or len(tokenizer) > text.vocab_size:
+            raise UserError(
+                f"model: {model_id}: its tokenizer does not fit its text encoder: {len(tokenizer)} tokens "
+                f"in texts of {length}, not {text.vocab_size} in {text.max_position_embeddings}"
+            )
+        if len(tokenizer) < BYTE_TOKENS:  # transformers does not report missing files
+            raise UserError(
+                f"model: {model_id}: its tokenizer knows no words; copy or download the checkpoint again"
+            )
