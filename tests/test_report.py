@@ -16,17 +16,10 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 import util
-from tokenflow.evaluation.meters import (
-    EDIT,
-    RECONSTRUCTION,
-    SOURCE,
-    VAE,
-    Drift,
-    beside_source,
-    measure,
-    summarize,
-)
-from tokenflow.evaluation.report import Entry, thumbnails, write_report
+from tokenflow.evaluation.contact_sheet import thumbnails
+from tokenflow.evaluation.meters import BesideSource, Drift, measure, name_curves, summarize
+from tokenflow.evaluation.report import Entry, write_report
+from tokenflow.evaluation.subject import EDIT, RECONSTRUCTION, SOURCE, VAE
 from tokenflow.evaluation.verdict import verdict
 
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
@@ -49,12 +42,23 @@ def entry_of(folder, name):
     files = {kind: folder / name / f"{kind} of #{name}.mp4" for kind in videos}
     for kind, path in files.items():
         util.write_video(path, videos[kind], FPS)
-    curves = measure(videos, [beside_source, Drift(FPS, N_FRAMES)])
-    figures = summarize(curves, FPS)
-    pictures = thumbnails(videos, N_FRAMES)
-    prompt, findings = f"</script><b>{name}</b>", verdict(figures)
-    about = findings, ["LPIPS: no package"], {"seed": SEEDS[name], "model": None, "lora": []}
-    return Entry(name, prompt, files, Fraction(FPS), N_FRAMES, figures, curves, *about, pictures)
+    moments = np.stack([*videos.values()], axis=1)
+    measured = measure(moments, [BesideSource(), Drift(FPS, N_FRAMES)])
+    curves = name_curves(measured, {SOURCE: 0, EDIT: 1})
+    metrics = summarize(curves, FPS)
+    return Entry(
+        name=name,
+        prompt=f"</script><b>{name}</b>",
+        videos=files,
+        fps=Fraction(FPS),
+        n_frames=N_FRAMES,
+        metrics=metrics,
+        curves=curves,
+        findings=verdict(metrics),
+        skipped=["LPIPS: no package"],
+        options={"seed": SEEDS[name], "model": None, "lora": []},
+        pictures={kind: thumbnails(frames, N_FRAMES) for kind, frames in videos.items()},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +66,12 @@ def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("a report")
     entries = [entry_of(folder, name) for name in SEEDS]
     write_report(folder / "report.html", "2 edits", entries)
-    # A third one has the second's settings, and figures for as many videos as an edit has.
+    # A third one has the second's settings, and metrics of as many videos as an edit has.
     every = {
         key: dict.fromkeys((SOURCE, VAE, RECONSTRUCTION, EDIT), by_name[EDIT])
         for key, by_name in entries[1].curves.items()
     }
-    more = {"curves": every, "figures": summarize(every, FPS)}
+    more = {"curves": every, "metrics": summarize(every, FPS)}
     third = replace(entries[1], name="three", prompt=None, **more)
     found = "tokens", "flow", "flow"  # another option that the second and the third share
     alike = [
@@ -217,8 +221,8 @@ def test_edits_of_equal_settings_are_told_apart_by_name(browser, page):
     for head in heads:
         needed, given = browser.execute_script(widths, head)
         assert needed <= given
-    # On a phone, still, the last column of the figures can be seen without scrolling: that of the edit.
-    table = browser.find_element(By.ID, "figures")
+    # On a phone, still, the last column of the metrics can be seen without scrolling: that of the edit.
+    table = browser.find_element(By.ID, "metrics")
     assert table.find_elements(By.TAG_NAME, "th")[-1].text == "edit"
     assert table.rect["x"] + table.rect["width"] <= 400
 

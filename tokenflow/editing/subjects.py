@@ -7,9 +7,15 @@ from typing import Any
 from tokenflow.config_evaluate import EvaluateConfig
 from tokenflow.editing.identity import read_identity
 from tokenflow.errors import DamagedError, UserError
-from tokenflow.evaluation.meters import EDIT, PER_FRAME, RECONSTRUCTION, SOURCE, VAE
 from tokenflow.evaluation.report import PAGE, SHEET, TABLE
-from tokenflow.evaluation.subject import Subject
+from tokenflow.evaluation.subject import (
+    EDIT,
+    PER_FRAME,
+    RECONSTRUCTION,
+    SOURCE,
+    VAE,
+    Subject,
+)
 from tokenflow.inversion.files import Inversion
 from tokenflow.runtime.digests import check
 from util import decode_frames, frame_rate, list_images

@@ -1,17 +1,32 @@
 """Contact sheets: videos as one picture that a person can judge."""
 
 import textwrap
+from collections.abc import Iterable
 
 import cv2
 import numpy as np
 
 LABEL_HEIGHT, MARGIN = 18, 4  # pixels: of a line of text, and to its left
+THUMBNAIL = 160  # pixels, the longer side of a frame in a report's contact sheet
 WHITE = 255
 
 
 def moments(n_frames: int, columns: int = 8) -> list[int]:
     """Indices of at most `columns` frames spread evenly over a video."""
     return np.unique(np.linspace(0, n_frames - 1, columns).round().astype(int)).tolist()
+
+
+def thumbnails(frames: Iterable[np.ndarray], n_frames: int) -> np.ndarray:
+    """The frames (H, W, 3) of a video at its `moments`, made small: uint8 RGB (n, h, w, 3)."""
+    shown = moments(n_frames)
+    return np.stack([shrink(frame) for index, frame in enumerate(frames) if index in shown])
+
+
+def shrink(frame: np.ndarray) -> np.ndarray:
+    """A frame (H, W, 3) whose longer side is at most `THUMBNAIL`."""
+    scale = THUMBNAIL / max(frame.shape[:2])
+    size = [max(1, round(n * scale)) for n in (frame.shape[1], frame.shape[0])]
+    return cv2.resize(frame, size, interpolation=cv2.INTER_AREA) if scale < 1 else frame
 
 
 def contact_sheet(rows: dict[str, np.ndarray], title: str = "") -> np.ndarray:

@@ -1,45 +1,42 @@
-"""What can be measured about an edited video without knowing the truth, frame by frame.
+"""What is measured of edited videos without knowing the truth, in one pass over their frames.
 
-A *meter* takes the latest frames of several videos that show the same moments, and returns values of one
-or several figures for the newest frame. So a video passes once, and memory does not grow with its length.
+A *meter* sees the latest moments of several videos, the source first, and returns its metrics of the newest
+moment. So a video is read once, and the memory needed does not grow with its length.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from tokenflow.evaluation.metrics import CPU, frame_psnr, frame_ssim, gradient_energy, warp_error
-from tokenflow.motion.optical_flow import Flow, valid_flow
-
-# What a video is in an evaluation. The floors, all but the last two, are what no edit can be blamed for.
-SOURCE, VAE, RECONSTRUCTION, PER_FRAME, EDIT = (
-    "source",
-    "vae",
-    "reconstruction",
-    "frame_by_frame",
-    "edit",
+from tokenflow.evaluation.metrics import (
+    CPU,
+    flicker,
+    frame_psnr,
+    frame_ssim,
+    gradient_energy,
+    warp_error,
 )
+from tokenflow.motion.optical_flow import Flow, squared_length, valid_flow
 
 GAPS = (1, 4, 8)  # frames between the two that a warp error compares
-STILL_PIXELS, STILL_LEVELS = (
-    0.1,
-    2,
-)  # below this much flow, and up to this many grey levels of change
-STILL_SHARE = 0.01  # of a frame's pixels; fewer still ones tell nothing
+STILL_PIXELS = 0.1  # of flow; what moves less may be called still
 EQUAL_PSNR = 100.0  # dB, instead of infinity
 
-Recent = Mapping[str, Sequence[np.ndarray]]  # the latest frames of each video, the newest last
-Values = dict[str, dict[str, float]]  # by figure and video
-Meter = Callable[[Recent], Values]
-Curves = dict[str, dict[str, list[float | None]]]  # by figure and video, one value for each frame
+Moments = Sequence[
+    np.ndarray
+]  # the latest of all videos, uint8 RGB (videos, H, W, 3), the newest last
+Values = dict[str, Sequence[float]]  # by metric, one for each video; NaN where there is none
+Curves = dict[str, dict[str, list[float | None]]]  # by metric and video, one value for each frame
+Means = dict[str, dict[str, float]]  # by metric and video
 
 
 @dataclass(frozen=True)
-class Figure:
-    """How a figure is shown: its name, its unit, which values are better, and what it means."""
+class Metric:
+    """How a metric is shown: its title, its unit, which values are better, and what it means."""
 
     title: str
     unit: str
@@ -47,103 +44,107 @@ class Figure:
     meaning: str
 
 
-FIGURES = {
-    **{
-        f"warp_{gap}": Figure(
-            f"warp error, gap {gap}",
-            "x 1e-3",
-            "less",
-            f"mean square difference to the frame {when}, along the source's optical flow, pixel values from "
-            "0 to 1; a blank or blurred video has little, so read it beside the sharpness",
-        )
-        for gap, when in zip(GAPS, ("before", "4 before", "8 before"), strict=True)
-    },
-    "sharpness": Figure(
+METRICS = {
+    f"warp_{gap}": Metric(
+        f"warp error, gap {gap}",
+        "x 1e-3",
+        "lower",
+        f"Mean squared difference from {when}, along the source's optical flow; pixel values are between 0 "
+        "and 1. A blank or blurred video has a low warp error, so read it beside the sharpness.",
+    )
+    for gap, when in zip(
+        GAPS, ("the frame before", "4 frames before", "8 frames before"), strict=True
+    )
+} | {
+    "sharpness": Metric(
         "sharpness",
         "of the source's",
         "near 1",
-        "mean square gradient of the luminance, divided by the source's; blur lowers it, noise raises it",
+        "Mean squared gradient of the luminance, divided by the source's. Blur lowers it, noise raises it.",
     ),
-    "drift": Figure(
+    "drift": Metric(
         "colour drift",
         "grey levels",
-        "less",
-        "how far the frame's mean colour is from that of the first second; the figure is the mean over "
-        "the last second; motion alone changes it too, so compare it with the source's",
+        "lower",
+        "Distance of the frame's mean colour from that of the first second, as a mean over the last second. "
+        "Motion changes it too, so compare it with the source's.",
     ),
-    "flicker": Figure(
+    "flicker": Metric(
         "flicker of still regions",
         "grey levels",
-        "less",
-        "root mean square difference between neighbouring frames where the source stands still",
+        "lower",
+        "Root mean squared difference between neighbouring frames where the source stands still.",
     ),
-    "clip_prompt": Figure(
-        "agreement with the prompt",
+    "clip_prompt": Metric(
+        "CLIP score",
         "x 0.01",
-        "more",
-        "cosine similarity of CLIP's embeddings of a frame and of the edit's prompt",
+        "higher",
+        "Cosine similarity between the CLIP embeddings of the frame and of the prompt.",
     ),
-    "clip_frames": Figure(
-        "frame consistency",
+    "clip_frames": Metric(
+        "temporal consistency",
         "x 0.01",
-        "more",
-        "cosine similarity of CLIP's embeddings of neighbouring frames",
+        "higher",
+        "Cosine similarity between the CLIP embeddings of neighbouring frames.",
     ),
-    "structure": Figure(
+    "structure": Metric(
         "structure distance",
         "x 1e-3",
-        "less",
-        "mean square difference between how alike a frame's regions are to each other (DINO) and how "
-        "alike the source's are",
+        "lower",
+        "Mean squared difference between the self-similarities of the frame and of the source's, by DINO.",
     ),
-    "psnr": Figure(
-        "PSNR",
-        "dB",
-        "more",
-        "of a frame against the source's, over all pixels: how much was left alone",
-    ),
-    "ssim": Figure("SSIM", "", "more", "of a frame against the source's, over all pixels"),
-    "lpips": Figure(
-        "LPIPS", "", "less", "perceptual distance of a frame from the source's, all pixels"
+    "psnr": Metric("PSNR", "dB", "higher", "Of the frame against the source's, over all pixels."),
+    "ssim": Metric("SSIM", "", "higher", "Of the frame against the source's, over all pixels."),
+    "lpips": Metric(
+        "LPIPS", "", "lower", "Perceptual distance of the frame from the source's, over all pixels."
     ),
 }
 
 
-def measure(videos: Mapping[str, Iterable[np.ndarray]], meters: Sequence[Meter]) -> Curves:
-    """Curves of all the meters' figures, over the frames uint8 (H, W, 3) of videos of equal length.
+class Meter(Protocol):
+    """Measures some metrics of several videos, one moment after the other."""
 
-    A value is None where a frame has none, such as the first, which has no frame before it.
+    def measure(self, recent: Moments) -> Values:
+        """The metrics of the newest moment; those that it does not have are left out."""
+
+
+def measure(moments: Iterable[np.ndarray], meters: Sequence[Meter]) -> dict[str, np.ndarray]:
+    """All metrics of all moments, uint8 RGB (videos, H, W, 3), the source first: (frames, videos) each.
+
+    A value is NaN where a frame has none, such as the first, which has no frame before it.
     """
-    recent = {name: deque(maxlen=max(GAPS) + 1) for name in videos}
-    curves: Curves = {}
-    for index, frames in enumerate(zip(*videos.values(), strict=True)):
-        for name, frame in zip(videos, frames, strict=True):
-            recent[name].append(frame)
-        for meter in meters:
-            for key, values in meter(recent).items():
-                for name, value in values.items():
-                    curve = curves.setdefault(key, {}).setdefault(name, [])
-                    curve += [None] * (index - len(curve)) + [value]
-    n_frames = index + 1
-    for by_name in curves.values():
-        for curve in by_name.values():
-            curve += [None] * (n_frames - len(curve))
+    recent, measured = deque(maxlen=max(GAPS) + 1), []
+    for moment in moments:
+        recent.append(moment)
+        measured.append({k: v for meter in meters for k, v in meter.measure(recent).items()})
+    none = np.full(len(moment), np.nan)
+    keys = [key for key in METRICS if any(key in values for values in measured)]
+    return {key: np.stack([values.get(key, none) for values in measured]) for key in keys}
+
+
+def name_curves(measured: Mapping[str, np.ndarray], videos: Mapping[str, int]) -> Curves:
+    """The curves of some videos, which are named and of these columns; None for NaN."""
+    curves = {}
+    for key, values in measured.items():
+        columns = {name: values[:, column] for name, column in videos.items()}
+        curves[key] = {
+            name: [None if np.isnan(value) else value for value in column.tolist()]
+            for name, column in columns.items()
+            if not np.isnan(column).all()
+        }
     return curves
 
 
-def summarize(curves: Curves, frames_per_second: float) -> Values:
-    """One number for each curve: the mean of its values; of the drift, the mean of its last second.
-
-    A curve without any values has none.
-    """
+def summarize(curves: Curves, frames_per_second: float) -> Means:
+    """The mean of each curve; of the drift, that of the last second. A curve without values has none."""
     second = max(1, round(frames_per_second))
-    figures: Values = {}
+    means: Means = {}
     for key, by_name in curves.items():
         for name, curve in by_name.items():
             values = [v for v in (curve[-second:] if key == "drift" else curve) if v is not None]
             if values:
-                figures.setdefault(key, {})[name] = float(np.mean(values))
-    return figures
+                means.setdefault(key, {})[name] = float(np.mean(values))
+    return means
 
 
 class AlongFlow:
@@ -152,61 +153,45 @@ class AlongFlow:
     def __init__(self, flow: Flow) -> None:
         self.flow = flow
 
-    def __call__(self, recent: Recent) -> Values:
+    def measure(self, recent: Moments) -> Values:
         """Warp errors (x 1e-3) between the newest frame and those 1, 4 and 8 earlier (as far as there are
-        any): mean square difference of pixel values in [0, 1] over the pixels where the source's flow is
+        any): mean squared difference of pixel values in [0, 1] over the pixels where the source's flow is
         valid in both directions. The measure is that of Lai et al., "Learning Blind Video Temporal
         Consistency" (ECCV 2018), section 4.2, which TokenFlow's evaluation uses at gap 1.
         """
-        values: Values = {}
-        source = recent[SOURCE]
-        for gap in GAPS:
-            if len(source) <= gap:
-                continue
-            motion, valid = valid_flow(self.flow, source[-1 - gap], source[-1])
-            if not valid.any():
-                continue
-            values[f"warp_{gap}"] = {
-                name: 1e3 * warp_error(frames[-1 - gap], frames[-1], motion, valid)
-                for name, frames in recent.items()
-            }
+        values, now = {}, recent[-1]
+        for gap in (gap for gap in GAPS if gap < len(recent)):
+            before = recent[-1 - gap]
+            motion, valid = valid_flow(self.flow, before[0], now[0])
+            if valid.any():
+                pairs = zip(before, now, strict=True)
+                values[f"warp_{gap}"] = [1e3 * warp_error(a, b, motion, valid) for a, b in pairs]
             if gap == 1:
-                values |= _flicker(
-                    recent, valid & (np.hypot(*motion.transpose(2, 0, 1)) < STILL_PIXELS)
-                )
+                motionless = valid & (squared_length(motion) < STILL_PIXELS**2)
+                values["flicker"] = flicker(before, now, motionless)
         return values
 
 
-def _flicker(recent: Recent, motionless: np.ndarray) -> Values:
-    """Flicker: root mean square difference, in grey levels, of neighbouring frames in still regions.
+class BesideSource:
+    """Meter of each frame against the source's, over all pixels; PSNR and SSIM on a device."""
 
-    Still are pixels that do not move (`motionless`, bool (H, W)) and whose luminance changes by at most two
-    grey levels in the source. A frame with too few of them has no value. Our own definition.
-    """
-    before, now = (frame.astype(np.float32).mean(-1) for frame in list(recent[SOURCE])[-2:])
-    still = motionless & (np.abs(now - before) <= STILL_LEVELS)
-    if still.mean() < STILL_SHARE:
-        return {}
-    changes = {
-        name: frames[-1][still].astype(np.float64) - frames[-2][still]
-        for name, frames in recent.items()
-    }
-    return {"flicker": {name: float(np.sqrt(np.square(c).mean())) for name, c in changes.items()}}
+    def __init__(self, device: torch.device = CPU) -> None:
+        self.device = device
 
-
-def beside_source(recent: Recent, device: torch.device = CPU) -> Values:
-    """Meter of each newest frame against the source's, over all pixels; PSNR and SSIM on a device.
-
-    PSNR in dB (100 if equal) and SSIM, as `evaluation.metrics` defines them; sharpness: the gradient energy
-    divided by the source's (0 where the source has none, being plain).
-    """
-    source, *others = ((name, frames[-1][None]) for name, frames in recent.items())
-    energy = gradient_energy(source[1])
-    return {
-        "psnr": {n: min(EQUAL_PSNR, *frame_psnr(frame, source[1], device)) for n, frame in others},
-        "ssim": {n: frame_ssim(frame, source[1], device)[0] for n, frame in others},
-        "sharpness": {n: gradient_energy(frame) / energy if energy else 0.0 for n, frame in others},
-    }
+    def measure(self, recent: Moments) -> Values:
+        """PSNR in dB (100 if equal) and SSIM, as `evaluation.metrics` defines them; sharpness: the gradient
+        energy divided by the source's (0 where the source has none, being plain).
+        """
+        source, others = recent[-1][0], recent[-1][1:]
+        energy = gradient_energy(source[None])
+        reference = np.stack([source] * len(others))
+        psnr = frame_psnr(others, reference, self.device)
+        sharpness = [gradient_energy(frame[None]) / energy if energy else 0.0 for frame in others]
+        return {
+            "psnr": [np.nan, *(min(EQUAL_PSNR, value) for value in psnr)],
+            "ssim": [np.nan, *frame_ssim(others, reference, self.device)],
+            "sharpness": [np.nan, *sharpness],
+        }
 
 
 class Drift:
@@ -215,18 +200,14 @@ class Drift:
     def __init__(self, frames_per_second: float, n_frames: int) -> None:
         """The first second is half of a video that is shorter than two."""
         self.second = max(1, min(round(frames_per_second), n_frames // 2))
-        self.first: dict[str, list[np.ndarray]] = {}
+        self.first: list[np.ndarray] = []  # mean colours within the first second, (videos, 3) each
 
-    def __call__(self, recent: Recent) -> Values:
+    def measure(self, recent: Moments) -> Values:
         """How far the newest frame's mean colour is from that of the first second: the root mean square of
         the three channels' differences, in grey levels. No value within the first second. Our own definition.
         """
-        values = {}
-        for name, frames in recent.items():
-            colour, first = frames[-1].mean((0, 1)), self.first.setdefault(name, [])
-            if len(first) < self.second:
-                first.append(colour)
-            else:
-                away = colour - np.mean(first, axis=0)
-                values[name] = float(np.sqrt(np.square(away).mean()))
-        return {"drift": values}
+        colours = recent[-1].mean((1, 2))
+        if len(self.first) < self.second:
+            self.first.append(colours)
+            return {}
+        return {"drift": np.sqrt(np.square(colours - np.mean(self.first, axis=0)).mean(1))}

@@ -1,4 +1,4 @@
-"""Figures that need a network of their own: CLIP, DINO and LPIPS, each left out where it is not to be had."""
+"""Meters that need a network: CLIP, DINO and LPIPS. Each is left out where its network cannot be loaded."""
 
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ from transformers.image_utils import (
 )
 
 from tokenflow.diffusion.parts import on_hub
-from tokenflow.evaluation.meters import SOURCE, Meter, Recent, Values
+from tokenflow.evaluation.meters import Meter, Moments, Values
 from util import fit_frame
 
 
 class Unavailable(Exception):
-    """A network that is not to be had; the text says why."""
+    """A network cannot be loaded; the text says why."""
 
 
 def load(cls: type, model_id: str | None) -> Any:
@@ -43,29 +43,27 @@ def load(cls: type, model_id: str | None) -> Any:
 
 
 class Clip:
-    """Meter of the agreement with the prompt and of the frame consistency."""
+    """Meter of the CLIP score and of the temporal consistency."""
 
     def __init__(self, model_id: str | None, prompt: str | None, device: torch.device) -> None:
-        """Without a prompt, only the frame consistency is measured. Raises Unavailable."""
+        """Without a prompt, only the temporal consistency is measured. Raises Unavailable."""
         self.network = load(CLIPModel, model_id).eval().to(device)
-        self.before: dict[str, torch.Tensor] = {}
-        self.text = (
-            None if prompt is None else self._embed_text(load(CLIPTokenizer, model_id), prompt)
-        )
+        self.before: torch.Tensor | None = None  # embeddings of the frames before, (videos, d)
+        self.text = None
+        if prompt is not None:
+            self.text = self._embed_text(load(CLIPTokenizer, model_id), prompt)
 
-    def __call__(self, recent: Recent) -> Values:
+    def measure(self, recent: Moments) -> Values:
         """Cosine similarities (x 0.01) of the newest frame's CLIP embedding: with the prompt's, as in
         CLIPScore (Hessel et al., EMNLP 2021) without its factor, and with that of the frame before it, as
         TokenFlow and the papers that it compares itself with measure consistency. Frames are cropped to
         a square in their middle, as CLIP's own preprocessing does.
         """
-        newest = self._embed_frames(np.stack([frames[-1] for frames in recent.values()]))
-        now = dict(zip(recent, newest, strict=True))
-        values = {}
+        now, values = self._embed_frames(recent[-1]), {}
         if self.text is not None:
-            values["clip_prompt"] = {name: 100 * float(e @ self.text) for name, e in now.items()}
-        if self.before:
-            values["clip_frames"] = {n: 100 * float(e @ self.before[n]) for n, e in now.items()}
+            values["clip_prompt"] = (100 * now @ self.text).tolist()
+        if self.before is not None:
+            values["clip_frames"] = (100 * now * self.before).sum(-1).tolist()
         self.before = now
         return values
 
@@ -74,7 +72,7 @@ class Clip:
         network, size = self.network, self.network.config.vision_config.image_size
         images = as_images(frames, size, "crop", OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
         pooled = network.vision_model(images.to(network.device)).pooler_output
-        return F.normalize(network.visual_projection(pooled), dim=-1)  # n d
+        return F.normalize(network.visual_projection(pooled), dim=-1)  # videos d
 
     @torch.inference_mode()
     def _embed_text(self, tokenizer: CLIPTokenizer, prompt: str) -> torch.Tensor:
@@ -91,32 +89,27 @@ class Structure:
     def __init__(self, model_id: str | None, device: torch.device) -> None:
         """Raises Unavailable."""
         self.network = load(ViTModel, model_id).eval().to(device)
-        self.keys: torch.Tensor | None = None
+        self.keys: torch.Tensor | None = None  # of the last layer, (videos, tokens, d)
         self.network.layers[-1].attention.k_proj.register_forward_hook(self._remember)
 
-    def __call__(self, recent: Recent) -> Values:
-        """Structure distance (x 1e-3): mean square difference of the self-similarities of two frames.
+    @torch.inference_mode()
+    def measure(self, recent: Moments) -> Values:
+        """Structure distance (x 1e-3): mean squared difference of the self-similarities of two frames.
 
         A frame's self-similarity is the matrix of cosine similarities between the keys of all tokens in
         the last layer of a vision transformer trained by DINO: Tumanyan et al., "Splicing ViT Features for
         Semantic Appearance Transfer" (CVPR 2022), section 3.1. Frames are stretched to a square.
         """
-        newest = np.stack([frames[-1] for frames in recent.values()])
-        by_name = dict(zip(recent, self._similarities(newest), strict=True))
-        source = by_name.pop(SOURCE)
-        distances = {name: (s - source).square().mean() for name, s in by_name.items()}
-        return {"structure": {name: 1e3 * float(d) for name, d in distances.items()}}
-
-    @torch.inference_mode()
-    def _similarities(self, frames: np.ndarray) -> torch.Tensor:
         size = self.network.config.image_size
-        images = as_images(frames, size, "stretch", IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        images = as_images(recent[-1], size, "stretch", IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
         self.network(images.to(self.network.device))
         keys = F.normalize(self.keys, dim=-1)
-        return keys @ keys.mT  # n tokens tokens
+        source, *others = keys @ keys.mT  # tokens tokens, each
+        distances = [1e3 * float((other - source).square().mean()) for other in others]
+        return {"structure": [np.nan, *distances]}
 
     def _remember(self, module: torch.nn.Module, args: tuple, keys: torch.Tensor) -> None:
-        self.keys = keys  # n tokens d
+        self.keys = keys
 
 
 class Lpips:
@@ -135,16 +128,14 @@ class Lpips:
             raise Unavailable(f"lpips cannot download its weights ({error})") from error
 
     @torch.inference_mode()
-    def __call__(self, recent: Recent) -> Values:
+    def measure(self, recent: Moments) -> Values:
         """LPIPS (Zhang et al., CVPR 2018, arXiv 1801.03924) of AlexNet between each newest frame and the
         source's, at full size; 0 if equal.
         """
-        images = torch.from_numpy(np.stack([frames[-1] for frames in recent.values()]))
-        images = images.to(self.device).permute(0, 3, 1, 2) / 127.5 - 1  # n 3 H W
-        source, others = images[:1], images[1:]
+        images = torch.from_numpy(recent[-1]).to(self.device).permute(0, 3, 1, 2) / 127.5 - 1
+        source, others = images[:1], images[1:]  # videos 3 H W
         distances = self.network(others, source.expand_as(others)).flatten().tolist()
-        names = [name for name in recent if name != SOURCE]
-        return {"lpips": dict(zip(names, distances, strict=True))}
+        return {"lpips": [np.nan, *distances]}
 
 
 def as_images(
@@ -157,24 +148,23 @@ def as_images(
     return (images - mean) / std
 
 
-def available(
+def load_meters(
     clip: str | None, dino: str | None, prompt: str | None, device: torch.device
 ) -> tuple[list[Meter], list[str]]:
-    """The meters whose networks are to be had, and a line for each figure that is left out.
+    """The meters whose networks can be loaded, and a line for each metric that is left out.
 
-    clip, dino: hub ids or folders; None leaves their figures out.
+    clip, dino: hub ids or folders; None leaves their metrics out.
     """
-    wanted = {
-        "agreement with the prompt, frame consistency": lambda: Clip(clip, prompt, device),
-        "structure distance": lambda: Structure(dino, device),
-        "LPIPS": lambda: Lpips(device),
-    }
     meters, skipped = [], []
-    for about, make in wanted.items():
+    for title, cls, options in (
+        ("CLIP score and temporal consistency", Clip, {"model_id": clip, "prompt": prompt}),
+        ("structure distance", Structure, {"model_id": dino}),
+        ("LPIPS", Lpips, {}),
+    ):
         try:
-            meters.append(make())
+            meters.append(cls(**options, device=device))
         except Unavailable as reason:
-            skipped.append(f"{about}: {reason}")
+            skipped.append(f"{title}: {reason}")
     if prompt is None:
-        skipped.append("agreement with the prompt: there is no prompt")
+        skipped.append("CLIP score: there is no prompt")
     return meters, skipped

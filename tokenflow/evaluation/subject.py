@@ -11,8 +11,14 @@ from typing import Any
 import numpy as np
 
 from tokenflow.errors import UserError
-from tokenflow.evaluation.meters import EDIT
 from util import decode_frames, fit_frame
+
+# What a video is in an evaluation. An edit cannot be blamed for what the first three have themselves.
+SOURCE = "source"
+VAE = "vae"  # the source, encoded and decoded
+RECONSTRUCTION = "reconstruction"  # from the inversion
+PER_FRAME = "frame_by_frame"  # the same edit, of each frame by itself
+EDIT = "edit"
 
 SMALLEST = 16  # pixels, for the optical flow and SSIM
 
@@ -23,14 +29,14 @@ class Subject:
 
     name: str
     folder: Path  # where its report goes
-    frames: dict[str, Path]  # by what it is (SOURCE first): a video or a folder of images
+    frames: dict[str, Path]  # by what it is, SOURCE first: a video or a folder of images
     n_frames: int
     fps: Fraction
     resize: str  # how frames of another size than the edit's are fitted
     prompt: str | None = None
     technique: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    playable: dict[str, Path] = field(default_factory=dict)  # H.264 videos that are there
+    playable: dict[str, Path] = field(default_factory=dict)  # H.264 videos that exist already
 
     @cached_property
     def size(self) -> tuple[int, int]:
@@ -45,9 +51,9 @@ class Subject:
 
     @property
     def compared_with(self) -> tuple:
-        """What decides all figures but the edit's: other edits of the same can be measured with it."""
-        floors = tuple((name, path) for name, path in self.frames.items() if name != EDIT)
-        return floors, self.n_frames, self.fps, self.size, self.prompt
+        """Everything but the edit that its metrics depend on; edits that share it are measured together."""
+        others = tuple((name, path) for name, path in self.frames.items() if name != EDIT)
+        return others, self.n_frames, self.fps, self.size, self.prompt
 
     def read(self, name: str) -> Iterator[np.ndarray]:
         """The frames of one of the videos, uint8 RGB (H, W, 3), one by one."""

@@ -8,15 +8,10 @@ import torch
 
 from tokenflow.config import HOW, PreprocessConfig
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
-from tokenflow.evaluation.meters import (
-    RECONSTRUCTION,
-    SOURCE,
-    VAE,
-    Curves,
-    beside_source,
-    summarize,
-)
-from tokenflow.evaluation.report import PAGE, PARTS, Entry, thumbnails, write_report
+from tokenflow.evaluation.contact_sheet import thumbnails
+from tokenflow.evaluation.meters import BesideSource, Curves, summarize
+from tokenflow.evaluation.report import PAGE, PARTS, Entry, write_report
+from tokenflow.evaluation.subject import RECONSTRUCTION, SOURCE, VAE
 from tokenflow.evaluation.verdict import POOR_PSNR, verdict
 from tokenflow.inversion.files import CLEAN, Inversion, Manifest
 from tokenflow.inversion.predictor import VideoNoisePredictor
@@ -36,7 +31,7 @@ def compare(inversion: Inversion, config: PreprocessConfig, processes: Processes
     Processes divide the frames, and compute on their devices.
     """
     source, vae, whole = inversion.source_frames, inversion.vae, inversion.reconstruction
-    device = processes.device
+    meter = BesideSource(processes.device)
     pairs = [(source, vae), (source, whole), (vae, whole)][: 1 if config.no_reconstruction else 3]
     scores = FrameArray(Progress(inversion.folder).folder / "scores.npy")
     frames = torch.arange(len(inversion.latents(CLEAN)))
@@ -49,8 +44,8 @@ def compare(inversion: Inversion, config: PreprocessConfig, processes: Processes
         return frame, {folder: read_image(frame_path(folder, frame.item())) for folder in folders}
 
     for frame, shown in in_parallel(read, processes.share(frames.split(1))):
-        of_pairs = [beside_source({SOURCE: [shown[a]], VAE: [shown[b]]}, device) for a, b in pairs]
-        values = [[of_pair[kind][VAE] for kind in KINDS] for of_pair in of_pairs]
+        of_pairs = [meter.measure([np.stack([shown[a], shown[b]])]) for a, b in pairs]
+        values = [[of_pair[kind][1] for kind in KINDS] for of_pair in of_pairs]
         scores[frame] = torch.tensor([values], dtype=torch.float64)
     processes.wait()
     return scores
@@ -121,7 +116,7 @@ def write_page(inversion: Inversion, manifest: Manifest, curves: Curves) -> None
     pictures[RECONSTRUCTION] = inversion.reconstruction
     source = inversion.folder / PARTS / "source.mp4"
     write_video_from_folders(source, [inversion.source_frames], manifest.n_frames, fps)
-    figures = summarize(curves, float(fps))
+    metrics = summarize(curves, float(fps))
     # The same inversion in another folder, or computed in another way, has the same page.
     hidden = {*HOW, "save_dir"}
     entry = Entry(
@@ -130,13 +125,14 @@ def write_page(inversion: Inversion, manifest: Manifest, curves: Curves) -> None
         videos={SOURCE: source, RECONSTRUCTION: inversion.folder / "inverted.mp4"},
         fps=fps,
         n_frames=manifest.n_frames,
-        figures=figures,
+        metrics=metrics,
         curves=curves,
-        findings=verdict(figures),
-        skipped=["steadiness and agreement with the prompt: evaluate.py measures them for edits"],
+        findings=verdict(metrics),
+        skipped=["temporal consistency and CLIP score: evaluate.py measures them for edits"],
         options={key: value for key, value in manifest.config.items() if key not in hidden},
-        pictures=thumbnails(
-            {name: decode_frames(folder) for name, folder in pictures.items()}, manifest.n_frames
-        ),
+        pictures={
+            name: thumbnails(decode_frames(folder), manifest.n_frames)
+            for name, folder in pictures.items()
+        },
     )
     write_report(inversion.folder / PAGE, entry.name, [entry])

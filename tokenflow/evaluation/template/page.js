@@ -2,35 +2,42 @@
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
+const format = (value) => String(value ?? "\u2013");
 const colour = (name) => `var(--${name})`;
-const number = (value) => (value === undefined || value === null ? "\u2013" : String(value));
+let player;
+let plots = [];
 
-/** An element with a class, text and children. */
-function element(tag, { text, children = [], ...properties } = {}) {
+/** An element with these properties and children, which are elements or text. */
+function element(tag, properties = {}, ...children) {
   const made = Object.assign(document.createElement(tag), properties);
-  if (text !== undefined) made.textContent = text;
   made.append(...children);
+  return made;
+}
+
+/** An element of a plot. */
+function shape(tag, attributes) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
   return made;
 }
 
 /** Videos of the same frames, which play, stop and step together. */
 class Player {
   constructor(entry, onFrame) {
-    Object.assign(this, { entry, onFrame, frame: 0, playing: false, seeking: false, speed: 1, turn: 0 });
+    Object.assign(this, { entry, onFrame, frame: 0, last: entry.n_frames - 1 });
+    Object.assign(this, { playing: false, seeking: false, turn: 0, speed: Number($("speed").value) });
     this.all = Object.entries(entry.videos).map(([name, source]) => this.open(name, source));
   }
 
   open(name, source) {
     const video = element("video", { src: source, muted: true, playsInline: true, preload: "auto" });
-    video.dataset.name = name;
     const remember = (now, { mediaTime }) => {
       video.dataset.frame = Math.round(mediaTime * this.entry.fps);
-      video.requestVideoFrameCallback?.(remember);
+      video.requestVideoFrameCallback(remember);
     };
     video.requestVideoFrameCallback?.(remember);
-    const caption = element("figcaption", { className: "name", text: data.names[name] });
-    caption.style.color = colour(name);
-    $("videos").append(element("figure", { children: [video, caption] }));
+    const caption = element("figcaption", { className: "name", style: `color: ${colour(name)}` }, data.names[name]);
+    $("videos").append(element("figure", {}, video, caption));
     return video;
   }
 
@@ -38,22 +45,17 @@ class Player {
     return this.all.filter((video) => !video.parentElement.hidden);
   }
 
-  get last() {
-    return this.entry.n_frames - 1;
-  }
-
-  show(name, shown) {
-    const video = this.all.find((video) => video.dataset.name === name);
-    video.parentElement.hidden = !shown;
-    if (!shown) video.pause();
+  async show(video, shown) {
     const resume = this.playing;
     this.pause();
-    this.goTo(this.frame).then(() => resume && this.play());
+    video.parentElement.hidden = !shown;
+    await this.goTo(this.frame);
+    if (resume) this.play();
   }
 
   /** Show a frame in all videos; of frames asked for in quick succession, the last one. */
   async goTo(frame) {
-    this.at(Math.max(0, Math.min(this.last, frame)));
+    this.at(frame);
     if (this.seeking) return;
     this.seeking = true;
     for (let reached = -1; reached !== this.frame; ) {
@@ -64,8 +66,19 @@ class Player {
   }
 
   at(frame) {
-    this.frame = frame;
-    this.onFrame(frame);
+    this.frame = Math.max(0, Math.min(this.last, frame));
+    this.onFrame(this.frame, this.playing);
+  }
+
+  /** Stop, and show a frame. */
+  stopAt(frame) {
+    this.pause();
+    this.goTo(frame);
+  }
+
+  toggle() {
+    if (this.playing) this.pause();
+    else this.play();
   }
 
   async play() {
@@ -73,7 +86,6 @@ class Player {
     const turn = ++this.turn; // a loop that was paused and has not noticed must not go on beside this one
     const goesOn = () => this.playing && turn === this.turn;
     this.playing = true;
-    this.onFrame(this.frame);
     await this.goTo(this.frame >= this.last ? 0 : this.frame);
     if (goesOn()) await (this.speed ? this.run(goesOn) : this.step(goesOn));
   }
@@ -81,7 +93,7 @@ class Player {
   pause() {
     this.playing = false;
     for (const video of this.all) video.pause();
-    this.onFrame(this.frame);
+    this.at(this.frame);
   }
 
   /** Play all videos; the further one is ahead of the slowest, the slower it runs. */
@@ -91,7 +103,7 @@ class Player {
     begin();
     while (goesOn()) {
       const time = Math.min(...this.videos.map((video) => video.currentTime));
-      this.at(Math.min(this.last, Math.floor(time * fps)));
+      this.at(Math.floor(time * fps));
       for (const video of this.videos) {
         const ahead = (video.currentTime - time) * fps; // frames
         // No stronger: on a busy machine this comes late, and would overshoot.
@@ -117,247 +129,179 @@ class Player {
 
 /** Move a video to a time (seconds), and wait until it is there. */
 async function seek(video, time) {
+  const happens = (event) => new Promise((resolve) => video.addEventListener(event, resolve, { once: true }));
   if (video.readyState < HTMLMediaElement.HAVE_METADATA) {
-    await new Promise((resolve) => {
-      video.addEventListener("loadedmetadata", resolve, { once: true });
-      video.addEventListener("error", resolve, { once: true });
-    });
+    await Promise.race([happens("loadedmetadata"), happens("error")]);
   }
   if (video.error || Math.abs(video.currentTime - time) < 1e-6) return;
-  const done = new Promise((resolve) => video.addEventListener("seeked", resolve, { once: true }));
+  const done = happens("seeked");
   video.currentTime = time;
   await done;
 }
 
-/** A plot of one figure's curves, with a line at the player's frame; pointing at it moves the player. */
-function plot(key, byName, nFrames) {
-  const values = Object.values(byName).flat().filter((value) => value !== null);
-  const { title, unit, better, meaning } = data.figures[key];
-  const highest = Math.max(...values);
-  const smallest = Math.min(...values);
+/** A plot of one metric's curves, with a line at the player's frame; pointing at it moves the player. */
+function plot(key, curves, nFrames) {
+  const values = curves.flatMap(([, curve]) => curve.filter((value) => value !== null)).sort((a, b) => a - b);
+  const { title, unit, better, meaning } = data.metrics[key];
+  const [smallest, highest] = [values[0], values.at(-1)];
   const lowest = smallest < highest / 4 ? Math.min(0, smallest) : smallest;
-  const space = "http://www.w3.org/2000/svg";
-  const svg = document.createElementNS(space, "svg");
-  svg.setAttribute("viewBox", "0 0 100 100");
-  svg.setAttribute("preserveAspectRatio", "none");
-  svg.setAttribute("role", "img");
-  svg.setAttribute("aria-label", `${title} by frame`);
   const x = (frame) => (100 * (frame + 0.5)) / nFrames;
   const y = (value) => 96 - (92 * (value - lowest)) / (highest - lowest || 1);
-  const readings = {};
-  const legend = element("div", { className: "values" });
-  for (const [name, curve] of Object.entries(byName)) {
-    const line = document.createElementNS(space, "polyline");
+  const svg = shape("svg", { viewBox: "0 0 100 100", preserveAspectRatio: "none", role: "img", "aria-label": title });
+  for (const [name, curve] of curves) {
     const points = curve.flatMap((value, frame) => (value === null ? [] : [`${x(frame)},${y(value)}`]));
-    line.setAttribute("points", points.join(" "));
-    line.style.stroke = colour(name);
-    svg.append(line);
-    readings[name] = element("span", { className: "name" });
-    readings[name].style.color = colour(name);
-    legend.append(readings[name]);
+    svg.append(shape("polyline", { points: points.join(" "), style: `stroke: ${colour(name)}` }));
   }
-  const cursor = document.createElementNS(space, "line");
-  cursor.setAttribute("y1", 0);
-  cursor.setAttribute("y2", 100);
-  svg.append(cursor);
+  const cursor = svg.appendChild(shape("line", { y1: 0, y2: 100 }));
   const point = (event) => {
     const { left, width } = svg.getBoundingClientRect();
-    player.pause();
-    player.goTo(Math.floor(((event.clientX - left) / width) * nFrames));
+    player.stopAt(Math.floor(((event.clientX - left) / width) * nFrames));
   };
   svg.addEventListener("pointerdown", point);
   svg.addEventListener("pointermove", (event) => event.buttons && point(event));
   const about = [unit, `${better} is better`].filter(Boolean).join(", ");
-  const range = element("p", { className: "range" });
-  range.append(element("span", { text: `from ${number(lowest)} to ${number(highest)}` }));
-  const caption = element("figcaption", {
-    children: [element("b", { text: title }), ` (${about})`, legend],
-  });
-  const figure = element("figure", {
-    children: [caption, svg, element("figcaption", { children: [range, element("p", { text: meaning })] })],
-  });
+  const readings = element("div", { className: "values" });
+  const head = element("figcaption", {}, element("b", {}, title), ` (${about})`, readings);
+  const range = element("p", {}, `from ${format(lowest)} to ${format(highest)}`);
+  const figure = element("figure", {}, head, svg, element("figcaption", {}, range, element("p", {}, meaning)));
   const update = (frame) => {
     cursor.setAttribute("x1", x(frame));
     cursor.setAttribute("x2", x(frame));
-    for (const [name, curve] of Object.entries(byName)) {
-      readings[name].textContent = `${data.names[name]} ${number(curve[frame])}`;
-    }
+    const reading = ([name, curve]) =>
+      element("span", { className: "name", style: `color: ${colour(name)}` }, `${data.names[name]} ${format(curve[frame])}`);
+    readings.replaceChildren(...curves.map(reading));
   };
   return { figure, update };
 }
 
-/** A table's head and body; cells are text, and all but the first column numbers. */
+/** A table's head and body; cells are text or elements, and all but the first column numbers. */
 function fill(table, head, rows) {
   const row = (tag, cells) =>
-    element("tr", {
-      children: cells.map((cell, index) => {
-        const made = element(tag, { className: index ? "number" : "" });
-        made.append(cell);
-        return made;
-      }),
-    });
-  table.replaceChildren(
-    element("thead", { children: [row("th", head)] }),
-    element("tbody", { children: rows.map((cells) => row("td", cells)) }),
-  );
+    element("tr", {}, ...cells.map((cell, index) => element(tag, { className: index ? "number" : "" }, cell)));
+  const body = rows.map((cells) => row("td", cells));
+  table.replaceChildren(element("thead", {}, row("th", head)), element("tbody", {}, ...body));
 }
 
-function named(key) {
-  const { title, unit, better } = data.figures[key];
+/** A metric's title, with its unit and which values are better. */
+function titled(key) {
+  const { title, unit, better } = data.metrics[key];
   const about = [unit, better].filter(Boolean).join(", ").replace("-", "\u2011"); // no line ends in 1e-3
-  return element("span", { children: [`${title} `, element("small", { text: `(${about})` })] });
-}
-
-/** An option's value as a configuration file has it. */
-function asYaml(value) {
-  return typeof value === "string" && value ? value : JSON.stringify(value);
-}
-
-/** Rows of what the figures of all edits are compared with, as far as that is the same for all. */
-function floors(keys, nSettings) {
-  const rowOf = (name, entry) => keys.map((key) => number(entry.figures[key]?.[name]));
-  return Object.keys(data.names)
-    .filter((name) => name !== "edit" && data.entries.every((entry) => name in entry.videos))
-    .filter((name) => new Set(data.entries.map((entry) => rowOf(name, entry).join())).size === 1)
-    .map((name) => [data.names[name], ...Array(nSettings).fill(""), ...rowOf(name, data.entries[0])]);
+  return element("span", {}, `${title} `, element("small", {}, `(${about})`));
 }
 
 /** The name or a value of an option, which may be a whole prompt. */
 function setting(text) {
-  return element("span", { text, className: text.length > 20 ? "setting long" : "setting" });
+  return element("span", { className: text.length > 20 ? "setting long" : "setting" }, text);
 }
-
-let player;
-let plots = [];
 
 /** Show one of the edits. */
 function open(index) {
   player?.pause();
   const entry = data.entries[index];
-  for (const [i, button] of buttons().entries()) button.setAttribute("aria-current", i === index);
+  [...$("entries").querySelectorAll("button")].forEach((button, i) => button.setAttribute("aria-current", i === index));
   const said = [data.entries.length > 1 && entry.name, entry.prompt && `\u201c${entry.prompt}\u201d`];
   $("prompt").textContent = said.filter(Boolean).join(": ");
-  $("verdict").replaceChildren(
-    ...entry.findings.map(({ level, text, advice }) => {
-      const say = [element("b", { text: level }), " ", element("span", { text })];
-      if (advice) say.push(" ", element("span", { text: `To do: ${advice}.` }));
-      return element("li", { className: level, children: say });
-    }),
-  );
+  const finding = ({ level, text, advice }) =>
+    element("li", { className: level }, element("b", {}, level), " ", element("span", {}, `${text} ${advice}`));
+  $("verdict").replaceChildren(...entry.findings.map(finding));
 
-  const curves = Object.keys(data.figures).filter((key) => entry.curves[key]);
-  plots = curves.map((key) => plot(key, entry.curves[key], entry.n_frames));
+  const keys = Object.keys(data.metrics).filter((key) => entry.curves[key]);
+  plots = keys.map((key) => plot(key, Object.entries(entry.curves[key]), entry.n_frames));
   $("curves").replaceChildren(...plots.map(({ figure }) => figure));
-  const names = Object.keys(data.names).filter((name) => curves.some((key) => name in entry.curves[key]));
-  const rows = curves.map((key) => [
-    named(key),
-    ...names.map((name) => number(entry.figures[key]?.[name])),
-  ]);
-  fill($("figures"), ["mean over frames", ...names.map((name) => data.names[name])], rows);
-  $("skipped").replaceChildren(
-    ...entry.skipped.map((text) => element("li", { text: `not measured: ${text}` })),
-  );
+  const names = Object.keys(data.names).filter((name) => keys.some((key) => name in entry.curves[key]));
+  const rows = keys.map((key) => [titled(key), ...names.map((name) => format(entry.figures[key]?.[name]))]);
+  fill($("metrics"), ["mean over frames", ...names.map((name) => data.names[name])], rows);
+  $("skipped").replaceChildren(...entry.skipped.map((text) => element("li", {}, `not measured: ${text}`)));
   $("sheet").src = entry.sheet;
-  $("options").replaceChildren(
-    ...Object.entries(entry.options).map(([key, value]) =>
-      element("tr", { children: [element("td", { text: key }), element("td", { text: asYaml(value) })] }),
-    ),
+  // Values as a configuration file has them.
+  const asYaml = (value) => (typeof value === "string" && value ? value : JSON.stringify(value));
+  const options = Object.entries(entry.options).map(([key, value]) =>
+    element("tr", {}, element("td", {}, key), element("td", {}, asYaml(value))),
   );
+  $("options").replaceChildren(...options);
 
   $("slider").max = entry.n_frames - 1;
   $("videos").replaceChildren();
-  player = new Player(entry, (frame) => {
+  player = new Player(entry, (frame, playing) => {
     $("slider").value = frame;
     $("frame").textContent = `${frame} / ${entry.n_frames - 1}`;
-    $("play").textContent = player?.playing ? "Pause" : "Play";
+    $("play").textContent = playing ? "Pause" : "Play";
     for (const { update } of plots) update(frame);
   });
-  player.speed = Number($("speed").value);
-  const first = Object.keys(entry.videos)[0];
-  const last = Object.keys(entry.videos).at(-1);
-  $("shown").replaceChildren(
-    ...player.all.map(({ dataset: { name } }) => {
-      const box = element("input", { type: "checkbox", checked: name === first || name === last });
-      box.addEventListener("change", () => player.show(name, box.checked));
-      if (!box.checked) player.show(name, false);
-      return element("label", { children: [box, ` ${data.names[name]}`] });
-    }),
-  );
+  const boxes = Object.keys(entry.videos).map((name, i) => {
+    const video = player.all[i];
+    const checked = i === 0 || i === player.all.length - 1;
+    video.parentElement.hidden = !checked;
+    const box = element("input", { type: "checkbox", checked });
+    box.addEventListener("change", () => player.show(video, box.checked));
+    return element("label", {}, box, ` ${data.names[name]}`);
+  });
+  $("shown").replaceChildren(...boxes);
+  $("sheet").onclick = ({ offsetX }) =>
+    player.stopAt(entry.moments[Math.floor((offsetX / $("sheet").clientWidth) * entry.moments.length)]);
   player.goTo(0);
 }
 
-function start() {
-  document.title = data.title;
-  $("title").textContent = data.title;
-  if (data.entries.length > 1) {
-    // Settings, of which each edit has the same ones, name the edits if they tell all of them apart.
-    const settings = Object.keys(data.entries[0].settings);
-    const labels = data.entries.map((entry) => settings.map((name) => entry.settings[name]).join(", "));
-    const apart = new Set(labels).size === labels.length;
-    if (apart) $("entries").append(element("span", { text: `${settings.join(", ")}:` }));
-    $("entries").append(
-      ...data.entries.map((entry, index) => {
-        const text = apart ? labels[index] : entry.name;
-        const button = element("button", { type: "button", text, title: entry.name });
-        button.addEventListener("click", () => {
-          open(index);
-          $("prompt").style.scrollMarginTop = `${$("entries").offsetHeight}px`;
-          $("prompt").scrollIntoView();
-        });
-        return button;
-      }),
-    );
-    const keys = Object.keys(data.figures).filter((key) => data.entries.some((e) => "edit" in (e.figures[key] ?? {})));
-    const rows = data.entries.map((entry) => [
-      element("span", { text: entry.name, title: entry.prompt ?? "" }),
-      ...settings.map((name) => setting(entry.settings[name])),
-      ...keys.map((key) => number(entry.figures[key]?.edit)),
-    ]);
-    const head = ["edit", ...settings.map(setting), ...keys.map(named)];
-    fill($("overview").querySelector("table"), head, [...floors(keys, settings.length), ...rows]);
-    $("overview").querySelector("img").src = data.sheet;
-    $("entries").hidden = $("overview").hidden = false;
-  }
-  $("play").addEventListener("click", () => (player.playing ? player.pause() : player.play()));
-  const step = (frames) => {
-    player.pause();
-    player.goTo(player.frame + frames);
-  };
-  $("back").addEventListener("click", () => step(-1));
-  $("forward").addEventListener("click", () => step(1));
-  $("slider").addEventListener("input", () => {
-    player.pause();
-    player.goTo(Number($("slider").value));
+/** A button for each edit, and a table of all below what they are compared with. */
+function listEdits() {
+  // Settings, of which each edit has the same ones, name the edits if they tell all of them apart.
+  const settings = Object.keys(data.entries[0].settings);
+  const labels = data.entries.map((entry) => settings.map((name) => entry.settings[name]).join(", "));
+  const apart = new Set(labels).size === labels.length;
+  if (apart) $("entries").append(element("span", {}, `${settings.join(", ")}:`));
+  data.entries.forEach(({ name }, index) => {
+    const button = element("button", { type: "button", title: name }, apart ? labels[index] : name);
+    button.addEventListener("click", () => {
+      open(index);
+      $("prompt").style.scrollMarginTop = `${$("entries").offsetHeight}px`;
+      $("prompt").scrollIntoView();
+    });
+    $("entries").append(button);
   });
-  $("speed").addEventListener("change", () => {
-    const resume = player.playing;
-    player.pause();
-    player.speed = Number($("speed").value);
-    if (resume) requestAnimationFrame(() => player.play());
+
+  const keys = Object.keys(data.metrics).filter((key) => data.entries.some(({ figures }) => "edit" in (figures[key] ?? {})));
+  const means = (entry, name) => keys.map((key) => format(entry.figures[key]?.[name]));
+  const [first] = data.entries;
+  // What all edits are compared with, as far as that is the same for all.
+  const same = Object.keys(data.names).filter((name) => {
+    const rows = data.entries.map((entry) => name in entry.videos && means(entry, name).join());
+    return name !== "edit" && name in first.videos && new Set(rows).size === 1;
   });
-  $("sheet").addEventListener("click", (event) => {
-    const { moments } = data.entries[buttons().findIndex(isCurrent)] ?? data.entries[0];
-    player.pause();
-    player.goTo(moments[Math.floor((event.offsetX / $("sheet").clientWidth) * moments.length)]);
-  });
-  document.addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.altKey || event.metaKey || event.target.tagName === "SELECT") return;
-    const keys = {
-      " ": () => (player.playing ? player.pause() : player.play()),
-      ArrowLeft: () => step(-1),
-      ArrowRight: () => step(1),
-      Home: () => step(-player.frame),
-      End: () => step(player.last),
-    };
-    if (!keys[event.key]) return;
-    // A button or box that has the focus takes the space itself.
-    if (event.key === " " && ["BUTTON", "INPUT"].includes(event.target.tagName) && event.target.type !== "range") return;
-    event.preventDefault();
-    keys[event.key]();
-  });
-  open(0);
+  const rows = data.entries.map((entry) => [
+    element("span", { title: entry.prompt ?? "" }, entry.name),
+    ...settings.map((name) => setting(entry.settings[name])),
+    ...means(entry, "edit"),
+  ]);
+  const floors = same.map((name) => [data.names[name], ...settings.map(() => ""), ...means(first, name)]);
+  fill($("overview").querySelector("table"), ["edit", ...settings.map(setting), ...keys.map(titled)], [...floors, ...rows]);
+  $("overview").querySelector("img").src = data.sheet;
+  $("entries").hidden = $("overview").hidden = false;
 }
 
-const buttons = () => [...$("entries").querySelectorAll("button")];
-const isCurrent = (button) => button.getAttribute("aria-current") === "true";
-start();
+function press(event) {
+  const { key, target } = event;
+  if (event.ctrlKey || event.altKey || event.metaKey || target.tagName === "SELECT") return;
+  // A button or box that has the focus takes the space itself.
+  if (key === " " && ["BUTTON", "INPUT"].includes(target.tagName) && target.type !== "range") return;
+  const { frame, last } = player;
+  const frames = { ArrowLeft: frame - 1, ArrowRight: frame + 1, Home: 0, End: last };
+  if (key === " ") player.toggle();
+  else if (key in frames) player.stopAt(frames[key]);
+  else return;
+  event.preventDefault();
+}
+
+document.title = $("title").textContent = data.title;
+if (data.entries.length > 1) listEdits();
+$("play").addEventListener("click", () => player.toggle());
+$("back").addEventListener("click", () => player.stopAt(player.frame - 1));
+$("forward").addEventListener("click", () => player.stopAt(player.frame + 1));
+$("slider").addEventListener("input", () => player.stopAt(Number($("slider").value)));
+$("speed").addEventListener("change", () => {
+  const resume = player.playing;
+  player.pause();
+  player.speed = Number($("speed").value);
+  if (resume) requestAnimationFrame(() => player.play());
+});
+document.addEventListener("keydown", press);
+open(0);
