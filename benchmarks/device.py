@@ -289,7 +289,7 @@ def run(sd: TalliedDiffusion, workload: Workload, folder: Path) -> int:
     source = Source(kept, n_frames)
     keyframes = keyframe_schedule(config, sd.scheduler, n_frames)
     recording = RecordingPredictor(predictor, keyframes, source.latents, files)
-    with recording.installed():
+    with recording.install():
         for frames in segments:
             with tally.passes("reconstruction", "features kept"):
                 recording(saved[frames], t, frames)

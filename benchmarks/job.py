@@ -85,7 +85,7 @@ class Job:
         keyframes = keyframe_schedule(self.config, self.sd.scheduler, self.clip.n_frames)
         self.files.create(self.sd.unet, self.clean.shape, self.schedule.timesteps)
         predictor, saved = predictor_of(self.sd, self.clip.source_prompt), self._source_latents
-        with RecordingPredictor(predictor, keyframes, saved, self.files).installed() as recording:
+        with RecordingPredictor(predictor, keyframes, saved, self.files).install() as recording:
             return last(sample(self.first_latents(frames), frames, self.schedule, recording))
 
     @cached_property

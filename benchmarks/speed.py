@@ -188,7 +188,7 @@ def sd15_rounds(args: argparse.Namespace) -> dict:
         technique = plug_and_play(config, schedule, three)
         predictor = VideoNoisePredictor(sd, "", Batches(interval, adapts=False))
         recording = RecordingPredictor(predictor, keyframes, three.latents, files)
-        with recording.installed():
+        with recording.install():
             for t in schedule.timesteps:
                 recording(inverted, t, torch.arange(n_frames))
         two = Source(kept, n_frames, files)

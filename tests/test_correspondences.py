@@ -108,7 +108,7 @@ def test_kept_source_features_equal_the_reference(sd, tmp_path, monkeypatch, tog
     predictor = VideoNoisePredictor(sd, PROMPTS[0], Batches(9, adapts=False))
     saved = source.__getitem__
     noting = RecordingPredictor(predictor, keyframes, lambda t, frames: saved(frames), files)
-    with noting.installed():
+    with noting.install():
         noting(source, FIRST, torch.arange(9))
     known = source_of(source, files, motion)
     edit = edit_of(sd, known, latents, batch_size=3)

@@ -178,7 +178,7 @@ def test_two_streams_equal_the_reference(sd, tmp_path, monkeypatch, batch_size, 
     files.create(sd.unet, source.shape, [FIRST])
     predictor = VideoNoisePredictor(sd, PROMPTS[0], Batches(batch_size, adapts=False))
     noting = RecordingPredictor(predictor, keyframes, lambda t, frames: source[frames], files)
-    with noting.installed():
+    with noting.install():
         segments = torch.arange(13).split(5)
         noted = torch.cat([noting(source[frames], FIRST, frames) for frames in segments])
     plain = sd.predict_noise(source, FIRST, sd.encode_text(PROMPTS[0]).expand(13))
