@@ -9,9 +9,9 @@ The algorithm of Geyer et al., TokenFlow (ICLR 2024, arXiv 2307.10373):
             uncond, cond: each frame attends to all keyframes      extended_attention
             remember the source's inputs and the edit's outputs    KeyframeCache
         pass all other frames through the UNet, and in every self-attention:
-            source: find each token in two keyframes               flanking_blend, correspondences
+            source: find each token in two keyframes               flanking_blend, find_correspondences
             uncond, cond: blend the outputs of those tokens        propagate
-        noise = uncond + guidance * (cond - uncond)                editing.denoise, guided_noise
+        noise = uncond + guidance_scale * (cond - uncond)          guide
         latents = one DDIM step along the noise                    diffusion.ddim.ddim_step
 
 In the first steps Plug-and-Play gives uncond and cond the source's queries, keys and features. Pure tensor
@@ -22,10 +22,9 @@ Shapes: (n, s, d) = frames, tokens, channels of one stream.
 Indices: a *frame* of the video, a *position* among a timestep's keyframes, a *row* of the cache.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +33,7 @@ from diffusers.models.attention_processor import Attention
 
 from tokenflow.diffusion.layouts import layout_of
 from tokenflow.propagation.cache import BlendedRows, KeyframeCache
-from tokenflow.propagation.correspondences import Led, correspondences
+from tokenflow.propagation.correspondences import FlowCorrespondences, find_correspondences
 
 STREAMS = SOURCE, UNCOND, COND = 0, 1, 2
 
@@ -75,8 +74,9 @@ class KeyframeSchedule:
         generator = torch.Generator().manual_seed(self.seed)  # used for nothing else
         starts = torch.arange(0, self.n_frames, self.interval)
         last = self.n_frames - 1  # a draw may lie beyond a short last interval
-        draw = partial(torch.randint, self.interval, starts.shape, generator=generator)
-        return {t: (starts + draw()).clamp(max=last) for t in self.timesteps}
+        interval, shape = self.interval, starts.shape
+        draws = [torch.randint(interval, shape, generator=generator) for _ in self.timesteps]
+        return {t: (starts + d).clamp(max=last) for t, d in zip(self.timesteps, draws, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -128,110 +128,101 @@ def propagate(
 ) -> torch.Tensor:
     """Propagate the keyframes' self-attention outputs (k, s, d) to n frames (equation 4): (n, s, d).
 
-    nearest: (n, 2, s), from `correspondences` with the same rows and weights.
+    nearest: (n, 2, s), from `find_correspondences` with the same rows and weights.
     """
-    n_tokens = key_outputs.shape[1]
-    # Gathered from all keyframes' tokens in one sequence.
+    n_tokens, sequence = key_outputs.shape[1], key_outputs.flatten(0, 1)  # of all keyframes' tokens
     tokens = nearest + n_tokens * blended.rows[..., None]  # n 2 s
     first, second = (
-        key_outputs.flatten(0, 1)
-        .index_select(0, tokens[:, side].flatten())
-        .unflatten(0, (-1, n_tokens))
+        sequence.index_select(0, tokens[:, side].flatten()).unflatten(0, (-1, n_tokens))
         for side in (0, 1)
     )  # n s d
     return first.lerp_(second, blended.weights[:, 1, None, None])
 
 
-@dataclass(frozen=True)
+def guide(uncond: torch.Tensor, cond: torch.Tensor, scale: float) -> torch.Tensor:
+    """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598): the noise of both streams as one."""
+    return uncond + scale * (cond - uncond)
+
+
+@dataclass
 class SourceFeatures:
     """What propagation to n frames needs from the source stream at one timestep.
 
-    nearest: the `correspondences` (n, 2, s) of each self-attention layer, by its name.
+    It is found when the source passes, or was kept with an inversion; then no source need pass.
+    nearest: the correspondences (n, 2, s) of each self-attention layer, by its name.
     features: (n, c, h, w), injected into the residual block by Plug-and-Play; None without injection.
     """
 
-    nearest: dict[str, torch.Tensor]
-    features: torch.Tensor | None
+    nearest: dict[str, torch.Tensor] = field(default_factory=dict)
+    features: torch.Tensor | None = None
+
+    def select(self, frames: slice) -> "SourceFeatures":
+        """Those of some of the n frames, as views."""
+        features = None if self.features is None else self.features[frames]
+        return SourceFeatures({name: of[frames] for name, of in self.nearest.items()}, features)
 
 
-@dataclass(frozen=True)
-class JointPass:
-    """The positions of keyframes that are edited in one UNet pass; they attend to each other.
+@dataclass
+class JointEdit:
+    """What UNet passes do that edit keyframes jointly and put them into the cache.
 
-    attended: earlier keyframes to which these attend too. attended_later: whether later ones attend to these.
+    edited: the keyframes' positions. attended: earlier keyframes to which these attend too.
+    attended_later: whether later ones attend to these.
+    extended: without it each keyframe is edited by itself, as a baseline for comparisons.
+    attention: the source's queries and keys of injected layers, for the streams that pass after the source.
     """
 
     edited: Sequence[int]
     attended: Sequence[int] = ()
     attended_later: bool = False
+    inject_attention: bool = False
+    inject_features: bool = False
+    extended: bool = True
+    source: SourceFeatures = field(default_factory=SourceFeatures)
+    attention: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+
+@dataclass
+class Propagation:
+    """What UNet passes do in which frames take the outputs of the cached keyframes that they blend.
+
+    along_flow: for each number of tokens, where the optical flow leads, if tokens follow it.
+    """
+
+    blended: BlendedRows
+    inject_features: bool = False
+    source: SourceFeatures = field(default_factory=SourceFeatures)
+    along_flow: Mapping[int, FlowCorrespondences] = field(default_factory=dict)
 
 
 class TokenFlow:
     """What the layers of one UNet do in its next pass, and what they remember between passes.
 
     A pass takes all streams or some of them. If streams pass one by one, the source comes first.
+    task: what the passes do until another one is set.
     propagated: the streams whose outputs are propagated. The authors' code propagates in the source too;
     otherwise the source's frames attend to themselves, as in its inversion.
     finds_correspondences: whether the keyframes' source tokens are remembered, to be searched.
     """
 
-    def __init__(
-        self, propagated: Sequence[int], finds_correspondences: bool, cache: KeyframeCache
-    ) -> None:
+    def __init__(self, propagated: Sequence[int], finds_correspondences: bool) -> None:
         self.propagated, self.finds_correspondences = propagated, finds_correspondences
-        self.cache = cache
+        self.cache = KeyframeCache()
         self.streams: tuple[int, ...] = STREAMS  # of the next pass, ascending
-        self.joint: JointPass | None = None  # None during propagation
-        self.inject_attention, self.inject_features, self.extended = False, False, True
-        self.blended: BlendedRows | None = None  # by the frames of a propagation
-        self.source: SourceFeatures | None = None  # if an inversion kept them
-        self.led: dict[int, Led] = {}  # by number of tokens, if they follow the optical flow
-        self.features: torch.Tensor | None = None  # n c h w, if the source passed alone
-        self.injection: dict[str, list[torch.Tensor]] = {}  # of layers, too: query and key, n s d
+        self.task: JointEdit | Propagation | None = None
 
-    def begin_joint_edit(
-        self,
-        joint: JointPass,
-        inject_attention: bool = False,
-        inject_features: bool = False,
-        extended: bool = True,
-    ) -> None:
-        """Edit keyframes jointly in the next passes, and keep them in the cache.
+    def split(self, tensor: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Split a tensor of the pass (streams x n, ...) into one (n, ...) for each stream."""
+        return dict(zip(self.streams, tensor.chunk(len(self.streams)), strict=True))
 
-        Without `extended` attention each keyframe is edited by itself, as a baseline for comparisons.
-        """
-        self.cache.add(joint.edited)
-        self.joint, self.source, self.extended = joint, None, extended
-        self.inject_attention, self.inject_features = inject_attention, inject_features
-
-    def begin_propagation(
-        self,
-        blended: BlendedRows,
-        inject_features: bool,
-        source: SourceFeatures | None = None,
-        led: dict[int, Led] | None = None,
-    ) -> None:
-        """In the next passes propagate the outputs of cached keyframes to the frames that blend them.
-
-        With the features of the `source`, the passes need no source stream. led: where the optical flow
-        leads the tokens, by their number in a frame, if that comes before what is alike.
-        """
-        self.blended, self.joint, self.injection = blended, None, {}
-        self.source, self.led = source, led or {}
-        self.inject_features = inject_features
-
-    def _feature_hook(self, module, args, output: torch.Tensor) -> torch.Tensor | None:
+    def inject_features(self, module, args, output: torch.Tensor) -> torch.Tensor | None:
         """Give uncond and cond the source's features (Plug-and-Play)."""
-        if not self.inject_features:
+        if not self.task.inject_features:
             return None
-        if self.source is not None:
-            features = self.source.features.to(output)
-        elif SOURCE in self.streams:
-            features = output.chunk(len(self.streams))[SOURCE]
-            self.features = features if len(self.streams) == 1 else None
-        else:
-            features = self.features
-        return features.repeat(len(self.streams), 1, 1, 1)
+        source = self.task.source
+        if SOURCE in self.streams:
+            source.features = self.split(output)[SOURCE]
+        return source.features.to(output).repeat(len(self.streams), 1, 1, 1)
 
 
 class LayerProcessor:
@@ -242,91 +233,98 @@ class LayerProcessor:
 
 
 class TokenFlowAttention(LayerProcessor):
-    """Edits keyframes jointly or propagates, as the `TokenFlow` says."""
+    """Edits keyframes jointly or propagates, as the task of the `TokenFlow` says."""
 
     def __init__(self, tokenflow: TokenFlow, name: str, injected: bool = False) -> None:
         super().__init__(name)
         self.tokenflow, self.injected = tokenflow, injected
-        self.nearest: torch.Tensor | None = None  # n 2 s, kept if the source passes alone
 
     @torch.compiler.disable  # it depends on what passed before
     def __call__(
         self, attn: Attention, hidden_states: torch.Tensor, *args, **kwargs
     ) -> torch.Tensor:
         """The layer's output for its input, the output of `norm1`; both (streams x n, s, d)."""
-        if self.tokenflow.joint is not None:
-            return self._joint_edit(attn, hidden_states)
-        return self._propagation(attn, hidden_states)
+        if isinstance(self.tokenflow.task, JointEdit):
+            return self._edit_jointly(attn, hidden_states, self.tokenflow.task)
+        return self._propagate(attn, hidden_states, self.tokenflow.task)
 
-    def _joint_edit(self, attn: Attention, hidden_states: torch.Tensor) -> torch.Tensor:
-        tokenflow, cache, streams = self.tokenflow, self.tokenflow.cache, self.tokenflow.streams
-        edited = tokenflow.joint.edited
+    def _edit_jointly(
+        self, attn: Attention, hidden_states: torch.Tensor, task: JointEdit
+    ) -> torch.Tensor:
+        tokenflow, cache = self.tokenflow, self.tokenflow.cache
         query, key, value = (
-            self._by_stream(project(hidden_states)) for project in (attn.to_q, attn.to_k, attn.to_v)
+            tokenflow.split(project(hidden_states)) for project in (attn.to_q, attn.to_k, attn.to_v)
         )  # each n s d, by stream
-        if SOURCE in streams and tokenflow.finds_correspondences:
-            cache.write((self.name, "tokens"), edited, self._by_stream(hidden_states)[SOURCE])
-        if self.injected and tokenflow.inject_attention:
-            kept = tokenflow.injection
-            source = [query[SOURCE], key[SOURCE]] if SOURCE in streams else kept[self.name]
-            kept[self.name] = source if len(streams) < len(STREAMS) else []
-            for stream in streams:
-                query[stream], key[stream] = source
+        if self.injected and task.inject_attention:
+            self._inject_attention(query, key, task)
         outputs = []
-        for stream in streams:
-            if stream == SOURCE or not tokenflow.extended:
+        for stream in tokenflow.streams:
+            if stream == SOURCE or not task.extended:
                 outputs.append(attention(query[stream], key[stream], value[stream], attn.heads))
-                continue
-            kinds = {"keys": key[stream], "values": value[stream]}
-            attended = (self._with_attended(kind, stream, new) for kind, new in kinds.items())
-            outputs.append(extended_attention(query[stream], *attended, attn.heads))
-        output = output_projection(attn, torch.cat(outputs))
-        for stream, of_stream in self._by_stream(output).items():
+            else:
+                keys = self._join_attended("keys", stream, key[stream], task)
+                values = self._join_attended("values", stream, value[stream], task)
+                outputs.append(extended_attention(query[stream], keys, values, attn.heads))
+        output = project_output(attn, torch.cat(outputs))
+        if SOURCE in tokenflow.streams and tokenflow.finds_correspondences:
+            tokens = tokenflow.split(hidden_states)[SOURCE]
+            cache.write((self.name, "tokens"), task.edited, tokens)
+        for stream, of_stream in tokenflow.split(output).items():
             if stream in tokenflow.propagated:
-                cache.write((self.name, "outputs", stream), edited, of_stream)
+                cache.write((self.name, "outputs", stream), task.edited, of_stream)
         return output
 
-    def _with_attended(self, kind: str, stream: int, new: torch.Tensor) -> torch.Tensor:
+    def _inject_attention(
+        self, query: dict[int, torch.Tensor], key: dict[int, torch.Tensor], task: JointEdit
+    ) -> None:
+        """Give all streams the source's queries and keys (Plug-and-Play)."""
+        source = (query[SOURCE], key[SOURCE]) if SOURCE in query else task.attention[self.name]
+        if COND not in query:
+            task.attention[self.name] = source
+        for stream in query:
+            query[stream], key[stream] = source
+
+    def _join_attended(
+        self, kind: str, stream: int, new: torch.Tensor, task: JointEdit
+    ) -> torch.Tensor:
         """The keys or values of the attended keyframes, followed by the `new` ones (n, s, d)."""
-        name, cache, joint = (self.name, kind, stream), self.tokenflow.cache, self.tokenflow.joint
-        attended = cache.read(name, joint.attended)
-        if joint.attended_later:
-            cache.write(name, joint.edited, new)
+        name, cache = (self.name, kind, stream), self.tokenflow.cache
+        attended = cache.read(name, task.attended)
+        if task.attended_later:
+            cache.write(name, task.edited, new)
         return torch.stack([*attended, *new]) if attended else new
 
-    def _propagation(self, attn: Attention, hidden_states: torch.Tensor) -> torch.Tensor:
-        tokenflow, tokens = self.tokenflow, self._by_stream(hidden_states)
-        led = tokenflow.led[hidden_states.shape[1]] if tokenflow.led else None
-        if tokenflow.source is not None:
-            kept = tokenflow.source.nearest[self.name]
-            self.nearest = led.completed(kept) if led else kept
-        elif SOURCE in tokens:
-            found = tokens[SOURCE], tokenflow.cache.tensor((self.name, "tokens"))
-            self.nearest = (
-                led.searched(*found) if led else correspondences(*found, tokenflow.blended)
-            )
+    def _propagate(
+        self, attn: Attention, hidden_states: torch.Tensor, task: Propagation
+    ) -> torch.Tensor:
+        tokenflow, cache, name = self.tokenflow, self.tokenflow.cache, self.name
+        tokens, nearest = tokenflow.split(hidden_states), task.source.nearest
+        along_flow = task.along_flow.get(hidden_states.shape[1])
+        if SOURCE in tokens:
+            key_tokens = cache.tensor((name, "tokens"))
+            if along_flow:
+                nearest[name] = along_flow.find(tokens[SOURCE], key_tokens)
+            else:
+                nearest[name] = find_correspondences(tokens[SOURCE], key_tokens, task.blended)
+        elif along_flow:
+            nearest[name] = along_flow.complete(nearest[name])
         outputs = []
         for stream in tokenflow.streams:
             if stream in tokenflow.propagated:
-                remembered = tokenflow.cache.tensor((self.name, "outputs", stream))
-                outputs.append(propagate(remembered, self.nearest, tokenflow.blended))
+                key_outputs = cache.tensor((name, "outputs", stream))
+                outputs.append(propagate(key_outputs, nearest[name], task.blended))
             else:
                 outputs.append(frame_self_attention(attn, tokens[stream]))
         return torch.cat(outputs)
-
-    def _by_stream(self, tensor: torch.Tensor) -> dict[int, torch.Tensor]:
-        """Split a tensor of the pass (streams x n, ...) into one (n, ...) for each stream."""
-        streams = self.tokenflow.streams
-        return dict(zip(streams, tensor.chunk(len(streams)), strict=True))
 
 
 def frame_self_attention(attn: Attention, tokens: torch.Tensor) -> torch.Tensor:
     """The layer's output (n, s, d) without TokenFlow: each frame attends to itself."""
     output = attention(attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens), attn.heads)
-    return output_projection(attn, output)
+    return project_output(attn, output)
 
 
-def output_projection(attn: Attention, output: torch.Tensor) -> torch.Tensor:
+def project_output(attn: Attention, output: torch.Tensor) -> torch.Tensor:
     """The layer's output (..., d) for the output of its attention heads."""
     projection, dropout = attn.to_out
     return dropout(projection(output))
@@ -341,20 +339,20 @@ def install_tokenflow(
     """Install TokenFlow in every self-attention of `unet`, and take it out again at the end.
 
     Yields the `TokenFlow` that controls the next pass; its class explains the arguments. A pass takes
-    its streams concatenated: (streams x n, 4, h, w). Raises the errors of `self_attentions_replaced`.
+    its streams concatenated: (streams x n, 4, h, w). Raises the errors of `replace_self_attentions`.
     """
-    tokenflow = TokenFlow(propagated, finds_correspondences, KeyframeCache())
+    tokenflow = TokenFlow(propagated, finds_correspondences)
     injected = layout_of(unet.config).injected_attention
 
-    def processor(name: str) -> TokenFlowAttention:
+    def make_processor(name: str) -> TokenFlowAttention:
         return TokenFlowAttention(tokenflow, name, bool(injected.match(name)))
 
-    with self_attentions_replaced(unet, processor, tokenflow._feature_hook):
+    with replace_self_attentions(unet, make_processor, tokenflow.inject_features):
         yield tokenflow
 
 
 @contextmanager
-def self_attentions_replaced(
+def replace_self_attentions(
     unet: UNet2DConditionModel,
     make_processor: Callable[[str], LayerProcessor],
     feature_hook: Callable,

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from tokenflow.editing.denoise import Denoiser, Latents
-from tokenflow_utils import JointPass
+from tokenflow_utils import JointEdit
 
 
 class FrameByFrame(Denoiser):
@@ -17,10 +17,14 @@ class FrameByFrame(Denoiser):
         self, latents: Latents, t: int, chunks: list[torch.Tensor]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """For the `chunks`, one by one: frames (n,) and their guided noise (n, 4, h, w)."""
-        injects = t in self.attention_timesteps, t in self.feature_timesteps
         for frames in chunks:
             self.tokenflow.cache.keep([])
-            self.tokenflow.begin_joint_edit(JointPass(frames.tolist()), *injects, self.extended)
+            self.tokenflow.task = JointEdit(
+                frames.tolist(),
+                inject_attention=t in self.attention_timesteps,
+                inject_features=t in self.feature_timesteps,
+                extended=self.extended,
+            )
             yield frames, self.guided_noise(latents, t, frames)
 
 

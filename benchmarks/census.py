@@ -231,12 +231,12 @@ class FusedNearest:
         """On a fake device it does, as on every GPU that triton knows."""
         return self.kernel is None or self.kernel.runs_on(device, dtype)
 
-    def nearest_fused(self, tokens: torch.Tensor, key_tokens: torch.Tensor) -> torch.Tensor:
-        """As `nearest_triton.nearest_fused`, with its copies: indices (n, s)."""
+    def find_nearest_fused(self, tokens: torch.Tensor, key_tokens: torch.Tensor) -> torch.Tensor:
+        """As `nearest_triton.find_nearest_fused`, with its copies: indices (n, s)."""
         n_frames, n_tokens, depth = tokens.shape
         self.census.launch(2 * n_frames * n_tokens * len(key_tokens) * depth)
         if self.kernel:
-            return self.kernel.nearest_fused(tokens, key_tokens)
+            return self.kernel.find_nearest_fused(tokens, key_tokens)
         tokens, key_tokens = tokens.contiguous(), key_tokens.contiguous()
         torch.linalg.vector_norm(key_tokens, dim=-1, dtype=torch.float32)
         nearest = torch.empty(n_frames * n_tokens, dtype=torch.int32, device=tokens.device)

@@ -38,7 +38,11 @@ from tokenflow.config import PnPConfig
 from tokenflow.editing.denoise import keyframe_schedule
 from tokenflow.motion.optical_flow import both_ways, dis_flow
 from tokenflow.propagation.cache import BlendedRows
-from tokenflow.propagation.correspondences import Led, correspondences, tokens_along
+from tokenflow.propagation.correspondences import (
+    FlowCorrespondences,
+    find_correspondences,
+    follow_flow,
+)
 from tokenflow_utils import flanking_blend
 
 # The last leaves each token where it is, as if nothing moved.
@@ -122,7 +126,7 @@ def errors(job: Job) -> Iterator[dict]:
             moved = true[:, side // 2 :: side, side // 2 :: side].flatten(1, 2)  # m s 2
             fails, stays = torch.tensor(-1), torch.arange(n_tokens)
             of_way = {"tokens": fails, "same_place": stays}
-            of_way |= {way: tokens_along(flow, n_tokens) for way, flow in flows.items()}
+            of_way |= {way: follow_flow(flow, n_tokens) for way, flow in flows.items()}
             for way in WAYS:
                 led = of_way[way]
                 found = torch.where(led < 0, nearest, led)
@@ -158,10 +162,10 @@ def seconds(clip: Clip, followed: float) -> dict[str, float]:
         tokens = torch.randn(SEARCHING, n_tokens, channels, generator=generator)
         keys = F.normalize(tokens, dim=-1)
         fails = torch.rand(SEARCHING, 2, n_tokens, generator=generator) >= followed
-        led = Led.of(-fails.long(), rows, weights, cpu)
+        led = FlowCorrespondences.of(-fails.long(), rows, weights, cpu)
         for way, search in (
-            ("tokens", partial(correspondences, tokens, keys, blended)),
-            ("flow", partial(led.searched, tokens, keys)),
+            ("tokens", partial(find_correspondences, tokens, keys, blended)),
+            ("flow", partial(led.find, tokens, keys)),
         ):
             start = time.perf_counter()
             search()

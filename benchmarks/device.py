@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 from benchmarks.census import CPU, Census, Counts
 from benchmarks.gpu import fused_kernel, matmul_peak
-from benchmarks.job import Latents
 from benchmarks.report import markdown, write_report
 from benchmarks.sd15 import TEXT
 from shapes.checkpoint import BOS, build_scheduler, build_text_encoder, build_tokenizer
@@ -37,13 +36,12 @@ from tokenflow.editing.checkpoint import EditCheckpoint
 from tokenflow.editing.consensus import STRIDE, Consensus
 from tokenflow.editing.denoise import (
     Edit,
+    Source,
     TokenFlowDenoiser,
     denoise,
     keyframe_schedule,
 )
-from tokenflow.editing.source import Source
 from tokenflow.editing.techniques import plug_and_play
-from tokenflow.inversion.files import noisy
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles
 from tokenflow.motion.dense import DenseMotion
@@ -51,7 +49,7 @@ from tokenflow.motion.fusion import Fusion
 from tokenflow.runtime.batching import Batches, balanced, frames_per_pass
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.frame_array import FrameArray
-from tokenflow_utils import JointPass
+from tokenflow_utils import JointEdit
 
 UNETS = {
     "sd15": {"attention_head_dim": 8, "cross_attention_dim": 768},
@@ -162,7 +160,7 @@ class TalliedDiffusion(StableDiffusion):
 class TalliedDenoiser(TokenFlowDenoiser):
     """TokenFlow whose passes are told apart."""
 
-    def _edit_jointly(self, latents, t: int, frames: torch.Tensor, joint: JointPass) -> None:
+    def _edit_jointly(self, latents, t: int, frames: torch.Tensor, joint: JointEdit) -> None:
         self.sd.state["flow"] = self.tokenflow
         is_whole = len(joint.edited) == len(self._keyframes[t])
         with self.sd.tally.passes("editing", "joint" if is_whole else "joint, windowed"):
@@ -285,18 +283,18 @@ def run(sd: TalliedDiffusion, workload: Workload, folder: Path) -> int:
 
     files = SourceFeatureFiles(folder / "source")
     files.create(sd.unet, shape, [t])
-    kept = Latents(dict.fromkeys(map(noisy, schedule.timesteps), saved))
-    source = Source(kept, n_frames)
+    source = Source(n_frames, lambda t, frames: saved[frames])
     keyframes = keyframe_schedule(config, sd.scheduler, n_frames)
     recording = RecordingPredictor(predictor, keyframes, source.latents, files)
-    with recording.install():
+    with recording.installed():
         for frames in segments:
             with tally.passes("reconstruction", "features kept"):
                 recording(saved[frames], t, frames)
 
     consensus_of_a_frame(sd, clean, folder)
-    technique = plug_and_play(config, schedule, source)
-    for known in (source, dataclasses.replace(source, features=files)):
+    technique = plug_and_play(config, schedule, saved.__getitem__)
+    kept = dataclasses.replace(source, features=partial(files.read, device=sd.device))
+    for known in (source, kept):
         edit, tally.flops = Edit(sd, technique, known, ("", "", ""), config), 0
         with tempfile.TemporaryDirectory(dir=folder) as steps:
             checkpoint = EditCheckpoint(Path(steps), shape, Processes(CPU))

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from tokenflow.propagation.nearest import nearest_in_blocks, nearest_tokens
+from tokenflow.propagation.nearest import find_nearest, find_nearest_in_blocks
 
 
 def seconds_of(function: Callable[[], torch.Tensor], repeats: int = 5) -> float:
@@ -33,7 +33,7 @@ def fused_kernel(device: torch.device) -> list[dict]:
     for n_tokens, depth in ((4096, 320), (1024, 640), (256, 1280)):
         tokens = torch.randn(8, n_tokens, depth, device=device, dtype=torch.float16)
         keys = torch.randn(n_tokens, depth, device=device, dtype=torch.float16)
-        ways = {"fused": nearest_tokens, "reference": nearest_in_blocks}
+        ways = {"fused": find_nearest, "reference": find_nearest_in_blocks}
         found = {name: way(tokens, keys) for name, way in ways.items()}
         seconds = {name: seconds_of(partial(way, tokens, keys)) for name, way in ways.items()}
         equal = (found["fused"] == found["reference"]).float().mean().item()

@@ -13,13 +13,12 @@ from diffusers.models.attention_processor import Attention
 from tokenflow.diffusion.ddim import sample
 from tokenflow.diffusion.layouts import layout_of
 from tokenflow.editing.denoise import Denoiser, Edit
-from tokenflow.propagation.cache import KeyframeCache
 from tokenflow_utils import (
     STREAMS,
     KeyframeSchedule,
     LayerProcessor,
     TokenFlow,
-    self_attentions_replaced,
+    replace_self_attentions,
 )
 
 
@@ -91,7 +90,7 @@ class Published(Denoiser):
     """Predicts guided noise in one joint pass and one pass of three streams for each chunk."""
 
     def __init__(self, edit: Edit) -> None:
-        super().__init__(edit, TokenFlow(STREAMS, True, KeyframeCache()))
+        super().__init__(edit, TokenFlow(STREAMS, True))
         timesteps, n_frames = edit.technique.schedule.timesteps, edit.source.n_frames
         self.interval, seed = edit.config.interval, edit.config.seed
         self.keyframes = KeyframeSchedule(n_frames, self.interval, timesteps, seed).draw()
@@ -121,7 +120,7 @@ class Published(Denoiser):
 def published_edit(edit: Edit) -> Iterator[torch.Tensor]:
     """As `editing.denoise.denoise`, in memory: yields the latents (N, 4, h, w) after each step."""
     published, frames = Published(edit), torch.arange(edit.source.n_frames)
-    with self_attentions_replaced(
+    with replace_self_attentions(
         edit.sd.unet, partial(PublishedAttention, published), published.feature_hook
     ):
         initial, schedule = edit.technique.initial(frames), edit.technique.schedule

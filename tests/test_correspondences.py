@@ -21,7 +21,11 @@ from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatur
 from tokenflow.motion.pairs import KeptPairs
 from tokenflow.motion.to_keyframes import SourceMotion, dis_between, furthest_keyframe
 from tokenflow.propagation.cache import BlendedRows
-from tokenflow.propagation.correspondences import Led, correspondences, tokens_along
+from tokenflow.propagation.correspondences import (
+    FlowCorrespondences,
+    find_correspondences,
+    follow_flow,
+)
 from tokenflow.runtime.batching import Batches
 from tokenflow.runtime.distributed import Processes
 from tokenflow_utils import KeyframeSchedule
@@ -54,13 +58,13 @@ def test_whole_tokens(side):
     """No motion leads to the same token, and a motion by whole tokens to the token so far away."""
     n = CELLS // side
     grid = torch.arange(n * n).view(n, n)
-    assert tokens_along(constant(0, 0), n * n).tolist() == grid.flatten().tolist()
-    moved = tokens_along(constant(side, -side), n * n).view(n, n)  # to the right, and up
+    assert follow_flow(constant(0, 0), n * n).tolist() == grid.flatten().tolist()
+    moved = follow_flow(constant(side, -side), n * n).view(n, n)  # to the right, and up
     assert torch.equal(moved[1:, :-1], grid[:-1, 1:])
     assert torch.equal(moved[0], moved[0].clamp(max=n - 1))  # the border goes on outside
-    barely = tokens_along(constant(0.49 * side, -0.49 * side), n * n)
+    barely = follow_flow(constant(0.49 * side, -0.49 * side), n * n)
     assert torch.equal(barely, grid.flatten())
-    assert (tokens_along(constant(math.nan, math.nan), n * n) == -1).all()
+    assert (follow_flow(constant(math.nan, math.nan), n * n) == -1).all()
 
 
 def test_only_what_the_flow_loses_is_searched():
@@ -69,17 +73,17 @@ def test_only_what_the_flow_loses_is_searched():
     keys = torch.nn.functional.normalize(torch.randn(4, 64, 6, generator=generator), dim=-1)
     rows, weights = torch.tensor([[2, 0], [0, 3], [3, 1]]), torch.tensor([[0.5, 0.5]] * 3)
     weights[1] = torch.tensor([1.0, 0.0])
-    found = correspondences(tokens, keys, BlendedRows.of(rows, weights, CPU))
+    found = find_correspondences(tokens, keys, BlendedRows.of(rows, weights, CPU))
     targets = torch.randint(64, (3, 2, 64), generator=generator)
     fails = torch.rand(3, 2, 64, generator=generator) < 0.4
-    led = Led.of(targets.masked_fill(fails, -1), rows, weights, CPU)
+    along_flow = FlowCorrespondences.of(targets.masked_fill(fails, -1), rows, weights, CPU)
     expected = torch.where(fails, found, targets)
-    assert torch.equal(led.searched(tokens, keys), expected)
-    assert torch.equal(led.completed(found), expected)
-    searched = sum(len(places) for _, _, places in led.searches)
+    assert torch.equal(along_flow.find(tokens, keys), expected)
+    assert torch.equal(along_flow.complete(found), expected)
+    searched = sum(len(places) for places in along_flow.places.values())
     assert searched == (fails & (weights > 0)[..., None]).sum()
-    nowhere = Led.of(torch.full((3, 2, 64), -1), rows, weights, CPU)
-    assert torch.equal(nowhere.searched(tokens, keys), found)
+    nowhere = FlowCorrespondences.of(torch.full((3, 2, 64), -1), rows, weights, CPU)
+    assert torch.equal(nowhere.find(tokens, keys), found)
 
 
 @pytest.mark.parametrize("propagation, window", [("flanking", 14), ("previous", 7)])
@@ -87,7 +91,7 @@ def test_only_what_the_flow_loses_is_searched():
 def test_equals_reference(sd, propagation, window):
     source, latents = video_of(13)
     sizes = {"batch_size": 2, "keyframe_interval": 2, "keyframe_window": window}
-    along = source_of(source, flow=motion)
+    along = source_of(source, motion=motion)
     edit = edit_of(sd, along, latents, propagation=propagation, **sizes)
     ours = predicted(edit, latents)
     assert_same_noise(ours, edit, source, latents, motion=flow_between)
@@ -108,9 +112,9 @@ def test_kept_source_features_equal_the_reference(sd, tmp_path, monkeypatch, tog
     predictor = VideoNoisePredictor(sd, PROMPTS[0], Batches(9, adapts=False))
     saved = source.__getitem__
     noting = RecordingPredictor(predictor, keyframes, lambda t, frames: saved(frames), files)
-    with noting.install():
+    with noting.installed():
         noting(source, FIRST, torch.arange(9))
-    known = source_of(source, files, motion)
+    known = source_of(source, partial(files.read, device=sd.device), motion)
     edit = edit_of(sd, known, latents, batch_size=3)
     ours = predicted(edit, latents)
     assert_same_noise(ours, edit, source, latents, tolerance=1e-2, motion=flow_between)

@@ -12,15 +12,12 @@ from benchmarks.device import (
     rows_of,
     tallied,
 )
-from benchmarks.job import Latents
 from shapes.checkpoint import TINY, build_unet, build_vae
 from tokenflow.config import PnPConfig
 from tokenflow.diffusion.ddim import Schedule
-from tokenflow.editing.denoise import Edit
-from tokenflow.editing.source import Source
+from tokenflow.editing.denoise import Edit, Source
 from tokenflow.editing.techniques import plug_and_play
-from tokenflow.inversion.files import noisy
-from tokenflow.propagation.nearest import nearest_tokens
+from tokenflow.propagation.nearest import find_nearest
 from tokenflow.runtime.transfer import to_device
 
 # Blocking copies in a pass, at most. Every pass brings its noise to the host; one that records brings
@@ -71,8 +68,8 @@ def test_few_copies_are_waited_for_in_windows():
     sd = tallied(Tally(census), tiny_networks)
     config = PnPConfig(data_path="", prompt="x", keyframe_interval=1, keyframe_window=7)
     schedule = Schedule.of(sd.scheduler, 10)
-    source = Source(Latents({noisy(t): latents for t in schedule.timesteps}), 8)
-    technique = plug_and_play(config, schedule, source)
+    technique = plug_and_play(config, schedule, latents.__getitem__)
+    source = Source(8, lambda t, frames: latents[frames])
     with census:
         edit = Edit(sd, technique, source, ("", "", ""), config)
         with TalliedDenoiser.installed(edit) as denoiser:
@@ -106,7 +103,7 @@ def test_census_by_hand():
         assert counted(lambda: (host @ host.T).tolist()) == ((host @ host.T).tolist(), [0, 0, 0, 0])
         back, counts = counted(there.cpu)
         assert counts == [1, 0, 0, 0] and back.tolist() == torch.zeros(4, 6).tolist()
-        found, counts = counted(lambda: nearest_tokens(there[None], there))
+        found, counts = counted(lambda: find_nearest(there[None], there))
         assert found.shape == (1, 4) and counts == [0, 0, 3, 2 * 4 * 4 * 6]
         census.take()
         before = census.take().peak_bytes

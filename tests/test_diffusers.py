@@ -6,8 +6,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 
 from tokenflow.diffusion.ddim import Schedule, sample
 from tokenflow.diffusion.stable_diffusion import Control
-from tokenflow.propagation.cache import KeyframeCache
-from tokenflow_utils import COND, UNCOND, JointPass, TokenFlow, TokenFlowAttention
+from tokenflow_utils import COND, UNCOND, JointEdit, TokenFlow, TokenFlowAttention
 
 
 def attend(attn, tokens, all_tokens):
@@ -21,12 +20,12 @@ def test_joint_attention(sd):
     attn = sd.unet.up_blocks[2].attentions[0].transformer_blocks[0].attn1
     width = attn.to_q.in_features
     source, uncond, cond = torch.randn(3, 4, 6, width, generator=torch.Generator().manual_seed(0))
-    flow = TokenFlow((UNCOND, COND), True, KeyframeCache())
-    layer = TokenFlowAttention(flow, "any")
-    first, second = JointPass([5, 2], attended_later=True), JointPass([3, 4], [5, 2])
+    tokenflow = TokenFlow((UNCOND, COND), True)
+    layer = TokenFlowAttention(tokenflow, "any")
+    first, second = JointEdit([5, 2], attended_later=True), JointEdit([3, 4], [5, 2])
     outputs = []
     for joint, rows in ((first, slice(0, 2)), (second, slice(2, 4))):
-        flow.begin_joint_edit(joint)
+        tokenflow.task = joint
         passed = layer(attn, torch.cat([source[rows], uncond[rows], cond[rows]]))
         outputs.append(passed.unflatten(0, (3, -1)))
     of_source, *of_edits = torch.cat(outputs, dim=1)

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,23 +15,23 @@ from test_cli import ROOT
 from tokenflow.config import PnPConfig
 from tokenflow.diffusion.checkpoint import Checkpoint
 from tokenflow.diffusion.ddim import Schedule
-from tokenflow.editing.denoise import Edit, TokenFlowDenoiser
-from tokenflow.editing.source import Source
+from tokenflow.editing.denoise import Edit, Source, TokenFlowDenoiser
 from tokenflow.editing.techniques import Technique
 from tokenflow.editing.windows import anchors, joint_passes, seen_by_all, windows
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles, bytes_needed
 from tokenflow.propagation.cache import BlendedRows, KeyframeCache
-from tokenflow.propagation.nearest import nearest_in_blocks, nearest_tokens
+from tokenflow.propagation.nearest import find_nearest, find_nearest_in_blocks
 from tokenflow.runtime.ahead import WriteBehind, in_parallel, read_ahead
 from tokenflow.runtime.batching import Batches, Limits
 from tokenflow_utils import (
-    JointPass,
+    JointEdit,
     KeyframeSchedule,
+    Propagation,
     TokenFlowAttention,
     attention,
-    correspondences,
     extended_attention,
+    find_correspondences,
     flanking_blend,
     install_tokenflow,
     previous_blend,
@@ -58,21 +59,9 @@ def video():
     return video_of(N_FRAMES)
 
 
-class Latents:
-    """In place of an `Inversion`: the same latents (N, 4, h, w) at every timestep, and no depth."""
-
-    depth = None
-
-    def __init__(self, latents):
-        self.of_all = latents
-
-    def latents(self, name):
-        return self.of_all
-
-
-def source_of(latents, features=None, flow=None):
-    """A source whose latents are the same at every timestep."""
-    return Source(Latents(latents), len(latents), features, flow)
+def source_of(latents, features=None, motion=None):
+    """What an inversion knows about a source whose latents are the same at every timestep."""
+    return Source(len(latents), lambda t, frames: latents[frames], features, motion=motion)
 
 
 def edit_of(sd, source, latents, injects=(True, True), **changes):
@@ -178,13 +167,13 @@ def test_two_streams_equal_the_reference(sd, tmp_path, monkeypatch, batch_size, 
     files.create(sd.unet, source.shape, [FIRST])
     predictor = VideoNoisePredictor(sd, PROMPTS[0], Batches(batch_size, adapts=False))
     noting = RecordingPredictor(predictor, keyframes, lambda t, frames: source[frames], files)
-    with noting.install():
+    with noting.installed():
         segments = torch.arange(13).split(5)
         noted = torch.cat([noting(source[frames], FIRST, frames) for frames in segments])
     plain = sd.predict_noise(source, FIRST, sd.encode_text(PROMPTS[0]).expand(13))
     torch.testing.assert_close(noted, plain, atol=1e-3, rtol=1e-3)
 
-    known = source_of(source, files)
+    known = source_of(source, partial(files.read, device=sd.device))
     edit = edit_of(sd, known, latents, batch_size=2, keyframe_interval=2, keyframe_window=window)
     # Injected features are kept in half precision.
     assert_same_noise(predicted(edit, latents), edit, source, latents, tolerance=1e-2)
@@ -254,11 +243,14 @@ def test_a_compiled_unet_predicts_the_same(sd, checkpoint, video, monkeypatch):
         text = sd.encode_text(PROMPTS[0]).expand(9)
         yield sd.predict_noise(samples, FIRST, text)
         for injects in ((False, False), (True, True)):
-            with install_tokenflow(sd.unet) as flow:
-                flow.begin_joint_edit(JointPass([0, 1, 2]), *injects)
+            with install_tokenflow(sd.unet) as tokenflow:
+                tokenflow.task = JointEdit(
+                    [0, 1, 2], inject_attention=injects[0], inject_features=injects[1]
+                )
                 yield sd.predict_noise(samples, FIRST, text)
-                blended = flow.cache.blended(blend.positions, blend.weights, sd.device)
-                flow.begin_propagation(blended, injects[1])
+                rows = tokenflow.cache.rows(blend.positions)
+                blended = BlendedRows.of(rows, blend.weights, sd.device)
+                tokenflow.task = Propagation(blended, injects[1])
                 yield sd.predict_noise(samples, FIRST, text)
 
     for found, expected in zip(noises(compiled), noises(sd), strict=True):
@@ -273,12 +265,11 @@ def test_single_frame_is_the_untouched_unet(sd, video):
     text = sd.encode_text("a red circle")
     plain = sd.predict_noise(latents[:1], 500, text)
     streams = torch.cat([source[:1], latents[:1], latents[:1]])
-    with install_tokenflow(sd.unet) as flow:
-        flow.begin_joint_edit(JointPass([0]))
+    with install_tokenflow(sd.unet) as tokenflow:
+        tokenflow.task = JointEdit([0])
         joint = sd.predict_noise(streams, 500, text.expand(3))
-        first = torch.zeros(1, 2, dtype=torch.long)
-        alone = flow.cache.blended(first, torch.tensor([[1.0, 0.0]]), sd.device)
-        flow.begin_propagation(alone, inject_features=False)
+        rows, weights = torch.zeros(1, 2, dtype=torch.long), torch.tensor([[1.0, 0.0]])
+        tokenflow.task = Propagation(BlendedRows.of(rows, weights, sd.device))
         propagated = sd.predict_noise(streams, 500, text.expand(3))
     torch.testing.assert_close(joint[2:], plain, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(propagated[2:], plain, atol=1e-5, rtol=1e-4)
@@ -298,8 +289,8 @@ def test_unet_is_restored(sd, video):
     processors = dict(sd.unet.attn_processors)
 
     def use_and_fail():
-        with install_tokenflow(sd.unet) as flow:
-            flow.begin_joint_edit(JointPass([0]), inject_attention=True, inject_features=True)
+        with install_tokenflow(sd.unet) as tokenflow:
+            tokenflow.task = JointEdit([0], inject_attention=True, inject_features=True)
             sd.predict_noise(latents.repeat(3, 1, 1, 1), 500, text.expand(3))
             with pytest.raises(RuntimeError, match="already installed"), install_tokenflow(sd.unet):
                 pass
@@ -371,7 +362,7 @@ def test_propagation_by_hand():
     tokens = torch.tensor([[[3.0, 1.0], [1.0, 4.0]], [[0.0, 2.0], [0.1, 0.3]]])  # n s d
     rows, weights = torch.tensor([[0, 1], [1, 0]]), torch.tensor([[0.75, 0.25], [1.0, 0.0]])
     blended = BlendedRows.of(rows, weights, torch.device("cpu"))
-    nearest = correspondences(tokens, key_tokens, blended)
+    nearest = find_correspondences(tokens, key_tokens, blended)
     assert nearest.tolist() == [[[0, 1], [1, 0]], [[0, 0], [0, 0]]]
     outputs = torch.tensor([[[10.0], [20.0]], [[100.0], [200.0]]])  # k s d
     propagated = propagate(outputs, nearest, blended)
@@ -423,11 +414,11 @@ def test_nearest_tokens_in_blocks(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(3, 10, 6, generator=generator)
     keys = torch.nn.functional.normalize(torch.randn(8, 6, generator=generator), dim=-1)
-    whole = nearest_tokens(tokens, keys)
+    whole = find_nearest(tokens, keys)
     monkeypatch.setattr(
         "tokenflow.propagation.nearest.SIMILARITY_BLOCK", 8 * 7
     )  # does not divide the tokens
-    assert torch.equal(nearest_tokens(tokens, keys), whole)
+    assert torch.equal(find_nearest(tokens, keys), whole)
     similarity = torch.nn.functional.cosine_similarity(tokens[:, :, None], keys, dim=-1)
     assert torch.equal(whole, similarity.argmax(-1))
 
@@ -446,12 +437,12 @@ def test_fused_nearest_tokens_equal_the_blocked_ones():
                 torch.randn(*shape, generator=generator).to(dtype) for shape in ((n, s, d), (k, d))
             )
             found, expected = (
-                kernel.nearest_fused(tokens, keys, tiles),
-                nearest_in_blocks(tokens, keys),
+                kernel.find_nearest_fused(tokens, keys, tiles),
+                find_nearest_in_blocks(tokens, keys),
             )
             assert torch.equal(found, expected), (tiles, dtype)
         same = torch.ones(1, 3, 8, dtype=dtype)
-        assert kernel.nearest_fused(same, same[0], tiles).tolist() == [
+        assert kernel.find_nearest_fused(same, same[0], tiles).tolist() == [
             [0, 0, 0]
         ]  # the first of ties
 
@@ -470,7 +461,7 @@ spelt = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"
 more = {75: [], 80: [torch.float32], 86: [], 89: [], 90: [torch.bfloat16]}  # than fp16
 for arch, shared in {75: 64, 80: 163, 86: 99, 89: 99, 90: 227}.items():
     for dtype in (torch.float16, *more[arch]):
-        tiles = kernel.tiles_for(dtype, divmod(arch, 10))
+        tiles = kernel.choose_tiles(dtype, divmod(arch, 10))
         kinds = [spelt[dtype]] * 2 + ["*fp32", "*i32", "i32", "i32"] + ["constexpr"] * 5
         signature = dict(zip(names, kinds, strict=True))
         constants = dict(zip(names[6:], (320, *tiles[:4]), strict=True))

@@ -22,7 +22,7 @@ from tokenflow.diffusion.device import choose_device
 from tokenflow.diffusion.layouts import features_shape, tokens_by_layer
 from tokenflow.diffusion.lora import use_loras
 from tokenflow.errors import UserError
-from tokenflow_utils import JointPass, install_tokenflow
+from tokenflow_utils import JointEdit, install_tokenflow
 
 CPU = torch.device("cpu")
 # What Plug-and-Play injects, at latents of 64 x 64: tokens and width of each self-attention, by block of the
@@ -339,8 +339,8 @@ def test_processors_of_others_do_not_undo_ours(sd):
     text, before = sd.encode_text("a circle").expand(6), dict(sd.unet.attn_processors)
 
     def joint() -> torch.Tensor:
-        with install_tokenflow(sd.unet) as flow:
-            flow.begin_joint_edit(JointPass([0, 1]), inject_attention=True)
+        with install_tokenflow(sd.unet) as tokenflow:
+            tokenflow.task = JointEdit([0, 1], inject_attention=True)
             return sd.predict_noise(latents.repeat(3, 1, 1, 1), 500, text)
 
     expected = joint()
@@ -349,8 +349,8 @@ def test_processors_of_others_do_not_undo_ours(sd):
         torch.testing.assert_close(joint(), expected, atol=1e-5, rtol=1e-4)
         after = sd.unet.attn_processors.values()
         assert all(isinstance(processor, SlicedAttnProcessor) for processor in after)
-        with install_tokenflow(sd.unet) as flow:
-            flow.begin_joint_edit(JointPass([0, 1]))
+        with install_tokenflow(sd.unet) as tokenflow:
+            tokenflow.task = JointEdit([0, 1])
             sd.unet.set_attention_slice(2)
             with pytest.raises(RuntimeError, match="replaced"):
                 sd.predict_noise(latents.repeat(3, 1, 1, 1), 500, text)

@@ -23,10 +23,10 @@ from tokenflow.diffusion.stable_diffusion import Control, StableDiffusion, Text
 from tokenflow.editing.checkpoint import EditCheckpoint
 from tokenflow.editing.consensus import Consensus
 from tokenflow.editing.mask import Mask
-from tokenflow.editing.source import Source
 from tokenflow.editing.techniques import Technique
 from tokenflow.editing.windows import Window, joint_passes, seen_by_all, windows
-from tokenflow.propagation.correspondences import Led, led_by_resolution
+from tokenflow.propagation.cache import BlendedRows
+from tokenflow.propagation.correspondences import follow_flow_by_resolution
 from tokenflow.runtime.ahead import read_ahead
 from tokenflow.runtime.batching import MOST_SAMPLES, Batches, balanced, frames_per_pass
 from tokenflow.runtime.frame_array import FrameArray
@@ -36,11 +36,13 @@ from tokenflow_utils import (
     STREAMS,
     UNCOND,
     Blend,
-    JointPass,
+    JointEdit,
     KeyframeSchedule,
+    Propagation,
     SourceFeatures,
     TokenFlow,
     flanking_blend,
+    guide,
     install_tokenflow,
     previous_blend,
 )
@@ -49,6 +51,25 @@ FILLED_CPU = 1 << 12  # latent pixels: a larger pass takes more memory and is ha
 
 # The latents of all frames, in memory or in a file; frames (n,) index them: (n, 4, h, w).
 Latents = torch.Tensor | FrameArray
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an inversion knows about the source video.
+
+    latents: maps a timestep and frames (n,) to their inverted latents (n, 4, h, w).
+    features: maps a timestep, frames (n,) that are not keyframes, and whether Plug-and-Play injects, to
+    their source features. Without it, the source stream is denoised along with the edit.
+    depth: maps frames (n,) to their depth (n, 1, h, w), which all streams share, if the UNet takes it.
+    motion: maps frames (n,) and two keyframes of each (n, 2) to the optical flow that leads from the former
+    to the latter (n, 2, h, w, 2), in cells of the latents; NaN where it fails. Without it none is followed.
+    """
+
+    n_frames: int
+    latents: Callable[[int, torch.Tensor], torch.Tensor]
+    features: Callable[[int, torch.Tensor, bool], SourceFeatures] | None = None
+    depth: Callable[[torch.Tensor], torch.Tensor] | None = None
+    motion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -169,7 +190,7 @@ class Denoiser:
         if self.sd.adapted:
             passes = tuple(part for streams in passes for part in source_apart(streams))
         controls = self.technique.control(frames) if self.technique.control else None
-        depth = self.source.depth(frames)
+        depth = self.source.depth(frames) if self.source.depth else None
         edited, noise = latents[frames], {}
         for streams in passes:
             self.tokenflow.streams = streams
@@ -181,7 +202,7 @@ class Denoiser:
             with self.sd.original() if SOURCE in streams else nullcontext():
                 predicted = self.sd.predict_noise(samples, t, text, control, seen)
             noise |= zip(streams, predicted.chunk(len(streams)), strict=True)
-        return noise[UNCOND] + self.config.guidance_scale * (noise[COND] - noise[UNCOND])
+        return guide(noise[UNCOND], noise[COND], self.config.guidance_scale)
 
 
 class TokenFlowDenoiser(Denoiser):
@@ -216,8 +237,7 @@ class TokenFlowDenoiser(Denoiser):
             def read(frames: torch.Tensor) -> SourceFeatures | None:
                 if self.source.features is None or done[frames].all():
                     return None
-                injects = t in self.feature_timesteps
-                return self.source.features.read(t, frames, injects, self.sd.device)
+                return self.source.features(t, frames, t in self.feature_timesteps)
 
             for frames, coming in read_ahead(read, [frames for _, frames in of_window]):
                 if done[frames].all():
@@ -227,14 +247,15 @@ class TokenFlowDenoiser(Denoiser):
                     yield frames, self.batches.map(propagated, torch.arange(len(frames)))
 
     def _edit_jointly(
-        self, latents: Latents, t: int, frames: torch.Tensor, joint: JointPass
+        self, latents: Latents, t: int, frames: torch.Tensor, joint: JointEdit
     ) -> None:
         """Edit the frames (k,), which are keyframes, and put their guided noise into the cache.
 
         Where memory runs out, the streams pass one by one.
         """
-        injects = t in self.attention_timesteps, t in self.feature_timesteps
-        self.tokenflow.begin_joint_edit(joint, *injects)
+        joint.inject_attention = t in self.attention_timesteps
+        joint.inject_features = t in self.feature_timesteps
+        self.tokenflow.task = joint
 
         def edited(n_streams: int) -> torch.Tensor:
             passes = (STREAMS,) if n_streams == len(STREAMS) else one_by_one(STREAMS)
@@ -259,23 +280,22 @@ class TokenFlowDenoiser(Denoiser):
         they are kept.
         """
         frames, source = chunk[places], coming.result()
-        source = source and features_of(source, slice(places[0], places[-1] + 1))
-        mixed = blend.positions[frames], blend.weights[frames]
-        blended = self.tokenflow.cache.blended(*mixed, self.sd.device, self.sd.dtype)
-        led = self._led(t, frames, *mixed) if self.source.flow else None
-        self.tokenflow.begin_propagation(blended, t in self.feature_timesteps, source, led)
+        positions, weights = blend.positions[frames], blend.weights[frames]
+        rows, sd, along_flow = self.tokenflow.cache.rows(positions), self.sd, {}
+        if self.source.motion:
+            # A keyframe of weight 0 need not be found: the frame itself stands in for it.
+            keyframes = torch.where(weights > 0, self._keyframes[t][positions], frames[:, None])
+            flow = self.source.motion(frames, keyframes)
+            levels = range(len(sd.unet.config.block_out_channels))
+            along_flow = follow_flow_by_resolution(flow, rows, weights, levels, sd.device)
+        self.tokenflow.task = Propagation(
+            BlendedRows.of(rows, weights, sd.device, sd.dtype),
+            inject_features=t in self.feature_timesteps,
+            source=source.select(slice(places[0], places[-1] + 1)) if source else SourceFeatures(),
+            along_flow=along_flow,
+        )
         passes = self._passes(frames, latents, (UNCOND, COND) if source else STREAMS)
         return self.guided_noise(latents, t, frames, passes)
-
-    def _led(
-        self, t: int, frames: torch.Tensor, positions: torch.Tensor, weights: torch.Tensor
-    ) -> dict[int, Led]:
-        """Where the source's optical flow leads the tokens of the frames (n,), by their number in a frame."""
-        # A keyframe of weight 0 need not be found: the frame itself stands in for it.
-        keyframes = torch.where(weights > 0, self._keyframes[t][positions], frames[:, None])
-        flows, rows = self.source.flow(frames, keyframes), self.tokenflow.cache.rows(positions)
-        levels = range(len(self.sd.unet.config.block_out_channels))
-        return led_by_resolution(flows, rows, weights, levels, self.sd.device)
 
     def _passes(
         self, frames: torch.Tensor, latents: Latents, streams: tuple[int, ...]
@@ -300,12 +320,6 @@ class TokenFlowDenoiser(Denoiser):
         if self.config.propagation == "previous":  # the authors' code draws none for skipped steps
             schedule = replace(schedule, timesteps=self.technique.schedule.timesteps)
         return schedule.draw()
-
-
-def features_of(source: SourceFeatures, places: slice) -> SourceFeatures:
-    """The source features of some of their frames, as views."""
-    nearest = {name: of_layer[places] for name, of_layer in source.nearest.items()}
-    return SourceFeatures(nearest, None if source.features is None else source.features[places])
 
 
 def one_by_one(streams: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tokenflow_utils import Blend, JointPass
+from tokenflow_utils import Blend, JointEdit
 
 ANCHORS = 4
 
@@ -58,13 +58,13 @@ def seen_by_all(window: Window, n_keyframes: int) -> list[int]:
     return list(dict.fromkeys([*anchors(n_keyframes), window.positions[0], window.positions[-1]]))
 
 
-def joint_passes(window: Window, n_keyframes: int, edited: Sequence[int]) -> list[JointPass]:
+def joint_passes(window: Window, n_keyframes: int, edited: Sequence[int]) -> list[JointEdit]:
     """The passes that edit a window's keyframes: the anchors, each end, and the rest.
 
     edited: keyframes that are in the cache and need not pass again.
     """
     if len(window.positions) == n_keyframes:
-        return [JointPass(window.positions)]
+        return [JointEdit(window.positions)]
     seen, shared = seen_by_all(window, n_keyframes), anchors(n_keyframes)
     # The ends attend to the anchors alone, so that the two windows of an end edit it alike.
     plan = [
@@ -75,6 +75,6 @@ def joint_passes(window: Window, n_keyframes: int, edited: Sequence[int]) -> lis
     passes, edited = [], list(edited)
     for group, attended in plan:
         if new := [position for position in group if position not in edited]:
-            passes.append(JointPass(new, attended, attended_later=attended is not seen))
+            passes.append(JointEdit(new, attended, attended_later=attended is not seen))
             edited += new
     return passes

@@ -25,17 +25,16 @@ from tokenflow.diffusion.layouts import features_shape, tokens_by_layer
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.propagation.cache import BlendedRows, KeyframeCache
-from tokenflow.runtime.ahead import WriteBehind
 from tokenflow.runtime.frame_array import FrameArray
 from tokenflow.runtime.transfer import to_device
 from tokenflow_utils import (
     KeyframeSchedule,
     LayerProcessor,
     SourceFeatures,
-    correspondences,
+    find_correspondences,
     flanking_blend,
     frame_self_attention,
-    self_attentions_replaced,
+    replace_self_attentions,
 )
 
 log = logging.getLogger("tokenflow")
@@ -61,7 +60,7 @@ class RecordingAttention(LayerProcessor):
             cache.write(self.name, recorder.positions, hidden_states[:n_keyframes])
         if recorder.blended:
             searched = hidden_states[n_keyframes:], cache.tensor(self.name), recorder.blended
-            recorder.nearest[self.name] = correspondences(*searched)
+            recorder.nearest[self.name] = find_correspondences(*searched)
         return frame_self_attention(attn, hidden_states)
 
 
@@ -71,7 +70,7 @@ class RecordingPredictor:
     Keyframes pass the UNet first, so that the others find their tokens; both may be in one batch. Frames may
     blend keyframes outside the segment, one on each side, which then pass the UNet too.
     saved: maps a timestep and frame indices (n,) to the latents (n, 4, h, w) that the inversion found.
-    writer: writes the features while later passes are computed; without it each pass writes its own.
+    later: calls a function that writes, now or while later passes are computed.
     """
 
     def __init__(
@@ -80,10 +79,10 @@ class RecordingPredictor:
         schedule: KeyframeSchedule,
         saved: Callable[[int, torch.Tensor], torch.Tensor],
         files: "SourceFeatureFiles",
-        writer: WriteBehind | None = None,
+        later: Callable[..., None] = lambda write, *arguments: write(*arguments),
     ) -> None:
         self.predictor, self.keyframes = predictor, schedule.draw()
-        self.saved, self.files, self.writer = saved, files, writer
+        self.saved, self.files, self.later = saved, files, later
         self.cache = KeyframeCache()  # of the keyframes that a segment's frames blend
         # The next pass is of keyframes at `positions` and then, if `blended` is set, frames that blend some.
         self.positions: list[int] = []
@@ -92,12 +91,12 @@ class RecordingPredictor:
         self.features: torch.Tensor | None = None
 
     @contextmanager
-    def install(self) -> Iterator[Self]:
+    def installed(self) -> Iterator[Self]:
         """Record in every self-attention of the UNet, in all of its passes while the block lasts.
 
-        Raises the errors of `self_attentions_replaced`.
+        Raises the errors of `replace_self_attentions`.
         """
-        with self_attentions_replaced(
+        with replace_self_attentions(
             self.predictor.sd.unet, partial(RecordingAttention, self), self._feature_hook
         ):
             yield self
@@ -112,25 +111,24 @@ class RecordingPredictor:
         samples = latents[place]
         samples[~inside] = self.saved(t, passing[~inside]).to(latents)
 
-        def predict(samples: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        def predicted(samples: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
             are_keyframes = numbers < len(keyframes)
             self.positions = numbers[are_keyframes].tolist()
             others = passing[numbers[~are_keyframes]]
             blend = flanking_blend(others, keyframes)
-            blended = self.cache.blended(blend.positions, blend.weights, sd.device, sd.dtype)
+            blended = BlendedRows.of(
+                self.cache.rows(blend.positions), blend.weights, sd.device, sd.dtype
+            )
             self.blended = blended if len(others) else None
             noise = self.predictor.predict_batch(t, samples, passing[numbers])
             if self.blended:
                 features = SourceFeatures(dict(self.nearest), self.features)
-                if self.writer:
-                    self.writer.later(self.files.write, t, others, features)
-                else:
-                    self.files.write(t, others, features)
+                self.later(self.files.write, t, others, features)
             return noise
 
         self.cache.keep([])
         self.cache.positions += range(len(keyframes))
-        predictions = self.predictor.batches.map(predict, samples, torch.arange(len(passing)))
+        predictions = self.predictor.batches.map(predicted, samples, torch.arange(len(passing)))
         noise = torch.empty_like(latents)
         noise[place[inside]] = predictions[inside]
         return noise
@@ -173,9 +171,11 @@ class SourceFeatureFiles:
         features = to_device(self._features(t)[frames], device) if injected else None
         return SourceFeatures(dict(zip(self._layers, per_layer, strict=True)), features)
 
-    def arrays(self, timesteps: Iterable[int]) -> list[FrameArray]:
-        """All files of the timesteps."""
-        return [file(t) for t in timesteps for file in (self._nearest, self._features)]
+    def written(self, timesteps: Iterable[int], frames: torch.Tensor) -> Iterator[bytes]:
+        """The bytes of the frames (n,) in each file."""
+        for t in timesteps:
+            yield self._nearest(t).bytes_of(frames)
+            yield self._features(t).bytes_of(frames)
 
     @cached_property
     def _layers(self) -> dict[str, int]:

@@ -12,15 +12,13 @@ from tokenflow.runtime.transfer import to_device
 class BlendedRows:
     """Which two rows of the cache each of n frames blends; all tensors are where its layers' tokens are.
 
-    The weights have the precision of the layers' outputs.
-
-    rows, weights: (n, 2). searches: for each row that has a weight, the frames (m,) that blend it, and
-    their places (m,) in `rows`, counted through it.
+    rows, weights: (n, 2); the weights have the precision of the layers' outputs.
+    places: for each row that has a weight, where it stands (m,) in `rows`, counted through it.
     """
 
     rows: torch.Tensor
     weights: torch.Tensor
-    searches: tuple[tuple[int, torch.Tensor, torch.Tensor], ...]
+    places: dict[int, torch.Tensor]
 
     @classmethod
     def of(
@@ -31,14 +29,22 @@ class BlendedRows:
         dtype: torch.dtype = torch.float32,
     ) -> "BlendedRows":
         """From rows and weights (n, 2) on the CPU, in one go for all layers."""
-        blended = torch.where(weights > 0, rows, -1).flatten()
-        used = blended[blended >= 0].unique().tolist()
-        places = [(blended == row).nonzero().flatten() for row in used]
-        packed = to_device(torch.cat([rows.flatten(), *places]), device)
-        of_rows, *places = packed.split([rows.numel(), *map(len, places)])
-        frames = (place // 2 for place in places)
-        searches = tuple(zip(used, frames, places, strict=True))
-        return cls(of_rows.view_as(rows), to_device(weights, device, dtype), searches)
+        on_device, places = send_with_places(rows, rows, weights > 0, device)
+        return cls(on_device, to_device(weights, device, dtype), places)
+
+
+def send_with_places(
+    values: torch.Tensor, rows: torch.Tensor, is_used: torch.Tensor, device: torch.device
+) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    """Integer values on a device, and for each row that is used, its places (m,) in `rows` (...).
+
+    Places are counted through `rows`. All go to the device in one transfer.
+    """
+    used = torch.where(is_used, rows, -1).flatten()
+    places = {row: (used == row).nonzero().flatten() for row in used.unique().tolist() if row >= 0}
+    packed = to_device(torch.cat([values.flatten(), *places.values()]), device)
+    first, *rest = packed.split([values.numel(), *map(len, places.values())])
+    return first.view_as(values), dict(zip(places, rest, strict=True))
 
 
 class KeyframeCache:
@@ -54,12 +60,9 @@ class KeyframeCache:
         self._tensors = {name: torch.stack(rows) for name, rows in kept.items()}
         self.positions = list(positions)
 
-    def add(self, positions: Sequence[int]) -> None:
-        """Make rows for the keyframes at `positions`, unless they have one."""
-        self.positions += [position for position in positions if position not in self.positions]
-
     def write(self, name: Hashable, positions: Sequence[int], values: torch.Tensor) -> None:
-        """Set the rows (k, ...) of keyframes at `positions`, which must have neighbouring rows."""
+        """Set the rows (k, ...) of keyframes at `positions`, which have neighbouring rows or none yet."""
+        self.positions += [position for position in positions if position not in self.positions]
         first = self.positions.index(positions[0])
         tensor = self._tensors.get(name, values[:0])
         if len(tensor) < first + len(values):
@@ -82,13 +85,3 @@ class KeyframeCache:
         row_of = torch.zeros(max(self.positions) + 1, dtype=torch.long)
         row_of[self.positions] = torch.arange(len(self.positions))
         return row_of[positions]
-
-    def blended(
-        self,
-        positions: torch.Tensor,
-        weights: torch.Tensor,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-    ) -> BlendedRows:
-        """What frames of these positions and weights (n, 2) blend, for layers on `device` in `dtype`."""
-        return BlendedRows.of(self.rows(positions), weights, device, dtype)

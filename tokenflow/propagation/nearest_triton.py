@@ -1,7 +1,7 @@
 """Nearest tokens on CUDA: one kernel that never writes a similarity to memory.
 
 In the manner of flash attention: a block of tokens stays on the chip while the keyframe's tokens stream
-past it, and only the best similarity and its index are kept. `nearest.nearest_in_blocks` is the
+past it, and only the best similarity and its index are kept. `nearest.find_nearest_in_blocks` is the
 reference, which is used wherever the kernel does not run.
 """
 
@@ -32,7 +32,7 @@ FULL = Tiles(64, 64, 32, is_half=False, warps=4, stages=3)
 AMPERE = 8, 0  # the compute capability from which on HALF fits the tensor cores
 
 
-def tiles_for(dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
+def choose_tiles(dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
     """The tiles for tokens of a precision on a device of that compute capability."""
     return HALF if dtype.itemsize == 2 and capability >= AMPERE else FULL
 
@@ -80,15 +80,15 @@ def _nearest_kernel(
     tl.store(nearest + rows, best_key, mask=rows < n_tokens)
 
 
-def nearest_fused(
+def find_nearest_fused(
     tokens: torch.Tensor, key_tokens: torch.Tensor, tiles: Tiles | None = None
 ) -> torch.Tensor:
-    """As `nearest.nearest_tokens`: tokens (n, s, d), key_tokens (k, d) in the same precision: (n, s)."""
+    """As `nearest.find_nearest`: tokens (n, s, d), key_tokens (k, d) in the same precision: (n, s)."""
     n_frames, n_tokens, depth = tokens.shape
     tokens, key_tokens = tokens.contiguous(), key_tokens.contiguous()
     lengths = torch.linalg.vector_norm(key_tokens, dim=-1, dtype=torch.float32)
     nearest = torch.empty(n_frames * n_tokens, dtype=torch.int32, device=tokens.device)
-    tiles = tiles or tiles_for(tokens.dtype, torch.cuda.get_device_capability(tokens.device))
+    tiles = tiles or choose_tiles(tokens.dtype, torch.cuda.get_device_capability(tokens.device))
     grid, sizes = (triton.cdiv(len(nearest), tiles.tokens),), (len(nearest), len(key_tokens))
     launch = {"num_warps": tiles.warps, "num_stages": tiles.stages}
     # Triton launches on the current device, wherever its arguments are.
@@ -105,7 +105,7 @@ def runs_on(device: torch.device, dtype: torch.dtype) -> bool:
     tokens = torch.eye(70, 40, device=device, dtype=dtype)[None]
     try:
         right = torch.equal(
-            nearest_fused(tokens[:, :40], tokens[0, :40]).cpu()[0], torch.arange(40)
+            find_nearest_fused(tokens[:, :40], tokens[0, :40]).cpu()[0], torch.arange(40)
         )
     except Exception as error:  # a compiler has many ways to fail, and none may end an edit
         log.info("the fused kernel does not run here (%s)", str(error).partition("\n")[0])
