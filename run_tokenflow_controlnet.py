@@ -26,9 +26,8 @@ def main() -> None:
     with open_edits(configs, "controlnet") as edits:
         for run in edits:
             if not run.is_finished:
-                run.find_conditions()
-                scales = run.inversion.control_scales, run.config.control_scales
-                technique = controlnet(run.schedule, run.first_latents, run.control_images, *scales)
+                run.find_control_images()
+                technique = controlnet(run.config, run.schedule, run.source, run.control_images)
                 run.write(run.edit(technique))
     print(edits.result)
 

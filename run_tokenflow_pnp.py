@@ -25,7 +25,7 @@ def main() -> None:
     with open_edits(configs, "pnp") as edits:
         for run in edits:
             if not run.is_finished:
-                technique = plug_and_play(run.config, run.schedule, run.first_latents)
+                technique = plug_and_play(run.config, run.schedule, run.source)
                 run.write(run.edit(technique))
     print(edits.result)
 

@@ -21,15 +21,11 @@ def main() -> None:
     # Slow imports, after the options are known to be valid.
     from tokenflow.editing.sweep import open_edits
     from tokenflow.editing.techniques import sdedit
-    from tokenflow.inversion.files import CLEAN
 
     with open_edits(configs, "sdedit") as edits:
         for run in edits:
             if not run.is_finished:
-                manifest = run.inversion.manifest
-                latents = run.latents(CLEAN), run.latents(manifest.inverted)
-                noised = run.sd.scheduler, *latents, manifest.inverted_timestep
-                technique = sdedit(run.config, run.schedule, *noised)
+                technique = sdedit(run.config, run.schedule, run.source, run.sd.scheduler)
                 run.write(run.edit(technique))
     print(edits.result)
 

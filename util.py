@@ -87,12 +87,12 @@ def frame_path(folder: Path, index: int) -> Path:
 
 def load_frames(folder: Path, indices: Iterable[int]) -> np.ndarray:
     """Frames of a folder written by `save_frames`, as uint8 RGB (n, H, W, 3)."""
-    return np.stack(list(in_parallel(read_image, [frame_path(folder, index) for index in indices])))
+    return np.stack(list(in_parallel(read_image, (frame_path(folder, index) for index in indices))))
 
 
 def read_frames(folder: Path, n_frames: int) -> Iterator[np.ndarray]:
     """Yield the first `n_frames` frames of such a folder, uint8 RGB (H, W, 3), one by one."""
-    return (read_image(frame_path(folder, index)) for index in range(n_frames))
+    return in_parallel(read_image, (frame_path(folder, index) for index in range(n_frames)))
 
 
 def save_frames(folder: Path, start: int, frames: Iterable[np.ndarray]) -> int:

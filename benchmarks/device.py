@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from benchmarks.census import CPU, Census, Counts
 from benchmarks.gpu import fused_kernel, matmul_peak
+from benchmarks.job import Latents
 from benchmarks.report import markdown, write_report
 from benchmarks.sd15 import TEXT
 from shapes.checkpoint import BOS, build_scheduler, build_text_encoder, build_tokenizer
@@ -36,12 +37,13 @@ from tokenflow.editing.checkpoint import EditCheckpoint
 from tokenflow.editing.consensus import STRIDE, Consensus
 from tokenflow.editing.denoise import (
     Edit,
-    Source,
     TokenFlowDenoiser,
     denoise,
     keyframe_schedule,
 )
+from tokenflow.editing.source import Source
 from tokenflow.editing.techniques import plug_and_play
+from tokenflow.inversion.files import noisy
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles
 from tokenflow.motion.dense import DenseMotion
@@ -283,18 +285,18 @@ def run(sd: TalliedDiffusion, workload: Workload, folder: Path) -> int:
 
     files = SourceFeatureFiles(folder / "source")
     files.create(sd.unet, shape, [t])
-    source = Source(n_frames, lambda t, frames: saved[frames])
+    kept = Latents(dict.fromkeys(map(noisy, schedule.timesteps), saved))
+    source = Source(kept, n_frames)
     keyframes = keyframe_schedule(config, sd.scheduler, n_frames)
     recording = RecordingPredictor(predictor, keyframes, source.latents, files)
-    with recording.installed():
+    with recording.install():
         for frames in segments:
             with tally.passes("reconstruction", "features kept"):
                 recording(saved[frames], t, frames)
 
     consensus_of_a_frame(sd, clean, folder)
-    technique = plug_and_play(config, schedule, saved.__getitem__)
-    kept = dataclasses.replace(source, features=partial(files.read, device=sd.device))
-    for known in (source, kept):
+    technique = plug_and_play(config, schedule, source)
+    for known in (source, dataclasses.replace(source, features=files)):
         edit, tally.flops = Edit(sd, technique, known, ("", "", ""), config), 0
         with tempfile.TemporaryDirectory(dir=folder) as steps:
             checkpoint = EditCheckpoint(Path(steps), shape, Processes(CPU))

@@ -4,15 +4,16 @@ import dataclasses
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 from benchmarks.clips import Clip
 from shapes.controlnet import CANNY_THRESHOLDS
-from tokenflow.config import PnPConfig, SDEditConfig
+from tokenflow.config import ControlNetConfig, PnPConfig, SDEditConfig
 from tokenflow.control.detectors import canny
 from tokenflow.diffusion.ddim import Schedule, invert, last, sample
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
@@ -21,14 +22,15 @@ from tokenflow.editing.consensus import DISTANCES, Consensus, consensus_steps, f
 from tokenflow.editing.denoise import (
     Denoiser,
     Edit,
-    Source,
     TokenFlowDenoiser,
     denoise,
     keyframe_schedule,
 )
 from tokenflow.editing.mask import Mask, relevance, write_relevant
+from tokenflow.editing.source import Source
 from tokenflow.editing.techniques import Technique, controlnet, plug_and_play, sdedit
 from tokenflow.evaluation.metrics import frame_psnr
+from tokenflow.inversion.files import CLEAN, noisy
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles
 from tokenflow.motion.dense import DenseMotion
@@ -83,8 +85,16 @@ class Job:
         keyframes = keyframe_schedule(self.config, self.sd.scheduler, self.clip.n_frames)
         self.files.create(self.sd.unet, self.clean.shape, self.schedule.timesteps)
         predictor, saved = predictor_of(self.sd, self.clip.source_prompt), self._source_latents
-        with RecordingPredictor(predictor, keyframes, saved, self.files).installed() as recording:
+        with RecordingPredictor(predictor, keyframes, saved, self.files).install() as recording:
             return last(sample(self.first_latents(frames), frames, self.schedule, recording))
+
+    @cached_property
+    def latents(self) -> "Latents":
+        """In place of the inversion on disk."""
+        first = self.schedule.timesteps[0]
+        manifest = SimpleNamespace(inverted=noisy(first), inverted_timestep=first)
+        by_name = {CLEAN: self.clean} | {noisy(t): x for t, x in self.inverted.items()}
+        return Latents(by_name, manifest)
 
     @property
     def files(self) -> SourceFeatureFiles:
@@ -105,21 +115,20 @@ class Job:
 
     def edit_pnp(self, denoiser: type[Denoiser] = TokenFlowDenoiser) -> np.ndarray:
         """Frames (N, H, W, 3) edited with Plug-and-Play."""
-        return self._edit(plug_and_play(self.config, self.schedule, self.first_latents), denoiser)
+        return self._edit(plug_and_play(self.config, self.schedule, self._source()), denoiser)
 
     def edit_sdedit(self) -> np.ndarray:
         """Frames (N, H, W, 3) edited with SDEdit from the inversion's noise."""
-        first = self.schedule.timesteps[0]
         steps = self.config.n_timesteps
         config = SDEditConfig(data_path="", prompt="unused", n_timesteps=steps, start=SDEDIT_START)
-        scheduler, inverted, clean = self.sd.scheduler, self.first_latents, self.clean.__getitem__
-        return self._edit(sdedit(config, self.schedule, scheduler, clean, inverted, first))
+        return self._edit(sdedit(config, self.schedule, self._source(), self.sd.scheduler))
 
     def edit_controlnet(self) -> np.ndarray:
         """Frames (N, H, W, 3) edited with a Canny ControlNet, on an inversion without it."""
         edges = self.sd.to_images(canny(self.clip.frames, *CANNY_THRESHOLDS))
-        parts = self.first_latents, lambda frames: edges[None, frames], None, [1.0]
-        return self._edit(controlnet(self.schedule, *parts))
+        config = ControlNetConfig(data_path="", prompt="unused")
+        images = lambda frames: edges[None, frames]  # noqa: E731
+        return self._edit(controlnet(config, self.schedule, self._source(), images))
 
     def edit_along_exact_flow(self) -> np.ndarray:
         """Frames (N, H, W, 3) edited with Plug-and-Play; what follows the flow follows the exact one."""
@@ -190,15 +199,27 @@ class Job:
         return Mask(inside, self._source_latents, source)
 
     def _source(self) -> Source:
-        features = partial(self.files.read, device=self.sd.device)
         kept = self.files.folder.exists()
         reused = kept and self.config.reuse_source and self.config.propagation == "flanking"
         followed = self.motion() if self.config.correspondences == "flow" else None
-        features = features if reused else None
-        return Source(self.clip.n_frames, self._source_latents, features, motion=followed)
+        features = self.files if reused else None
+        return Source(self.latents, self.clip.n_frames, features, followed)
 
     def _source_latents(self, t: int | None, frames: torch.Tensor) -> torch.Tensor:
         return (self.clean if t is None else self.inverted[t])[frames]
+
+
+@dataclass(frozen=True)
+class Latents:
+    """In place of an `Inversion` on disk: its latents (N, 4, h, w), by name."""
+
+    by_name: dict[str, torch.Tensor]
+    manifest: SimpleNamespace | None = None
+    depth = control_scales = None
+
+    def latents(self, name: str) -> torch.Tensor:
+        """The latents of all frames."""
+        return self.by_name[name]
 
 
 def predictor_of(sd: StableDiffusion, prompt: str) -> VideoNoisePredictor:

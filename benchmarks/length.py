@@ -98,8 +98,8 @@ def cost_of(*configs: PreprocessConfig | PnPConfig) -> Cost:
                     run.reconstruct()
                     run.finish()
             else:  # what `run_tokenflow_pnp.py` does
-                with check_edit(config, "pnp", Shared()).opened() as run:
-                    run.write(run.edit(plug_and_play(config, run.schedule, run.first_latents)))
+                with check_edit(config, "pnp", Shared()).open() as run:
+                    run.write(run.edit(plug_and_play(config, run.schedule, run.source)))
     return meter.stages["run"]
 
 

@@ -99,7 +99,7 @@ def run_commands(args: argparse.Namespace, folder: Path, meter: Meter) -> None:
             read_weights(run.sd)
             meter.watch(run.sd.unet)
         with meter.stage("edit"):
-            edited = run.edit(plug_and_play(run.config, run.schedule, run.first_latents))
+            edited = run.edit(plug_and_play(run.config, run.schedule, run.source))
         with meter.stage("edit: decoding, videos"):
             run.write(edited)
 

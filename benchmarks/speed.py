@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from benchmarks.arguments import benchmark_parser
 from benchmarks.baselines import FrameByFrame
 from benchmarks.clips import Clip, held_out_clips
-from benchmarks.job import Job, predictor_of
+from benchmarks.job import Job, Latents, predictor_of
 from benchmarks.measures import mean, measure
 from benchmarks.meter import Cost, Meter
 from benchmarks.published import published_edit
@@ -42,13 +41,14 @@ from tokenflow.editing.denoise import (
     FILLED_CPU,
     Denoiser,
     Edit,
-    Source,
     TokenFlowDenoiser,
     denoise,
     keyframe_schedule,
 )
+from tokenflow.editing.source import Source
 from tokenflow.editing.techniques import plug_and_play
 from tokenflow.evaluation.metrics import frame_psnr
+from tokenflow.inversion.files import noisy
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles
 from tokenflow.runtime.batching import MOST_SAMPLES, Batches
@@ -79,10 +79,10 @@ def published(meter: Meter, sd: StableDiffusion, clip: Clip, config: PnPConfig) 
         reconstructed = last(sample(noisiest, frames, schedule, predictor))
         sd.decode_latents(reconstructed)
     config = dataclasses.replace(config, prompt=clip.prompt)
-    first = inverted[editing.timesteps[0]].__getitem__
-    technique = plug_and_play(config, editing, first)
     prompts = (clip.source_prompt, config.negative_prompt, config.prompt)
-    source = Source(clip.n_frames, lambda t, frames: inverted[t][frames])
+    kept = Latents({noisy(t): x for t, x in inverted.items()})
+    source = Source(kept, clip.n_frames)
+    technique = plug_and_play(config, editing, source)
     edit = Edit(sd, technique, source, prompts, config)
     with meter.stage("editing"):
         edited = sd.decode_latents(last(published_edit(edit)))
@@ -179,18 +179,19 @@ def sd15_rounds(args: argparse.Namespace) -> dict:
     generator = torch.Generator().manual_seed(0)
     still, moving = torch.randn(2, n_frames, 4, size, size, generator=generator)
     inverted = still[:1] + 0.3 * moving  # frames of one video resemble each other
-    technique = plug_and_play(config, schedule, inverted.__getitem__)
     with tempfile.TemporaryDirectory() as folder:
         files, processes = SourceFeatureFiles(Path(folder) / "source"), Processes(device)
         files.create(sd.unet, inverted.shape, schedule.timesteps)
         keyframes = keyframe_schedule(config, sd.scheduler, n_frames)
-        three = Source(n_frames, lambda t, frames: inverted[frames])
+        kept = Latents(dict.fromkeys(map(noisy, schedule.timesteps), inverted))
+        three = Source(kept, n_frames)
+        technique = plug_and_play(config, schedule, three)
         predictor = VideoNoisePredictor(sd, "", Batches(interval, adapts=False))
         recording = RecordingPredictor(predictor, keyframes, three.latents, files)
-        with recording.installed():
+        with recording.install():
             for t in schedule.timesteps:
                 recording(inverted, t, torch.arange(n_frames))
-        two = Source(n_frames, three.latents, partial(files.read, device=device))
+        two = Source(kept, n_frames, files)
 
         def edit_from(source: Source) -> Edit:
             return Edit(sd, technique, source, ("", "", ""), config)

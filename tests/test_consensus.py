@@ -1,6 +1,7 @@
 """Consensus and fusion: averages along the motion of the source."""
 
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +13,10 @@ from reference import carried_by_hand, fused_by_hand
 from test_tokenflow import edit_of, source_of, video_of
 
 from tokenflow.config import PnPConfig
-from tokenflow.editing import source_motion
 from tokenflow.editing.checkpoint import EditCheckpoint
 from tokenflow.editing.consensus import DISTANCES, Consensus, consensus_steps, followed_distances
 from tokenflow.editing.denoise import TokenFlowDenoiser, denoise
+from tokenflow.editing.source import Source, find_motion
 from tokenflow.motion import dense
 from tokenflow.motion.averaging import carried, fused, reliability, warped
 from tokenflow.motion.dense import DenseMotion
@@ -143,14 +144,18 @@ def test_motion_is_found_once_and_mended(moving, tmp_path, monkeypatch):
     assert sorted(found[4:]) == sorted(expected) and path.read_bytes() == stored
 
 
-def test_motion_of_a_read_only_inversion_is_kept_elsewhere(monkeypatch, tmp_path):
-    manifest = SimpleNamespace(n_frames=9, config={"H": 64, "W": 96})
-    inversion = SimpleNamespace(folder=tmp_path / "inversion", manifest=manifest, source_frame=None)
+def test_motion_of_a_read_only_inversion_is_kept_elsewhere(moving, monkeypatch, tmp_path):
+    inversion = SimpleNamespace(
+        folder=tmp_path / "inversion",
+        manifest=SimpleNamespace(n_frames=9, config={"H": 64, "W": 64}),
+        source_frame=moving.__getitem__,
+    )
     for writable, parent in ((True, "inversion"), (False, "edit")):
-        monkeypatch.setattr(source_motion.os, "access", lambda *_, writable=writable: writable)
-        pairs = source_motion.dense_motion(inversion, 5, tmp_path / "edit").pairs
+        monkeypatch.setattr(os, "access", lambda *_, writable=writable: writable)
+        source, elsewhere = Source(inversion, 5), tmp_path / "edit"
+        pairs = find_motion(source, (1,), Processes(CPU), elsewhere).pairs
         assert pairs.folder == tmp_path / parent / "motion"
-        assert (pairs.n_frames, pairs.shape) == (9, (2, 64, 96, 3))
+        assert (pairs.n_frames, pairs.shape) == (9, (2, 64, 64, 3))
 
 
 def test_pictures_without_neighbours_stay(moving, tmp_path):

@@ -91,7 +91,7 @@ def test_only_what_the_flow_loses_is_searched():
 def test_equals_reference(sd, propagation, window):
     source, latents = video_of(13)
     sizes = {"batch_size": 2, "keyframe_interval": 2, "keyframe_window": window}
-    along = source_of(source, motion=motion)
+    along = source_of(source, flow=motion)
     edit = edit_of(sd, along, latents, propagation=propagation, **sizes)
     ours = predicted(edit, latents)
     assert_same_noise(ours, edit, source, latents, motion=flow_between)
@@ -112,9 +112,9 @@ def test_kept_source_features_equal_the_reference(sd, tmp_path, monkeypatch, tog
     predictor = VideoNoisePredictor(sd, PROMPTS[0], Batches(9, adapts=False))
     saved = source.__getitem__
     noting = RecordingPredictor(predictor, keyframes, lambda t, frames: saved(frames), files)
-    with noting.installed():
+    with noting.install():
         noting(source, FIRST, torch.arange(9))
-    known = source_of(source, partial(files.read, device=sd.device), motion)
+    known = source_of(source, files, motion)
     edit = edit_of(sd, known, latents, batch_size=3)
     ours = predicted(edit, latents)
     assert_same_noise(ours, edit, source, latents, tolerance=1e-2, motion=flow_between)

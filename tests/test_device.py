@@ -12,11 +12,14 @@ from benchmarks.device import (
     rows_of,
     tallied,
 )
+from benchmarks.job import Latents
 from shapes.checkpoint import TINY, build_unet, build_vae
 from tokenflow.config import PnPConfig
 from tokenflow.diffusion.ddim import Schedule
-from tokenflow.editing.denoise import Edit, Source
+from tokenflow.editing.denoise import Edit
+from tokenflow.editing.source import Source
 from tokenflow.editing.techniques import plug_and_play
+from tokenflow.inversion.files import noisy
 from tokenflow.propagation.nearest import find_nearest
 from tokenflow.runtime.transfer import to_device
 
@@ -68,8 +71,8 @@ def test_few_copies_are_waited_for_in_windows():
     sd = tallied(Tally(census), tiny_networks)
     config = PnPConfig(data_path="", prompt="x", keyframe_interval=1, keyframe_window=7)
     schedule = Schedule.of(sd.scheduler, 10)
-    technique = plug_and_play(config, schedule, latents.__getitem__)
-    source = Source(8, lambda t, frames: latents[frames])
+    source = Source(Latents({noisy(t): latents for t in schedule.timesteps}), 8)
+    technique = plug_and_play(config, schedule, source)
     with census:
         edit = Edit(sd, technique, source, ("", "", ""), config)
         with TalliedDenoiser.installed(edit) as denoiser:

@@ -1,6 +1,7 @@
 """Inversion and sampling, which do not depend on how frames are batched."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from tokenflow.config import PreprocessConfig, SDEditConfig
 from tokenflow.diffusion.ddim import Schedule, check_finite, ddim_step, invert, sample
 from tokenflow.editing.techniques import sdedit
 from tokenflow.errors import UserError
-from tokenflow.inversion.invert import schedules
+from tokenflow.inversion.check import make_schedules
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.runtime.batching import Batches
 
@@ -140,13 +141,23 @@ def test_inversion_into_pure_noise_is_undone(sd, fixed_point, tolerance):
     assert (back - latents).square().mean().sqrt() < tolerance
 
 
+def inverted_to(t, clean, noisiest):
+    """In place of a `Source`: its clean latents, and those that its inversion ended with, at timestep t."""
+    return SimpleNamespace(
+        latents=lambda _, frames: clean[frames],
+        noisiest_latents=noisiest.__getitem__,
+        noisiest_timestep=t,
+    )
+
+
 def test_what_sdedit_starts_from_pure_noise(sd):
     """The whole schedule starts from the inversion's latents themselves, which are all noise."""
     clean, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     scheduler = zero_terminal_snr(sd)
     config = SDEditConfig(data_path="a.mp4", prompt="a dog", n_timesteps=10, start=1)
-    latents = clean.__getitem__, noise.__getitem__, 999
-    technique = sdedit(config, Schedule.of(scheduler, 10), scheduler, *latents)
+    technique = sdedit(
+        config, Schedule.of(scheduler, 10), inverted_to(999, clean, noise), scheduler
+    )
     torch.testing.assert_close(technique.initial(torch.arange(3)), noise)
 
 
@@ -155,12 +166,12 @@ def test_what_sdedit_starts_from(sd):
     clean, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     schedule, alphas = Schedule.of(sd.scheduler, 10), sd.scheduler.alphas_cumprod
     inverted = alphas[901].sqrt() * clean + (1 - alphas[901]).sqrt() * noise
-    latents = clean.__getitem__, inverted.__getitem__, 901
+    source = inverted_to(901, clean, inverted)
 
     def noise_of(use_ddim_noise):
         needed = {"data_path": "a.mp4", "prompt": "a dog", "n_timesteps": 10, "start": 0.5}
         config = SDEditConfig(**needed, use_ddim_noise=use_ddim_noise)
-        technique = sdedit(config, schedule, sd.scheduler, *latents)
+        technique = sdedit(config, schedule, source, sd.scheduler)
         assert technique.schedule.timesteps == (401, 301, 201, 101, 1)
         started = torch.cat([technique.initial(torch.tensor(f)) for f in ([0, 1], [2])])
         return (started - alphas[401].sqrt() * clean) / (1 - alphas[401]).sqrt()
@@ -232,9 +243,8 @@ def test_non_finite_values_stop_the_run(sd):
     check_finite(torch.ones(1), "ones")
 
 
-def test_steps_that_miss_editing_timesteps(checkpoint):
-    config = PreprocessConfig(data_path="", model=str(checkpoint), steps=70, save_steps=50)
-    with pytest.raises(
-        UserError, match=r"70 .* 50 editing steps; these do: 50, 99, 100, .* 250, .* 500"
-    ):
-        schedules(config)
+def test_steps_that_miss_editing_timesteps():
+    config = PreprocessConfig(data_path="a.mp4", steps=70, save_steps=50)
+    fitting = r"70 .* 50 editing steps; these do: 50, 99, 100, .* 250, .* 500"
+    with pytest.raises(UserError, match=fitting):
+        make_schedules(config, build_scheduler())

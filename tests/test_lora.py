@@ -131,7 +131,7 @@ def test_the_source_is_without_it(sd, factors, tmp_path):
     predictor = VideoNoisePredictor(sd, PROMPTS[0], Batches(4, adapts=False))
     keyframes = KeyframeSchedule(7, 2, schedule.timesteps, SEED)
     recording = RecordingPredictor(predictor, keyframes, lambda t, f: source[f], files)
-    with recording.installed():
+    with recording.install():
         recording(source, t, torch.arange(7))
 
     adapted = use_loras(copied(sd), [str(lora)], [1.0])
@@ -141,7 +141,7 @@ def test_the_source_is_without_it(sd, factors, tmp_path):
         edit = edit_of(sd, source_of(source, features), latents, **changes)
         return predicted(edit, latents)
 
-    kept = noise(adapted, lambda t, frames, injected: files.read(t, frames, injected, sd.device))
+    kept = noise(adapted, files)
     denoised_along = noise(adapted)
     everywhere = noise(replace(adapted, adapted=()))
     # Injected features are kept in half precision, and tokens may tie.

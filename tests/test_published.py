@@ -6,12 +6,13 @@ The published side is the slow reference. Of the code under test it uses only th
 import numpy as np
 import pytest
 from reference import Reference
-from test_cli import last_line, run
+from test_cli import ROOT, last_line, run
 
 import util
 
-STEPS, N_FRAMES, BATCH_SIZE, SEED, GUIDANCE = 5, 6, 2, 3, 5.0
-SOURCE_PROMPT, PROMPT, NEGATIVE = "a red square", "a blue circle", "ugly"
+STEPS, N_FRAMES, BATCH_SIZE, SEED, GUIDANCE = 5, 6, 2, 3, 7.5
+SOURCE_PROMPT, PROMPT = "a red square", "a blue circle"
+NEGATIVE = "ugly, blurry, low res, unrealistic, unaesthetic"
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +60,18 @@ def test_edit(work, reference, checkpoint, technique, propagation):
     folder, _ = work
     flags = ["--data_path", "clip", "--model", checkpoint, "--n_inversion_steps", STEPS]
     flags += ["--n_timesteps", STEPS, "--n_frames", N_FRAMES, "--batch_size", BATCH_SIZE]
-    flags += ["--prompt", PROMPT, "--negative_prompt", NEGATIVE, "--seed", SEED]
-    flags += ["--guidance_scale", GUIDANCE, "--propagation", propagation, "--dtype", "float32"]
+    flags += ["--keyframe_interval", BATCH_SIZE, "--prompt", PROMPT, "--seed", SEED]
+    if (technique, propagation) == (
+        "pnp",
+        "previous",
+    ):  # what is not a flag is the authors' setting
+        flags += ["--config_path", ROOT / "configs" / "published.yaml"]
+    else:
+        flags += ["--negative_prompt", NEGATIVE, "--guidance_scale", GUIDANCE]
+        flags += ["--propagation", propagation]
+        flags += ["--start", 0.8] if technique == "sdedit" else []
     if propagation == "flanking":
         flags += ["--consensus", 0, "--fuse", 0]  # with previous they are the default
-    if technique == "pnp":
-        flags += ["--pnp_attn_t", 0.4, "--pnp_f_t", 0.8]
-    else:
-        flags += ["--start", 0.8]
     video = last_line(run(f"run_tokenflow_{technique}.py", *flags, cwd=folder))
     ours = util.load_frames(folder / video.parent / "frames", range(N_FRAMES))
 

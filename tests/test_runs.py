@@ -346,7 +346,7 @@ def test_edits_along_the_flow(server, source, checkpoint, whole, monkeypatch):
     )
     edited = content(folder_of_two(server, source, shared))
     assert edited["frames/00006.png"] != whole["pnp"]["frames/00006.png"]
-    monkeypatch.setattr("tokenflow.inversion.source_motion.both_ways", None)  # not to be called
+    monkeypatch.setattr("tokenflow.motion.to_keyframes.both_ways", None)  # not to be called
     result = run(alone[0], *alone[1], cwd=source)
     assert content((source / last_line(result)).parent) == edited
     assert re.search(r"motion takes up to \d+ MB of disk in \S+/flow$", result.stderr, re.MULTILINE)

@@ -144,7 +144,7 @@ def test_each_edit_is_as_if_made_alone(
         return lambda *args, **options: made.append(of) or make(*args, **options)
 
     monkeypatch.setattr(editing, "load", counted("checkpoint", editing.load))
-    monkeypatch.setattr(editing, "dense_motion", counted("motion", editing.dense_motion))
+    monkeypatch.setattr(editing, "find_motion", counted("motion", editing.find_motion))
     (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep))
     out = "_".join([technique, *sweep])
     flags = without(flags, *sweep)

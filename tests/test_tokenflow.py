@@ -4,7 +4,6 @@ import dataclasses
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,8 @@ from test_cli import ROOT
 from tokenflow.config import PnPConfig
 from tokenflow.diffusion.checkpoint import Checkpoint
 from tokenflow.diffusion.ddim import Schedule
-from tokenflow.editing.denoise import Edit, Source, TokenFlowDenoiser
+from tokenflow.editing.denoise import Edit, TokenFlowDenoiser
+from tokenflow.editing.source import Source
 from tokenflow.editing.techniques import Technique
 from tokenflow.editing.windows import anchors, joint_passes, seen_by_all, windows
 from tokenflow.inversion.predictor import VideoNoisePredictor
@@ -59,9 +59,21 @@ def video():
     return video_of(N_FRAMES)
 
 
-def source_of(latents, features=None, motion=None):
-    """What an inversion knows about a source whose latents are the same at every timestep."""
-    return Source(len(latents), lambda t, frames: latents[frames], features, motion=motion)
+class Latents:
+    """In place of an `Inversion`: the same latents (N, 4, h, w) at every timestep, and no depth."""
+
+    depth = None
+
+    def __init__(self, latents):
+        self.of_all = latents
+
+    def latents(self, name):
+        return self.of_all
+
+
+def source_of(latents, features=None, flow=None):
+    """A source whose latents are the same at every timestep."""
+    return Source(Latents(latents), len(latents), features, flow)
 
 
 def edit_of(sd, source, latents, injects=(True, True), **changes):
@@ -167,13 +179,13 @@ def test_two_streams_equal_the_reference(sd, tmp_path, monkeypatch, batch_size, 
     files.create(sd.unet, source.shape, [FIRST])
     predictor = VideoNoisePredictor(sd, PROMPTS[0], Batches(batch_size, adapts=False))
     noting = RecordingPredictor(predictor, keyframes, lambda t, frames: source[frames], files)
-    with noting.installed():
+    with noting.install():
         segments = torch.arange(13).split(5)
         noted = torch.cat([noting(source[frames], FIRST, frames) for frames in segments])
     plain = sd.predict_noise(source, FIRST, sd.encode_text(PROMPTS[0]).expand(13))
     torch.testing.assert_close(noted, plain, atol=1e-3, rtol=1e-3)
 
-    known = source_of(source, partial(files.read, device=sd.device))
+    known = source_of(source, files)
     edit = edit_of(sd, known, latents, batch_size=2, keyframe_interval=2, keyframe_window=window)
     # Injected features are kept in half precision.
     assert_same_noise(predicted(edit, latents), edit, source, latents, tolerance=1e-2)

@@ -1,6 +1,5 @@
 """Everything about an edit that can be checked before anything is loaded or written."""
 
-from functools import partial
 from pathlib import Path
 
 from tokenflow.config import ControlNetConfig, EditConfig
@@ -17,6 +16,7 @@ from tokenflow.editing.identity import identity_of
 from tokenflow.editing.mask import check_mask
 from tokenflow.editing.shared import Shared
 from tokenflow.errors import UserError
+from tokenflow.inversion.files import Inversion
 from tokenflow.inversion.frames import FrameChoice, check_control_frames
 from tokenflow.runtime.distributed import Processes
 from util import fingerprint
@@ -27,27 +27,18 @@ def check_edit(config: EditConfig, technique: str, shared: Shared) -> EditRun:
 
     technique: first part of the folder's name. shared: what other edits of the same video have made.
     """
-    find = partial(Checkpoint.find, config.model_id, config.sd_version)
-    checkpoint = shared.get("checkpoint", None, find)
-    schedule = Schedule.of(checkpoint.scheduler, config.n_timesteps)
-    conditions, find = (
-        conditions_of(config),
-        partial(find_inversion, config, checkpoint, schedule.timesteps),
+    checkpoint = shared.get(
+        "checkpoint", None, lambda: Checkpoint.find(config.model_id, config.sd_version)
     )
-    inversion, n_frames = shared.get("inversion", (schedule.timesteps, conditions), find)
-    if config.mask == "auto" and not inversion.prompt.strip():
-        recompute = preprocess_command(
-            config, inversion.manifest.config | {"inversion_prompt": "what the video shows"}
-        )
-        raise UserError(
-            "mask: auto compares prompt with inversion_prompt, which is empty; recompute the inversion with: "
-            f"{recompute} --overwrite"
-        )
-    if config.mask == "auto" and config.prompt.strip() == inversion.prompt.strip():
-        raise UserError(
-            "mask: auto compares prompt with inversion_prompt, which are the same; say in prompt what the "
-            "edited video shows, or use --mask none"
-        )
+    schedule = Schedule.of(checkpoint.scheduler, config.n_timesteps)
+    conditions = conditions_of(config)
+    inversion, n_frames = shared.get(
+        "inversion",
+        (schedule.timesteps, conditions),
+        lambda: find_inversion(config, checkpoint, schedule.timesteps),
+    )
+    if config.mask == "auto":
+        _check_prompts(config, inversion)
     device, dtype = choose_device(config.device, config.dtype)
     choice = FrameChoice.of(inversion.manifest.config)
     check_loras(config.lora, checkpoint.unet_config)
@@ -55,14 +46,43 @@ def check_edit(config: EditConfig, technique: str, shared: Shared) -> EditRun:
     if isinstance(config, ControlNetConfig):
         check_controlnets(config.controlnet_ids)
         check_detectors(config)
-        check = partial(check_control_frames, config, choice, n_frames)
-        shared.get("conditions checked", conditions, check)
+        shared.get(
+            "control frames",
+            conditions,
+            lambda: check_control_frames(config, choice, n_frames),
+        )
         files += [control_identity(config)] if config.control_path else []
     if config.mask_path:
-        check = partial(check_mask, config.mask_path, choice, n_frames)
-        shared.get("mask checked", config.mask, check)
+        shared.get(
+            "user's mask",
+            config.mask,
+            lambda: check_mask(config.mask_path, choice, n_frames),
+        )
         files.append(fingerprint(config.mask_path))
-    identity, processes = identity_of(config, inversion, files), Processes(device)
-    made_from = checkpoint, inversion, schedule, n_frames, identity
-    name = f"{technique}_{Path(config.data_path).stem}"
-    return EditRun(config, name, *made_from, processes, dtype, shared)
+    return EditRun(
+        config=config,
+        name=f"{technique}_{Path(config.data_path).stem}",
+        identity=identity_of(config, inversion, files),
+        checkpoint=checkpoint,
+        inversion=inversion,
+        n_frames=n_frames,
+        schedule=schedule,
+        processes=Processes(device),
+        dtype=dtype,
+        shared=shared,
+    )
+
+
+def _check_prompts(config: EditConfig, inversion: Inversion) -> None:
+    """Raise UserError for prompts whose difference is no mask."""
+    if not inversion.prompt.strip():
+        like = inversion.manifest.config | {"inversion_prompt": "what the video shows"}
+        raise UserError(
+            "mask: auto compares prompt with inversion_prompt, which is empty; recompute the inversion with: "
+            f"{preprocess_command(config, like)} --overwrite"
+        )
+    if config.prompt.strip() == inversion.prompt.strip():
+        raise UserError(
+            "mask: auto compares prompt with inversion_prompt, which are the same; say in prompt what the "
+            "edited video shows, or use --mask none"
+        )

@@ -23,6 +23,7 @@ from tokenflow.diffusion.stable_diffusion import Control, StableDiffusion, Text
 from tokenflow.editing.checkpoint import EditCheckpoint
 from tokenflow.editing.consensus import Consensus
 from tokenflow.editing.mask import Mask
+from tokenflow.editing.source import Source
 from tokenflow.editing.techniques import Technique
 from tokenflow.editing.windows import Window, joint_passes, seen_by_all, windows
 from tokenflow.propagation.cache import BlendedRows
@@ -51,25 +52,6 @@ FILLED_CPU = 1 << 12  # latent pixels: a larger pass takes more memory and is ha
 
 # The latents of all frames, in memory or in a file; frames (n,) index them: (n, 4, h, w).
 Latents = torch.Tensor | FrameArray
-
-
-@dataclass(frozen=True)
-class Source:
-    """What an inversion knows about the source video.
-
-    latents: maps a timestep and frames (n,) to their inverted latents (n, 4, h, w).
-    features: maps a timestep, frames (n,) that are not keyframes, and whether Plug-and-Play injects, to
-    their source features. Without it, the source stream is denoised along with the edit.
-    depth: maps frames (n,) to their depth (n, 1, h, w), which all streams share, if the UNet takes it.
-    motion: maps frames (n,) and two keyframes of each (n, 2) to the optical flow that leads from the former
-    to the latter (n, 2, h, w, 2), in cells of the latents; NaN where it fails. Without it none is followed.
-    """
-
-    n_frames: int
-    latents: Callable[[int, torch.Tensor], torch.Tensor]
-    features: Callable[[int, torch.Tensor, bool], SourceFeatures] | None = None
-    depth: Callable[[torch.Tensor], torch.Tensor] | None = None
-    motion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -190,7 +172,7 @@ class Denoiser:
         if self.sd.adapted:
             passes = tuple(part for streams in passes for part in source_apart(streams))
         controls = self.technique.control(frames) if self.technique.control else None
-        depth = self.source.depth(frames) if self.source.depth else None
+        depth = self.source.depth(frames)
         edited, noise = latents[frames], {}
         for streams in passes:
             self.tokenflow.streams = streams
@@ -237,7 +219,8 @@ class TokenFlowDenoiser(Denoiser):
             def read(frames: torch.Tensor) -> SourceFeatures | None:
                 if self.source.features is None or done[frames].all():
                     return None
-                return self.source.features(t, frames, t in self.feature_timesteps)
+                injects = t in self.feature_timesteps
+                return self.source.features.read(t, frames, injects, self.sd.device)
 
             for frames, coming in read_ahead(read, [frames for _, frames in of_window]):
                 if done[frames].all():
@@ -282,10 +265,10 @@ class TokenFlowDenoiser(Denoiser):
         frames, source = chunk[places], coming.result()
         positions, weights = blend.positions[frames], blend.weights[frames]
         rows, sd, along_flow = self.tokenflow.cache.rows(positions), self.sd, {}
-        if self.source.motion:
+        if self.source.flow:
             # A keyframe of weight 0 need not be found: the frame itself stands in for it.
             keyframes = torch.where(weights > 0, self._keyframes[t][positions], frames[:, None])
-            flow = self.source.motion(frames, keyframes)
+            flow = self.source.flow(frames, keyframes)
             levels = range(len(sd.unet.config.block_out_channels))
             along_flow = follow_flow_by_resolution(flow, rows, weights, levels, sd.device)
         self.tokenflow.task = Propagation(

@@ -86,7 +86,7 @@ class Edits:
                 log.info("edit %d of %d: %s", number, len(self.edits), label(settings))
             self.current.enter_context(_blamed_on(settings))
             scratch = self.folder / STEPS if self.folder else None
-            run = self.current.enter_context(edit.opened(scratch))
+            run = self.current.enter_context(edit.open(scratch))
             if self.folder and run.processes.is_main and not run.is_finished:
                 discard_report(self.folder)  # of what this edit was before
             self.videos.append(run.video)

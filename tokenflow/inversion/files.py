@@ -1,21 +1,24 @@
-"""An inversion on disk: what `preprocess.py` writes and an edit reads.
+"""The folder of an inversion: what `preprocess.py` writes and an edit reads.
 
-`<save_dir>/sd_<version or model>/<video>/steps_<steps>/nframes_<n>/` holds
+`<save_dir>/sd_<version or model>/<video>/steps_<steps>/nframes_<n>/` holds, of N frames (H, W),
 
-- `latents/noisy_latents_<t>.npy`, (N, 4, h, w) fp32, for every editing timestep t;
-- `latents/clean_latents.npy`: the encoded frames, of the same shape;
-- `latents/inverted_latents.npy`: where the inversion ended, if not at an editing timestep; of the same shape;
-- `source/`, `vae/`, `frames/`: the frames before encoding, after the VAE's round trip, and reconstructed from
-  the noisiest latents; `inverted.mp4`: the reconstructed frames as a video;
-- `depth.npy`, (N, 1, h, w) fp32, and `depth.mp4`: the frames' depth, if the UNet takes it;
-- `source_features/`: what edits need from the source stream, if it was kept;
-- `flow/`, `motion/`: the optical flow that an edit has followed between frames, in latents and in pixels;
-  `kept_pairs.py` checks it;
-- `inversion_prompt.txt`, `manifest.json`, `digests.json`: the prompt, all that the files were computed from,
-  and digests that reveal damage to any of these files.
+    latents/noisy_latents_<t>.npy  (N, 4, h, w), fp32, for every editing timestep t
+    latents/clean_latents.npy      the encoded frames, of the same shape
+    latents/inverted_latents.npy   where the inversion ended, if that is no editing timestep
+    source/ vae/ frames/           PNGs: the frames before encoding, after the VAE's round trip, and
+                                   reconstructed from the noisiest latents
+    inverted.mp4 report.html       the reconstruction as a video, and how good it is
+    depth.npy depth.mp4            (N, 1, h, w), fp32: the frames' depth, if the UNet takes it
+    source_features/               what edits need from the source stream, if it was kept
+    inversion_prompt.txt           the prompt that the video was inverted under
+    manifest.json                  all that the files were computed from
+    digests.json                   digests that reveal damage to any of these files
+    flow/ motion/                  the optical flow that edits have followed, in latents and in pixels, with
+                                   digests of their own (motion/pairs.py)
 """
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -34,6 +37,7 @@ from util import frame_path, read_image
 
 CLEAN = "clean_latents"
 INVERTED = "inverted_latents"
+VIDEO = "inverted.mp4"
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,11 @@ class Manifest:
     def frame_rate(self) -> Fraction:
         """Frames per second of the frames used."""
         return Fraction(self.fps)
+
+    @property
+    def latents_by_timestep(self) -> dict[int, str]:
+        """Names of the saved latents, except the clean ones."""
+        return {self.inverted_timestep: self.inverted} | {t: noisy(t) for t in self.timesteps}
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,7 @@ class Inversion:
     @cached_property
     def manifest(self) -> Manifest:
         """What the inversion was computed from. Raises DamagedError."""
-        check(self.folder, "manifest.json".__eq__)
+        check(self.folder, lambda name: name == "manifest.json")
         stored = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
         if kept := stored.get("keyframes"):
             kept["timesteps"] = tuple(kept["timesteps"])
@@ -168,6 +177,21 @@ class Inversion:
     def noisy_latents(self, t: int, frames: torch.Tensor) -> torch.Tensor:
         """Saved latents (n, 4, h, w) of the frames (n,) at timestep `t`."""
         return self.latents(noisy(t))[frames]
+
+
+@dataclass(frozen=True)
+class FrameFiles:
+    """What a stage of a run writes of each frame: a row in each array, and an image, if it has a folder."""
+
+    arrays: Sequence[FrameArray]
+    images: Path | None
+
+    def read(self, frames: torch.Tensor) -> Iterator[bytes]:
+        """All bytes of the frames (n,)."""
+        for array in self.arrays:
+            yield array.bytes_of(frames)
+        for index in frames.tolist() if self.images else ():
+            yield frame_path(self.images, index).read_bytes()
 
 
 def noisy(t: int) -> str:

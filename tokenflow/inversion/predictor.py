@@ -30,12 +30,25 @@ class VideoNoisePredictor:
     def __call__(self, latents: torch.Tensor, t: int, frames: torch.Tensor) -> torch.Tensor:
         """The noise (n, 4, h, w) in latents (n, 4, h, w) of the frames (n,)."""
 
-        def predicted(latents: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+        def predict(latents: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
             n = len(frames)
             places = torch.arange(self._size_for(n)).clamp(max=n - 1)  # repeats the last sample
             return self.predict_batch(t, latents[places], frames[places])[:n]
 
-        return self.batches.map(predicted, latents, frames)
+        return self.batches.map(predict, latents, frames)
+
+    def predict_batch(self, t: int, latents: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+        """The noise of one batch, in one UNet pass."""
+        control = self.control(frames) if self.control else None
+        depth = self.depth(frames) if self.depth else None
+        return self.sd.predict_noise(latents, t, self.text.expand(len(frames)), control, depth)
+
+    def measure_error(self, clean: torch.Tensor, seed: int) -> float:
+        """Mean square error of the noise predicted in the first n frames' `clean` latents, after noising."""
+        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
+        t = self.sd.scheduler.config.num_train_timesteps // 2  # where the prompt matters most
+        noised = self.sd.scheduler.add_noise(clean, noise, torch.tensor(t))
+        return (self(noised, t, torch.arange(len(clean))) - noise).square().mean().item()
 
     def _size_for(self, n: int) -> int:
         """The samples that pass for n of them: where sizes are planned, a near one that has a plan."""
@@ -46,9 +59,3 @@ class VideoNoisePredictor:
         if not near:
             self._planned.add(n)
         return min(near, default=n)
-
-    def predict_batch(self, t: int, latents: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
-        """The noise of one batch, in one UNet pass."""
-        control = self.control(frames) if self.control else None
-        depth = self.depth(frames) if self.depth else None
-        return self.sd.predict_noise(latents, t, self.text.expand(len(frames)), control, depth)

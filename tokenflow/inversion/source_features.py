@@ -25,6 +25,7 @@ from tokenflow.diffusion.layouts import features_shape, tokens_by_layer
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.propagation.cache import BlendedRows, KeyframeCache
+from tokenflow.runtime.ahead import WriteBehind
 from tokenflow.runtime.frame_array import FrameArray
 from tokenflow.runtime.transfer import to_device
 from tokenflow_utils import (
@@ -70,7 +71,7 @@ class RecordingPredictor:
     Keyframes pass the UNet first, so that the others find their tokens; both may be in one batch. Frames may
     blend keyframes outside the segment, one on each side, which then pass the UNet too.
     saved: maps a timestep and frame indices (n,) to the latents (n, 4, h, w) that the inversion found.
-    later: calls a function that writes, now or while later passes are computed.
+    writer: writes the features while later passes are computed; without it each pass writes its own.
     """
 
     def __init__(
@@ -79,10 +80,10 @@ class RecordingPredictor:
         schedule: KeyframeSchedule,
         saved: Callable[[int, torch.Tensor], torch.Tensor],
         files: "SourceFeatureFiles",
-        later: Callable[..., None] = lambda write, *arguments: write(*arguments),
+        writer: WriteBehind | None = None,
     ) -> None:
         self.predictor, self.keyframes = predictor, schedule.draw()
-        self.saved, self.files, self.later = saved, files, later
+        self.saved, self.files, self.writer = saved, files, writer
         self.cache = KeyframeCache()  # of the keyframes that a segment's frames blend
         # The next pass is of keyframes at `positions` and then, if `blended` is set, frames that blend some.
         self.positions: list[int] = []
@@ -91,7 +92,7 @@ class RecordingPredictor:
         self.features: torch.Tensor | None = None
 
     @contextmanager
-    def installed(self) -> Iterator[Self]:
+    def install(self) -> Iterator[Self]:
         """Record in every self-attention of the UNet, in all of its passes while the block lasts.
 
         Raises the errors of `replace_self_attentions`.
@@ -111,7 +112,7 @@ class RecordingPredictor:
         samples = latents[place]
         samples[~inside] = self.saved(t, passing[~inside]).to(latents)
 
-        def predicted(samples: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        def predict(samples: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
             are_keyframes = numbers < len(keyframes)
             self.positions = numbers[are_keyframes].tolist()
             others = passing[numbers[~are_keyframes]]
@@ -123,12 +124,15 @@ class RecordingPredictor:
             noise = self.predictor.predict_batch(t, samples, passing[numbers])
             if self.blended:
                 features = SourceFeatures(dict(self.nearest), self.features)
-                self.later(self.files.write, t, others, features)
+                if self.writer:
+                    self.writer.later(self.files.write, t, others, features)
+                else:
+                    self.files.write(t, others, features)
             return noise
 
         self.cache.keep([])
         self.cache.positions += range(len(keyframes))
-        predictions = self.predictor.batches.map(predicted, samples, torch.arange(len(passing)))
+        predictions = self.predictor.batches.map(predict, samples, torch.arange(len(passing)))
         noise = torch.empty_like(latents)
         noise[place[inside]] = predictions[inside]
         return noise
@@ -171,11 +175,9 @@ class SourceFeatureFiles:
         features = to_device(self._features(t)[frames], device) if injected else None
         return SourceFeatures(dict(zip(self._layers, per_layer, strict=True)), features)
 
-    def written(self, timesteps: Iterable[int], frames: torch.Tensor) -> Iterator[bytes]:
-        """The bytes of the frames (n,) in each file."""
-        for t in timesteps:
-            yield self._nearest(t).bytes_of(frames)
-            yield self._features(t).bytes_of(frames)
+    def arrays(self, timesteps: Iterable[int]) -> list[FrameArray]:
+        """All files of the timesteps."""
+        return [file(t) for t in timesteps for file in (self._nearest, self._features)]
 
     @cached_property
     def _layers(self) -> dict[str, int]:

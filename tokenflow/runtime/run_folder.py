@@ -4,7 +4,7 @@ import itertools
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -65,26 +65,23 @@ def resume_folder(path: Path, identity: str, resume: bool) -> Iterator[Path]:
 
 
 class Progress:
-    """Which parts of a run's stages are done: one file for each, with the digest of what the part wrote."""
+    """Which parts of a run are done: one file for each, with the digest of what the part wrote."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / ".progress"
 
-    def is_done(self, stage: str, *part: int, written: Iterable[bytes]) -> bool:
-        """Whether a part, or a stage without parts, is done and what it wrote is undamaged."""
-        file = self._file(stage, part)
+    def is_done(self, part: str, written: Iterable[bytes]) -> bool:
+        """Whether a part is done and what it wrote is undamaged."""
+        file = self.folder / part
         try:
             return file.is_file() and file.read_bytes() == _digest(written)
         except (OSError, ValueError, EOFError):  # what was written is unreadable
             return False
 
-    def record(self, stage: str, *part: int, written: Iterable[bytes]) -> None:
+    def record(self, part: str, written: Iterable[bytes]) -> None:
         """Record that a part is done, and the digest of what it wrote."""
         self.folder.mkdir(exist_ok=True)
-        self._file(stage, part).write_bytes(_digest(written))
-
-    def _file(self, stage: str, part: Sequence[int]) -> Path:
-        return self.folder / "_".join([stage, *map(str, part)])
+        (self.folder / part).write_bytes(_digest(written))
 
 
 def _digest(written: Iterable[bytes]) -> bytes:

@@ -1,0 +1,131 @@
+"""What an edit takes of the inversion of its source video."""
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tokenflow.config import EditConfig
+from tokenflow.editing.find_inversion import preprocess_command
+from tokenflow.editing.shared import Shared
+from tokenflow.errors import DamagedError
+from tokenflow.inversion.files import CLEAN, Inversion, noisy
+from tokenflow.inversion.source_features import SourceFeatureFiles
+from tokenflow.motion.dense import DenseMotion
+from tokenflow.motion.pairs import KeptPairs
+from tokenflow.motion.to_keyframes import SourceMotion, dis_between, furthest_keyframe
+from tokenflow.runtime.distributed import Processes
+from tokenflow_utils import KeyframeSchedule
+
+log = logging.getLogger("tokenflow")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The first `n_frames` frames of an inverted video.
+
+    features: what the inversion kept of the source stream; None if that is denoised along with the edit.
+    flow: the optical flow to keyframes, if tokens follow it.
+    """
+
+    inversion: Inversion
+    n_frames: int
+    features: SourceFeatureFiles | None = None
+    flow: SourceMotion | None = None
+
+    def latents(self, t: int | None, frames: torch.Tensor) -> torch.Tensor:
+        """Latents (n, 4, h, w) of the frames (n,): inverted to timestep `t`, or the clean ones (None)."""
+        return self.inversion.latents(CLEAN if t is None else noisy(t))[frames]
+
+    def noisiest_latents(self, frames: torch.Tensor) -> torch.Tensor:
+        """Latents (n, 4, h, w) of the frames (n,) that the inversion ended with."""
+        return self.inversion.latents(self.inversion.manifest.inverted)[frames]
+
+    @property
+    def noisiest_timestep(self) -> int:
+        """The timestep of these latents."""
+        return self.inversion.manifest.inverted_timestep
+
+    @property
+    def control_scales(self) -> tuple[float, ...] | None:
+        """Factors on the ControlNets' residuals while the video was inverted; None without ControlNets."""
+        return self.inversion.control_scales
+
+    def depth(self, frames: torch.Tensor) -> torch.Tensor | None:
+        """The depth (n, 1, h, w) of the frames (n,), which all streams share, if the UNet takes it."""
+        depth = self.inversion.depth
+        return None if depth is None else depth[frames]
+
+    def picture(self, frame: int) -> np.ndarray:
+        """A frame of the video, uint8 RGB (H, W, 3)."""
+        return self.inversion.source_frame(frame)
+
+
+def find_features(
+    inversion: Inversion, config: EditConfig, keyframes: KeyframeSchedule, shared: Shared
+) -> SourceFeatureFiles | None:
+    """What an inversion kept of the source stream, if it serves an edit with these keyframes.
+
+    Otherwise the source is denoised along with the edit; the log says why.
+    """
+    if reason := _why_unfit(inversion, config, keyframes):
+        log.info("the source is denoised along with the edit: %s", reason)
+        return None
+    try:
+        shared.get("source features", inversion.folder, inversion.check_source_features)
+    except DamagedError as damage:
+        log.warning(
+            "warning: %s; the source is denoised along with the edit instead; "
+            "to recompute its features: %s --overwrite",
+            damage,
+            preprocess_command(config, inversion.manifest.config),
+        )
+        return None
+    return inversion.source_features
+
+
+def _why_unfit(inversion: Inversion, config: EditConfig, keyframes: KeyframeSchedule) -> str:
+    """Why an edit cannot use the source features of an inversion; empty if it can."""
+    kept = inversion.manifest.keyframes
+    if not config.reuse_source:
+        return "reuse_source is false"
+    if config.propagation != "flanking":
+        return f"nothing is kept for propagation {config.propagation}"
+    if kept is None:
+        return f"{inversion.folder} holds no source features (keep_source)"
+    for name, value in asdict(keyframes).items():
+        if getattr(kept, name) != value:
+            return f"the inversion kept its features for other keyframes ({name})"
+    return ""
+
+
+def find_flow(
+    inversion: Inversion, config: EditConfig, n_frames: int, processes: Processes
+) -> SourceMotion:
+    """The optical flow between the first frames of a video and their keyframes, kept with its inversion."""
+    shape = inversion.latents(CLEAN).shape
+    pairs = KeptPairs(inversion.folder / "flow", shape[0], (2, *shape[2:], 2))
+    apart = range(1, furthest_keyframe(config.interval, n_frames) + 1)
+    pairs.create(apart, n_frames, processes)
+    cell = inversion.manifest.config["H"] // shape[2]
+    return SourceMotion(pairs, dis_between(inversion.source_frame), cell, config.max_displacement)
+
+
+def find_motion(
+    source: Source, distances: Sequence[int], processes: Processes, elsewhere: Path
+) -> DenseMotion:
+    """The motion between all frames so far apart, kept with the inversion.
+
+    elsewhere: the folder that keeps it if the inversion is read-only.
+    """
+    inversion = source.inversion
+    folder = inversion.folder if os.access(inversion.folder, os.W_OK) else elsewhere
+    manifest = inversion.manifest
+    video = manifest.n_frames, manifest.config["H"], manifest.config["W"]
+    motion = DenseMotion.kept_in(folder / "motion", video, source.picture, source.n_frames)
+    motion.find(distances, processes)
+    return motion

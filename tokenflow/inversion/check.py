@@ -1,0 +1,79 @@
+"""Everything about an inversion that can be checked before anything is loaded or written."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from diffusers import DDIMScheduler
+
+from tokenflow.config import PreprocessConfig
+from tokenflow.control.conditions import control_identity
+from tokenflow.diffusion.checkpoint import Checkpoint
+from tokenflow.diffusion.ddim import Schedule
+from tokenflow.diffusion.layouts import as_json
+from tokenflow.errors import DamagedError, UserError
+from tokenflow.inversion.files import INVERTED, Inversion, Manifest, noisy
+from tokenflow.inversion.frames import FrameChoice
+from tokenflow.runtime.digests import check
+from util import fingerprint, frame_rate
+
+
+def make_schedules(config: PreprocessConfig, scheduler: DDIMScheduler) -> tuple[Schedule, Schedule]:
+    """The schedules of the inversion steps and of the editing steps, whose latents are saved.
+
+    Raises UserError if the inversion would not visit every editing timestep.
+    """
+    editing = Schedule.of(scheduler, config.save_steps)
+    inverting = Schedule.of(scheduler, config.steps)
+    if not set(editing.timesteps) <= set(inverting.timesteps):
+        fitting = [
+            n
+            for n in range(config.save_steps, scheduler.config.num_train_timesteps)
+            if set(editing.timesteps) <= set(Schedule.of(scheduler, n).timesteps)
+        ]
+        raise UserError(
+            f"steps: {config.steps} inversion steps do not visit all timesteps of "
+            f"{config.save_steps} editing steps; these do: {', '.join(map(str, fitting))}"
+        )
+    return inverting, editing
+
+
+def make_manifest(
+    config: PreprocessConfig, checkpoint: Checkpoint, schedule: Schedule, editing: Schedule
+) -> Manifest:
+    """The manifest of the inversion that is to be computed, as yet without keyframes."""
+    noisiest, video = schedule.timesteps[0], Path(config.data_path)
+    fps = frame_rate(video) / config.stride  # first, because it refuses a missing video
+    options = {key: as_json(value) for key, value in asdict(config).items()}
+    options["conditioned"] = bool(config.controlnet_ids)
+    options["control_frames"] = control_identity(config)
+    return Manifest(
+        config=options,
+        source=fingerprint(video),
+        checkpoint=checkpoint.identity,
+        fps=str(fps),
+        n_frames=config.n_frames or FrameChoice.of(asdict(config)).count(video),
+        timesteps=editing.timesteps,
+        inverted=noisy(noisiest) if noisiest in editing.timesteps else INVERTED,
+        inverted_timestep=noisiest,
+    )
+
+
+def is_up_to_date(final: Inversion, manifest: Manifest, overwrite: bool) -> bool:
+    """Whether this inversion exists, is undamaged, and is not to be overwritten."""
+    if not final.exists:
+        return False
+    try:
+        found = final.manifest
+        if found.source != manifest.source:
+            raise UserError(
+                f"{final.folder} holds the inversion of another video of the same name; "
+                "use another --save_dir, or delete that folder"
+            )
+        if overwrite or found.identity != manifest.identity:
+            return False
+        check(final.folder)
+    except DamagedError as damage:
+        if overwrite:
+            return False
+        raise UserError(f"{damage}; --overwrite recomputes the inversion") from damage
+    return True
