@@ -1,15 +1,13 @@
 """Which inversion an edit uses, and the command that computes one that is missing."""
 
-import itertools
-import json
 import shlex
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tokenflow.config import ControlNetConfig, EditConfig
 from tokenflow.control.conditions import control_identity
 from tokenflow.diffusion.checkpoint import Checkpoint
+from tokenflow.diffusion.layouts import as_json
 from tokenflow.errors import DamagedError, UserError
 from tokenflow.inversion.files import Inversion
 from tokenflow.options import format_value
@@ -27,29 +25,28 @@ def find_inversion(
     timesteps: of the edit, the noisiest first. Of several inversions with enough frames, the shortest is
     used. Raises UserError if there is none or it does not fit the edit.
     """
-    found = [inversion for name in config.inversions for inversion in _list(config, name)]
+    found = next(filter(None, (_list(config, name) for name in config.inversions)), None)
     if not found:
-        raise UserError(_no_latents(config))
-    best = config.inversions[0]
-    by_name = [i for i in found if i.folder.parents[2].name == best] or found
-    manifest = None
+        raise UserError(_why_none(config))
+    longest = max(found)
+    enough = [length for length in found if length >= config.n_frames > 0]
+    inversion, like = found[min(enough, default=longest)], None
     try:
-        by_frames = sorted(by_name, key=lambda inversion: inversion.manifest.n_frames)
-        enough = [i for i in by_frames if i.manifest.n_frames >= config.n_frames > 0]
-        inversion = enough[0] if enough else by_frames[-1]
         manifest = inversion.manifest
+        like = manifest.config
         inversion.check_for_edit(tuple(t for t in timesteps if t in manifest.timesteps))
     except DamagedError as damage:
-        command = preprocess_command(config, manifest.config if manifest else None)
+        command = preprocess_command(config, like)
         raise UserError(f"{damage}; recompute it with: {command} --overwrite") from damage
-    if config.n_frames > manifest.n_frames:
+    command = preprocess_command(config, like)
+    if config.n_frames > longest:
         raise UserError(
-            f"n_frames: {config.n_frames} were asked for, but {inversion.folder} holds latents of "
-            f"{manifest.n_frames} frames; ask for fewer, or run: "
-            f"{preprocess_command(config, manifest.config)}"
+            f"n_frames: {config.n_frames} were asked for, but {inversion.folder} holds latents of {longest} "
+            f"frames; ask for fewer, or run: {command}"
         )
-    _check_fits(config, checkpoint, inversion, timesteps)
-    return inversion, config.n_frames or manifest.n_frames
+    if misfit := _find_misfit(config, checkpoint, inversion, timesteps):
+        raise UserError(f"{misfit}recompute them with: {command}")
+    return inversion, config.n_frames or longest
 
 
 def conditions_of(config: EditConfig) -> tuple[Any, ...]:
@@ -79,67 +76,64 @@ def preprocess_command(config: EditConfig, like: dict | None = None) -> str:
     if isinstance(config, ControlNetConfig):
         options["controlnet"] = config.controlnet_ids
         options |= {key: getattr(config, key) for key in CONDITIONS}
-    flags = [
-        (f"--{key}", *map(str, value if isinstance(value, tuple) else [value]))
-        for key, value in options.items()
-        if value is not None
-    ]
-    return shlex.join(["python", "preprocess.py", *itertools.chain(*flags)])
+    words = ["python", "preprocess.py"]
+    for key, value in options.items():
+        if value is not None:
+            words += [f"--{key}", *map(str, value if isinstance(value, tuple) else [value])]
+    return shlex.join(words)
 
 
-def _list(config: EditConfig, name: str) -> list[Inversion]:
-    folder = Path(config.latents_path) / name / Path(config.data_path).stem
-    folder /= f"steps_{config.n_inversion_steps}"
-    return [Inversion(path.parent) for path in folder.glob("nframes_*/manifest.json")]
+def _folder(config: EditConfig, name: str) -> Path:
+    """The folder of a video's inversions under one name of a model."""
+    return Path(config.latents_path) / name / Path(config.data_path).stem
 
 
-def _no_latents(config: EditConfig) -> str:
-    if not Path(config.data_path).exists():
-        return f"data_path: {config.data_path}: no such file or folder, and no latents of it"
-    other = sorted(
-        path.name.removeprefix("steps_")
-        for name in config.inversions
-        for path in (Path(config.latents_path) / name / Path(config.data_path).stem).glob("steps_*")
-    )
-    hint = f" (there are some for n_inversion_steps {', '.join(other)})" if other else ""
-    return (
-        f"no latents of {config.data_path}{hint}; compute them with: {preprocess_command(config)}"
-    )
+def _list(config: EditConfig, name: str) -> dict[int, Inversion]:
+    """The inversions that an edit may use, by their number of frames."""
+    folder = _folder(config, name) / f"steps_{config.n_inversion_steps}"
+    names = (path.parent.name for path in folder.glob("nframes_*/manifest.json"))
+    lengths = [n for name in names if (n := name.removeprefix("nframes_")).isdecimal()]
+    return {int(length): Inversion(folder / f"nframes_{length}") for length in lengths}
 
 
-def _check_fits(
+def _why_none(config: EditConfig) -> str:
+    video = config.data_path
+    if not Path(video).exists():
+        return f"data_path: {video}: no such file or folder, and no latents of it"
+    folders = (path for name in config.inversions for path in _folder(config, name).glob("steps_*"))
+    steps = ", ".join(sorted(path.name.removeprefix("steps_") for path in folders))
+    hint = f" (there are some for n_inversion_steps {steps})" if steps else ""
+    return f"no latents of {video}{hint}; compute them with: {preprocess_command(config)}"
+
+
+def _find_misfit(
     config: EditConfig, checkpoint: Checkpoint, inversion: Inversion, timesteps: tuple[int, ...]
-) -> None:
-    manifest, folder = inversion.manifest, inversion.folder
-    inverted = manifest.config
-    remedy = f"recompute them with: {preprocess_command(config, inverted)}"
+) -> str:
+    """What does not fit an edit, as a line that the remedy completes; empty if all fits."""
+    manifest, inverted = inversion.manifest, inversion.manifest.config
+    latents = f"the latents in {inversion.folder}"
     if Path(config.data_path).exists() and fingerprint(Path(config.data_path)) != manifest.source:
-        raise UserError(f"the latents in {folder} are of another video; {remedy}")
+        return f"{latents} are of another video; "
     if checkpoint.identity != manifest.checkpoint:
-        raise UserError(
-            f"the latents in {folder} are of another model, {inverted['model']}; {remedy}"
-        )
+        return f"{latents} are of another model, {inverted['model']}; "
     if config.clip_skip != (skipped := inverted.get("clip_skip", 0)):
-        raise UserError(
-            f"clip_skip: {config.clip_skip}, but the latents in {folder} were computed with {skipped}; "
-            f"use that, or {remedy}"
-        )
-    missing = [t for t in timesteps if t not in manifest.timesteps]
-    if missing:
-        raise UserError(
-            f"n_timesteps: {config.n_timesteps} steps visit timestep {missing[0]}, whose latents "
-            f"are not among the {len(manifest.timesteps)} saved in {folder}; {remedy}"
+        return f"clip_skip: {config.clip_skip}, but {latents} were computed with {skipped}; use that, or "
+    if missing := [t for t in timesteps if t not in manifest.timesteps]:
+        return (
+            f"n_timesteps: {config.n_timesteps} steps visit timestep {missing[0]}, whose latents are not "
+            f"among the {len(manifest.timesteps)} saved in {inversion.folder}; "
         )
     if isinstance(config, ControlNetConfig) and inverted["conditioned"]:
-        conditions = json.loads(json.dumps(asdict(config)))  # as the manifest has them
         for key in CONDITIONS:
-            if conditions[key] != inverted.get(key):
-                raise UserError(
-                    f"{key}: {format_value(conditions[key])}, but the inversion was conditioned with "
-                    f"{format_value(inverted.get(key))}; use that, or {remedy}"
+            wanted, used = as_json(getattr(config, key)), inverted.get(key)
+            if wanted != used:
+                return (
+                    f"{key}: {format_value(wanted)}, but the inversion was conditioned with "
+                    f"{format_value(used)}; use that, or "
                 )
         if control_identity(config) != inverted["control_frames"]:
-            raise UserError(
+            return (
                 f"control_path: the frames in {config.control_path} have changed since the inversion was "
-                f"conditioned with them; {remedy}"
+                "conditioned with them; "
             )
+    return ""

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
-from itertools import chain
 from typing import Any
 
 import yaml
@@ -28,10 +27,11 @@ def identity_of_sweep(identities: Sequence[str]) -> str:
     """The identity of several edits together: that of one, with lists of the options that tell them apart."""
     options = [yaml.safe_load(text) for text in identities]
     lists: dict[str, list] = {}
-    for name, value in chain.from_iterable(apart.items() for apart in differences(options)):
-        of_name = lists.setdefault(name, [])
-        of_name += [value] * (value not in of_name)
-    lines = chain.from_iterable(text.splitlines(keepends=True) for text in identities)
+    for settings in differences(options):
+        for name, value in settings.items():
+            of_name = lists.setdefault(name, [])
+            of_name += [value] * (value not in of_name)
+    lines = [line for text in identities for line in text.splitlines(keepends=True)]
     notes = dict.fromkeys(line for line in lines if line.startswith((INVERSION_NOTE, FILE_NOTE)))
     return yaml.safe_dump(options[0] | lists, sort_keys=True, allow_unicode=True) + "".join(notes)
 

@@ -8,14 +8,7 @@ from tokenflow.config_evaluate import EvaluateConfig
 from tokenflow.editing.identity import read_identity
 from tokenflow.errors import DamagedError, UserError
 from tokenflow.evaluation.report import PAGE, SHEET, TABLE
-from tokenflow.evaluation.subject import (
-    EDIT,
-    PER_FRAME,
-    RECONSTRUCTION,
-    SOURCE,
-    VAE,
-    Subject,
-)
+from tokenflow.evaluation.subject import EDIT, PER_FRAME, RECONSTRUCTION, SOURCE, VAE, Subject
 from tokenflow.inversion.files import Inversion
 from tokenflow.runtime.digests import check
 from util import decode_frames, frame_rate, list_images
@@ -26,15 +19,15 @@ TECHNIQUES = {"pnp_attn_t": "pnp", "start": "sdedit", "control_scale": "controln
 
 def find_subjects(config: EvaluateConfig) -> list[Subject]:
     """Everything that a configuration asks to evaluate. Raises UserError for what cannot be."""
-    if config.edits:
-        named = list(dict.fromkeys(map(Path, config.edits)))
-        # A pattern such as tokenflow-results/* also names the last report over all.
-        folders = [path for path in named if path.is_dir() or path.name not in (PAGE, SHEET, TABLE)]
-        return [_edit(folder, config) for folder in folders or named]
-    return [_videos(config)]
+    if not config.edits:
+        return [_find_videos(config)]
+    named = list(dict.fromkeys(map(Path, config.edits)))
+    # A pattern such as tokenflow-results/* also names the last report over all.
+    folders = [path for path in named if path.is_dir() or path.name not in (PAGE, SHEET, TABLE)]
+    return [_find_edit(folder, config) for folder in folders or named]
 
 
-def _edit(folder: Path, config: EvaluateConfig) -> Subject:
+def _find_edit(folder: Path, config: EvaluateConfig) -> Subject:
     text = folder / "config.yaml"
     if (folder / TABLE).is_file() and not (folder / "frames").exists():
         raise UserError(
@@ -49,16 +42,14 @@ def _edit(folder: Path, config: EvaluateConfig) -> Subject:
             f"edits: {damage}; finish or recompute the edit with the command that began it"
         ) from damage
     options, identity = read_identity(text.read_text(encoding="utf-8"))
-    inversion = _inversion_of(folder, options, identity, config.latents_path)
-    frames = {SOURCE: inversion.source_frames, VAE: inversion.vae}
+    inversion = _find_inversion(folder, options, identity, config.latents_path)
+    compared = {SOURCE: inversion.source_frames, VAE: inversion.vae}
     if inversion.reconstruction.exists():
-        frames[RECONSTRUCTION] = inversion.reconstruction
-    frames |= _frame_by_frame(config) | {EDIT: folder / "frames"}
+        compared[RECONSTRUCTION] = inversion.reconstruction
     return Subject(
         name=folder.resolve().name,
         folder=folder,
-        frames=frames,
-        n_frames=_shortest(frames, config.n_frames),
+        **_find_frames(config, compared, folder / "frames"),
         fps=inversion.manifest.frame_rate,
         resize=config.resize,
         prompt=config.prompt or options["prompt"],
@@ -68,23 +59,20 @@ def _edit(folder: Path, config: EvaluateConfig) -> Subject:
     )
 
 
-def _videos(config: EvaluateConfig) -> Subject:
+def _find_videos(config: EvaluateConfig) -> Subject:
     edited = Path(config.edited)
-    fps = frame_rate(edited)
-    frames = {SOURCE: Path(config.source)} | _frame_by_frame(config) | {EDIT: edited}
     return Subject(
         name=edited.stem,
         folder=Path(config.output_path or edited.parent / f"{edited.stem}_report"),
-        frames=frames,
-        n_frames=_shortest(frames, config.n_frames),
-        fps=fps,
+        fps=frame_rate(edited),
+        **_find_frames(config, {SOURCE: Path(config.source)}, edited),
         resize=config.resize,
         prompt=config.prompt,
         options={"source": config.source, "edited": config.edited},
     )
 
 
-def _inversion_of(
+def _find_inversion(
     folder: Path, options: dict[str, Any], identity: dict, latents_path: str | None
 ) -> Inversion:
     """The inversion that an edit was made from; its identity stands in the edit's config.yaml."""
@@ -104,20 +92,19 @@ def _inversion_of(
     )
 
 
-def _frame_by_frame(config: EvaluateConfig) -> dict[str, Path]:
-    return {PER_FRAME: Path(config.frame_by_frame)} if config.frame_by_frame else {}
-
-
-def _shortest(videos: dict[str, Path], wanted: int) -> int:
-    """The number of frames that all videos have, or the `wanted` ones unless 0. Raises UserError."""
-    counts = {
-        path: len(list_images(path)) if path.is_dir() else sum(1 for _ in decode_frames(path))
-        for path in videos.values()
-    }
+def _find_frames(config: EvaluateConfig, compared: dict[str, Path], edit: Path) -> dict[str, Any]:
+    """The videos of a subject, and how many of their frames are compared: as many as all have, or fewer."""
+    if config.frame_by_frame:
+        compared |= {PER_FRAME: Path(config.frame_by_frame)}
+    videos, wanted = compared | {EDIT: edit}, config.n_frames
+    counts = {path: _count_frames(path) for path in videos.values()}
     shortest = min(counts, key=counts.__getitem__)
     if counts[shortest] < max(2, wanted):
         raise UserError(
-            f"n_frames: {shortest} has only {counts[shortest]} frames; at least "
-            f"{max(2, wanted)} are needed"
+            f"n_frames: {shortest} has only {counts[shortest]} frames; at least {max(2, wanted)} are needed"
         )
-    return wanted or counts[shortest]
+    return {"frames": videos, "n_frames": wanted or counts[shortest]}
+
+
+def _count_frames(video: Path) -> int:
+    return len(list_images(video)) if video.is_dir() else sum(1 for _ in decode_frames(video))

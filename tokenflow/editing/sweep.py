@@ -29,37 +29,34 @@ def open_edits(configs: Sequence[EditConfig], technique: str) -> Iterator["Edits
 
     technique: first part of the folders' names. Edits that turn out to be the same are made once.
     """
-    shared, edits, settings = Shared(), {}, {}
-    for config, chosen in zip(configs, differences([asdict(c) for c in configs]), strict=True):
-        with _blamed_on(chosen):
+    shared, edits = Shared(), {}
+    for config, settings in zip(configs, differences([asdict(c) for c in configs]), strict=True):
+        with _blame(settings):
             edit = check_edit(config, technique, shared)
-        edits.setdefault(edit.identity, edit)
-        settings.setdefault(edit.identity, chosen)
-    first = next(iter(edits.values()))
-    several, folder = len(edits) > 1, None
+        edits.setdefault(edit.identity, (edit, settings))
+    first, _ = next(iter(edits.values()))
     with ExitStack() as held:
-        if several:
-            folder = held.enter_context(_sweep_folder(first, identity_of_sweep(list(edits))))
-        sweep = Edits(list(zip(edits.values(), settings.values(), strict=True)), folder)
-        held.enter_context(sweep.current)
-        yield sweep
-    if several:
-        if first.processes.is_main and not (folder / PAGE).exists():
-            done = tuple(str(video.parent) for video in sweep.videos)
-            config = EvaluateConfig(edits=done, output_path=str(folder), device=first.config.device)
-            evaluate(config, find_subjects(config))
-        first.processes.wait()
+        folder = held.enter_context(_open_sweep(first, list(edits))) if len(edits) > 1 else None
+        opened = Edits(list(edits.values()), folder)
+        held.enter_context(opened.current)
+        yield opened
+    if folder and first.processes.is_main and not (folder / PAGE).exists():
+        done = tuple(str(video.parent) for video in opened.videos)
+        config = EvaluateConfig(edits=done, output_path=str(folder), device=first.config.device)
+        evaluate(config, find_subjects(config))
+    first.processes.wait()
 
 
 @contextmanager
-def _sweep_folder(first: EditRun, identity: str) -> Iterator[Path]:
+def _open_sweep(first: EditRun, identities: Sequence[str]) -> Iterator[Path]:
     """The folder of a sweep with this first edit; while the block lasts, no other run can work there."""
     if first.n_frames < 2:
         raise UserError(f"n_frames: {first.n_frames}, but a sweep compares videos; edit at least 2")
+    parent, name = Path(first.config.output_path), f"{first.name}_sweep"
     with ExitStack() as held:
-        where = Path(first.config.output_path), f"{first.name}_sweep", identity
         with first.processes.main_first():
-            folder = held.enter_context(open_run_folder(*where))
+            claimed = open_run_folder(parent, name, identity_of_sweep(identities))
+            folder = held.enter_context(claimed)
         if first.processes.is_main:
             held.enter_context(lock(folder))
         yield folder
@@ -70,7 +67,8 @@ def _sweep_folder(first: EditRun, identity: str) -> Iterator[Path]:
 class Edits:
     """One edit, or those of a sweep in the order of their settings.
 
-    folder: of a sweep. current: closes the edit that is open.
+    edits: each with the settings that tell it from the others. folder: of a sweep. current: closes the edit
+    that is open.
     """
 
     def __init__(
@@ -84,7 +82,7 @@ class Edits:
         for number, (edit, settings) in enumerate(self.edits, start=1):
             if self.folder:
                 log.info("edit %d of %d: %s", number, len(self.edits), label(settings))
-            self.current.enter_context(_blamed_on(settings))
+            self.current.enter_context(_blame(settings))
             scratch = self.folder / STEPS if self.folder else None
             run = self.current.enter_context(edit.open(scratch))
             if self.folder and run.processes.is_main and not run.is_finished:
@@ -100,7 +98,7 @@ class Edits:
 
 
 @contextmanager
-def _blamed_on(settings: Mapping[str, Any]) -> Iterator[None]:
+def _blame(settings: Mapping[str, Any]) -> Iterator[None]:
     """Name a combination's settings, if there are any, in what goes wrong in the block."""
     try:
         yield
