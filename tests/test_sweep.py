@@ -16,6 +16,7 @@ from test_runs import content
 import util
 from tokenflow.config import ControlNetConfig, PnPConfig, SDEditConfig
 from tokenflow.config_sweep import SHARED, combine, differences, label, parse_sweep
+from tokenflow.diffusion.checkpoint import Checkpoint
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing import edit as editing
 from tokenflow.editing.shared import Shared
@@ -143,7 +144,7 @@ def test_each_edit_is_as_if_made_alone(
     def counted(of, make):
         return lambda *args, **options: made.append(of) or make(*args, **options)
 
-    monkeypatch.setattr(editing, "load", counted("checkpoint", editing.load))
+    monkeypatch.setattr(Checkpoint, "load", counted("checkpoint", Checkpoint.load))
     monkeypatch.setattr(editing, "find_motion", counted("motion", editing.find_motion))
     (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep))
     out = "_".join([technique, *sweep])
@@ -274,7 +275,7 @@ def test_mistakes_are_found_before_anything_is_loaded(work, monkeypatch, sweep, 
     def loads(*args, **options):
         raise AssertionError("it is too late")
 
-    monkeypatch.setattr(editing, "load", loads)
+    monkeypatch.setattr(Checkpoint, "load", loads)
     (folder / "wrong.yaml").write_text(yaml.safe_dump(sweep))
     flags = [*without(flags, *sweep), "--config_path", "wrong.yaml", "--output_path", "refused"]
     refusal(run("run_tokenflow_pnp.py", *flags, cwd=folder), *words)
