@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
-from tokenflow.diffusion.layouts import layout_of
+from tokenflow.diffusion.layouts import find_layout
 from tokenflow.propagation.cache import BlendedRows, KeyframeCache
 from tokenflow.propagation.correspondences import FlowCorrespondences, find_correspondences
 
@@ -342,7 +342,7 @@ def install_tokenflow(
     its streams concatenated: (streams x n, 4, h, w). Raises the errors of `replace_self_attentions`.
     """
     tokenflow = TokenFlow(propagated, finds_correspondences)
-    injected = layout_of(unet.config).injected_attention
+    injected = find_layout(unet.config).injected_attention
 
     def make_processor(name: str) -> TokenFlowAttention:
         return TokenFlowAttention(tokenflow, name, bool(injected.match(name)))
@@ -359,13 +359,13 @@ def replace_self_attentions(
 ) -> Iterator[None]:
     """Replace the processor of every self-attention and hook into the injected residual block.
 
-    Raises ValueError if the UNet is of no known layout, and RuntimeError if TokenFlow is already installed
+    Raises UserError if the UNet is of no known layout, and RuntimeError if TokenFlow is already installed
     or, in the next pass, if something else has replaced a processor. In every case the UNet is restored.
     """
     before = dict(unet.attn_processors)
     if any(isinstance(processor, LayerProcessor) for processor in before.values()):
         raise RuntimeError("TokenFlow is already installed in this UNet")
-    block, resnet = layout_of(unet.config).injected_resnet
+    block, resnet = find_layout(unet.config).injected_resnet
     names = [name for name in before if name.endswith(".attn1.processor")]
     ours = {name: make_processor(name) for name in names}
     layers = [unet.get_submodule(name.removesuffix(".processor")) for name in names]

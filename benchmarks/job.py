@@ -14,7 +14,7 @@ import torch
 from benchmarks.clips import Clip
 from shapes.controlnet import CANNY_THRESHOLDS
 from tokenflow.config import ControlNetConfig, PnPConfig, SDEditConfig
-from tokenflow.control.detectors import canny
+from tokenflow.control.detectors import detect_canny
 from tokenflow.diffusion.ddim import Schedule, invert, last, sample
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.checkpoint import EditCheckpoint
@@ -125,7 +125,7 @@ class Job:
 
     def edit_controlnet(self) -> np.ndarray:
         """Frames (N, H, W, 3) edited with a Canny ControlNet, on an inversion without it."""
-        edges = self.sd.to_images(canny(self.clip.frames, *CANNY_THRESHOLDS))
+        edges = self.sd.to_images(detect_canny(self.clip.frames, *CANNY_THRESHOLDS))
         config = ControlNetConfig(data_path="", prompt="unused")
         images = lambda frames: edges[None, frames]  # noqa: E731
         return self._edit(controlnet(config, self.schedule, self._source(), images))

@@ -11,7 +11,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 from tokenflow.diffusion.ddim import sample
-from tokenflow.diffusion.layouts import layout_of
+from tokenflow.diffusion.layouts import find_layout
 from tokenflow.editing.denoise import Denoiser, Edit
 from tokenflow_utils import (
     STREAMS,
@@ -94,7 +94,7 @@ class Published(Denoiser):
         timesteps, n_frames = edit.technique.schedule.timesteps, edit.source.n_frames
         self.interval, seed = edit.config.interval, edit.config.seed
         self.keyframes = KeyframeSchedule(n_frames, self.interval, timesteps, seed).draw()
-        self.injected = layout_of(edit.sd.unet.config).injected_attention
+        self.injected = find_layout(edit.sd.unet.config).injected_attention
         self.chunk: int | None = None  # None: the joint edit
         self.inject_attention = self.inject_features = False
 

@@ -13,7 +13,7 @@ from test_cli import last_line, refusal, run, video_of
 import util
 from tokenflow.config import ControlNetConfig, PreprocessConfig
 from tokenflow.control import detectors
-from tokenflow.control.conditions import Conditions
+from tokenflow.control.control_images import ControlImages
 from tokenflow.diffusion.stable_diffusion import Control
 from tokenflow.errors import UserError
 from tokenflow.options import build
@@ -44,14 +44,13 @@ def test_two_controlnets_of_half_the_scale_are_one(sd):
     assert (noise(two, [images, others], [0.5, 0.5]) - one).abs().mean() > 1e-3
 
 
-def test_conditions_are_kept_frame_by_frame(tmp_path, clip_frames):
+def test_control_images_are_kept_frame_by_frame(tmp_path, clip_frames):
     """Canny edges, the frames themselves and a user's own, in the order that was asked for."""
     controls = {"control": ["path", "canny", "tile"], "controlnet": ["a", "b", "c"]}
     config = config_of(control_path=str(tmp_path), **controls)
-    kept = Conditions(tmp_path, 3)
-    sources = (partial(iter, clip_frames), partial(iter, 255 - clip_frames))
-    kept.write(7, list(detectors.found(config, *sources, CPU)))
-    edges = detectors.canny(clip_frames, 100, 200)
+    kept = ControlImages(tmp_path, 3)
+    kept.find(config, partial(iter, clip_frames), partial(iter, 255 - clip_frames), 7, CPU)
+    edges = np.stack([detectors.detect_canny(frame, 100, 200) for frame in clip_frames])
     expected = np.stack([255 - clip_frames, edges, clip_frames])
     wanted = torch.tensor([4, 0, 6])
     assert np.array_equal(kept[wanted], expected[:, wanted])

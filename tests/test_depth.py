@@ -56,12 +56,12 @@ def model(depth_checkpoint):
 
 def test_depth_is_relative_to_the_whole_video(model, clip_frames):
     frames = [clip_frames[0], clip_frames[0] // 2, clip_frames[5]]
-    depth = np.stack(list(model.of_video(partial(iter, frames), 8, 8)))
-    raw = np.stack([model(frame, 8, 8) for frame in frames])
+    depth = np.stack(list(model.scale(partial(iter, frames), 8, 8)))
+    raw = np.stack([model.estimate(frame, 8, 8) for frame in frames])
     scaled = 2 * (raw - raw.min()) / (raw.max() - raw.min()) - 1
     np.testing.assert_allclose(depth, scaled, atol=1e-5)
     assert depth.shape == (3, 8, 8) and depth.min() == -1 and depth.max() == pytest.approx(1)
-    pictures = np.stack(list(model.pictures(partial(iter, frames))))
+    pictures = np.stack(list(model.draw(partial(iter, frames))))
     assert pictures.shape == (3, 64, 64, 3) and pictures.dtype == np.uint8
     assert pictures.min() == 0 and pictures.max() == 255
 

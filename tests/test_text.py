@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tokenflow.diffusion.stable_diffusion import words_cut
+from tokenflow.diffusion.stable_diffusion import find_cut_words
 from tokenflow.errors import UserError
 
 
@@ -15,8 +15,8 @@ def test_a_long_prompt_is_cut_and_says_where(sd, caplog):
     """What remains is encoded as if nothing followed it, and what is lost is named as it was written."""
     length = sd.tokenizer.model_max_length
     kept = " ".join(["red"] * (length - 2))  # one token a word, and two that begin and end a text
-    assert words_cut(sd.tokenizer, kept) == words_cut(sd.tokenizer, "") == ""
-    assert words_cut(sd.tokenizer, f"{kept} Blue circle, 'É'") == "Blue circle, 'É'"
+    assert find_cut_words(sd.tokenizer, kept) == find_cut_words(sd.tokenizer, "") == ""
+    assert find_cut_words(sd.tokenizer, f"{kept} Blue circle, 'É'") == "Blue circle, 'É'"
     with caplog.at_level(logging.WARNING, "tokenflow"):
         whole = sd.encode_text(kept)
         assert not caplog.records

@@ -18,6 +18,7 @@ from tokenflow.editing.denoise import Edit, TokenFlowDenoiser
 from tokenflow.editing.source import Source
 from tokenflow.editing.techniques import Technique
 from tokenflow.editing.windows import anchors, joint_passes, seen_by_all, windows
+from tokenflow.errors import UserError
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles, bytes_needed
 from tokenflow.propagation.cache import BlendedRows, KeyframeCache
@@ -317,7 +318,7 @@ def test_unet_is_restored(sd, video):
 
 def test_refuses_other_networks(sd):
     with (
-        pytest.raises(ValueError, match="up_block_types is None"),
+        pytest.raises(UserError, match="up_block_types is None"),
         install_tokenflow(sd.controlnet.nets[0]),
     ):
         pass

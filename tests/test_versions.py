@@ -19,7 +19,7 @@ import util
 from shapes.versions import CONFIGURATIONS, build_narrow, build_on_meta
 from tokenflow.diffusion.checkpoint import Checkpoint
 from tokenflow.diffusion.device import choose_device
-from tokenflow.diffusion.layouts import features_shape, tokens_by_layer
+from tokenflow.diffusion.layouts import count_tokens, features_shape
 from tokenflow.diffusion.lora import use_loras
 from tokenflow.errors import UserError
 from tokenflow_utils import JointEdit, install_tokenflow
@@ -90,7 +90,7 @@ def test_layers_of_the_real_configurations(version):
     expected, feature_shape = INJECTED["XL" if config.is_xl else "1 or 2"]
     assert {b: [seen[name] for name in names] for b, names in injected.items()} == expected
     assert features == [feature_shape] and features_shape(unet, shape) == feature_shape
-    assert {name: tokens for name, (tokens, _) in seen.items()} == tokens_by_layer(unet, shape)
+    assert {name: tokens for name, (tokens, _) in seen.items()} == count_tokens(unet, shape)
     assert len(layers) == (70 if config.is_xl else 16)
 
 

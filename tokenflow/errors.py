@@ -26,3 +26,8 @@ def is_text(value: str) -> bool:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a library says that the memory of the device ran out."""
     return any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def describe(error: Exception) -> str:
+    """The first line of what an error of a library says, or its kind if it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,6 +1,6 @@
-"""What is seen in a video's frames: Canny edges, soft edges and line art, which condition ControlNets.
+"""Detectors of control images: Canny edges, soft edges and line art of a video's frames.
 
-Frames are uint8 RGB (H, W, 3), and so is what is found of each. Networks are loaded when they are needed.
+Frames are uint8 RGB (H, W, 3), and so is what is detected. Networks are loaded when they are needed.
 """
 
 import importlib
@@ -33,39 +33,36 @@ def check_detectors(config: ControlConfig) -> None:
         )
 
 
-def found(
+def detect(
     config: ControlConfig,
     frames: Callable[[], Frames],
     own: Callable[[], Frames],
     device: torch.device,
 ) -> Iterator[Frames]:
-    """For each condition of the configuration, what is found of each frame.
+    """For each ControlNet of the configuration, the control image of each frame.
 
     frames, own: give the source's frames and those of control_path, of the same number and size, anew.
     """
     for control in config.control:
         if control == "canny":
-            thresholds = config.canny_low, config.canny_high
-            yield (canny(frame[None], *thresholds)[0] for frame in frames())
+            yield (detect_canny(frame, config.canny_low, config.canny_high) for frame in frames())
         elif control == "depth":
-            model = load_depth_model(config.depth_model or DEPTH_MODEL, device)
-            yield model.pictures(frames)
+            yield load_depth_model(config.depth_model or DEPTH_MODEL, device).draw(frames)
         elif control in AUX_DETECTORS:
-            yield found_by_aux(control, frames(), device)
+            yield detect_with_aux(control, frames(), device)
         else:
             yield frames() if control == "tile" else own()
 
 
-def canny(frames: np.ndarray, low: int, high: int) -> np.ndarray:
-    """Canny edges of uint8 RGB frames (n, H, W, 3) as uint8 RGB (n, H, W, 3), white on black.
+def detect_canny(frame: np.ndarray, low: int, high: int) -> np.ndarray:
+    """Canny edges of a uint8 RGB frame (H, W, 3) as uint8 RGB (H, W, 3), white on black.
 
     `low` and `high` are the hysteresis thresholds on the gradient, in grey levels.
     """
-    edges = np.stack([cv2.Canny(frame, low, high) for frame in frames])
-    return np.repeat(edges[..., None], 3, axis=-1)
+    return np.repeat(cv2.Canny(frame, low, high)[..., None], 3, axis=-1)
 
 
-def found_by_aux(control: str, frames: Frames, device: torch.device) -> Iterator[np.ndarray]:
+def detect_with_aux(control: str, frames: Frames, device: torch.device) -> Iterator[np.ndarray]:
     """Soft edges or line art of frames, white on black, found with the package controlnet_aux."""
     kind = getattr(importlib.import_module("controlnet_aux"), AUX_DETECTORS[control])
     try:
@@ -76,7 +73,7 @@ def found_by_aux(control: str, frames: Frames, device: torch.device) -> Iterator
             "downloaded; check the network"
         ) from error
     for frame in frames:
-        size = min(frame.shape[:2])  # of the frame itself, so that nothing is scaled
-        edges = detector(frame, detect_resolution=size, image_resolution=size, output_type="np")
         height, width = frame.shape[:2]
+        size = min(height, width)  # of the frame itself, so that nothing is scaled
+        edges = detector(frame, detect_resolution=size, image_resolution=size, output_type="np")
         yield cv2.resize(edges, (width, height), interpolation=cv2.INTER_LINEAR)

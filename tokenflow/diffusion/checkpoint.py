@@ -1,22 +1,21 @@
 """A checkpoint of Stable Diffusion: found once, and loaded onto a device in a precision that suits it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from accelerate import cpu_offload_with_hook
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from diffusers.configuration_utils import ConfigMixin
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from tokenflow.diffusion.controlnets import check_controlnets, use_controlnets
 from tokenflow.diffusion.ddim import PREDICTION_TYPES, Schedule
-from tokenflow.diffusion.layouts import Layout, layout_of
+from tokenflow.diffusion.layouts import Layout, find_layout
 from tokenflow.diffusion.parts import load_config, load_network, load_part
 from tokenflow.diffusion.single_file import SingleFile
-from tokenflow.diffusion.stable_diffusion import SIZES_OF_XL, StableDiffusion
+from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.errors import UserError
 from util import fingerprint
 
@@ -24,12 +23,6 @@ CHANNELS = (4, 5)  # of the latents, and of those with a depth map
 SMALLEST_SIDE = 512  # pixels; the depth version's configuration says less than it was trained on
 GRAPHS = 64  # compiled from one function, at most
 BYTE_TOKENS = 512  # CLIP's smallest vocabulary: each byte within a word and at its end
-
-
-class PipelineIndex(ConfigMixin):
-    """What a checkpoint says of its parts together, without importing diffusers' pipelines."""
-
-    config_name = "model_index.json"
 
 
 @dataclass(frozen=True)
@@ -58,13 +51,10 @@ class Checkpoint:
         file = SingleFile.find(model_id, version)
         where = file.configuration if file else model_id
         unet = load_config(UNet2DConditionModel, where, "unet", "block_out_channels")
-        try:
-            layout = layout_of(unet)
-        except ValueError as error:
-            raise UserError(f"{model_id}: {error}") from error
+        layout = find_layout(unet)
         if (channels := unet.get("in_channels")) not in CHANNELS:
             raise UserError(
-                f"{model_id}: its UNet takes {channels} channels, not {' or '.join(map(str, CHANNELS))}; "
+                f"model: {model_id}: its UNet takes {channels} channels, not 4, or 5 with depth; "
                 "checkpoints for inpainting and upscaling cannot be used"
             )
         return cls(
@@ -73,7 +63,7 @@ class Checkpoint:
             unet_config=unet,
             vae_config=load_config(AutoencoderKL, where, "vae", "block_out_channels"),
             layout=layout,
-            scheduler=load_scheduler(model_id, where),
+            scheduler=_load_scheduler(model_id, where),
             file=file,
         )
 
@@ -103,7 +93,7 @@ class Checkpoint:
         sides = size if isinstance(size, list) else [size]
         if not all(isinstance(side, int) for side in sides):
             raise UserError(
-                f"{self.model_id}: the sample_size of its UNet is {size}, no whole number; use --H and --W"
+                f"model: {self.model_id}: the sample_size of its UNet is {size}, no number; use --H and --W"
             )
         return max(SMALLEST_SIDE, *(side * 2**self._halvings_by_vae for side in sides))
 
@@ -136,26 +126,26 @@ class Checkpoint:
         compiled: the UNet is compiled, in its first passes. clip_skip: see `StableDiffusion`.
         """
         check_controlnets(controlnets)
-        second = {}
-        if self.is_xl:
-            second = {
-                "tokenizer_2": self._load_tokenizer("tokenizer_2"),
-                "text_encoder_2": self._load(CLIPTextModelWithProjection, "text_encoder_2", dtype),
-                "zero_if_empty": self._zero_if_empty,
-            }
         sd = StableDiffusion(
-            vae=self._load(AutoencoderKL, "vae", self._vae_dtype(dtype)),
+            vae=self._load_network(AutoencoderKL, "vae", self._vae_dtype(dtype)),
             tokenizer=self._load_tokenizer("tokenizer"),
-            text_encoder=self._load(CLIPTextModel, "text_encoder", dtype),
-            unet=self._load(UNet2DConditionModel, "unet", dtype),
+            text_encoder=self._load_network(CLIPTextModel, "text_encoder", dtype),
+            unet=self._load_network(UNet2DConditionModel, "unet", dtype),
             scheduler=self.scheduler,
             controlnet=None,
             device=device,
             dtype=dtype,
             clip_skip=clip_skip,
             compiled=compiled,
-            **second,
         )
+        if self.is_xl:
+            second = self._load_network(CLIPTextModelWithProjection, "text_encoder_2", dtype)
+            sd = replace(
+                sd,
+                tokenizer_2=self._load_tokenizer("tokenizer_2"),
+                text_encoder_2=second,
+                zero_if_empty=self._zero_if_empty,
+            )
         _check_parts(sd, self.model_id)
         networks = [part for part in (sd.vae, sd.text_encoder, sd.text_encoder_2, sd.unet) if part]
         if cpu_offload:
@@ -174,7 +164,7 @@ class Checkpoint:
             sd.unet.compile()
         return use_controlnets(sd, controlnets)
 
-    def _load(self, cls: type, subfolder: str, dtype: torch.dtype) -> torch.nn.Module:
+    def _load_network(self, cls: type, subfolder: str, dtype: torch.dtype) -> torch.nn.Module:
         if self.file:
             return self.file.load_network(cls, subfolder, dtype)
         return load_network(cls, self.model_id, subfolder, dtype)
@@ -192,15 +182,15 @@ class Checkpoint:
     def _zero_if_empty(self) -> bool:
         """Whether XL's empty prompt is embedded as zeros: it was trained so, and diffusers assumes it."""
         where = self.configuration
-        if Path(where).is_dir() and not (Path(where) / PipelineIndex.config_name).exists():
+        if Path(where).is_dir() and not (Path(where) / DiffusionPipeline.config_name).exists():
             return True
-        index = load_part(PipelineIndex.load_config, where, "")
+        index = load_part(DiffusionPipeline.load_config, where, "")
         return bool(index.get("force_zeros_for_empty_prompt", True))
 
 
-def load_scheduler(model_id: str, where: str) -> DDIMScheduler:
-    """The noise schedule of the checkpoint that is described at `where`, with DDIM's steps."""
-    config = load_config(DDIMScheduler, where, "scheduler")
+def _load_scheduler(model_id: str, configuration: str) -> DDIMScheduler:
+    """The checkpoint's noise schedule, with the steps of DDIM. Raises UserError if it cannot be used."""
+    config = load_config(DDIMScheduler, configuration, "scheduler")
     try:
         scheduler = DDIMScheduler.from_config(config)
         Schedule.of(scheduler, 1)  # checks most of the configuration
@@ -217,23 +207,23 @@ def load_scheduler(model_id: str, where: str) -> DDIMScheduler:
 
 def _check_parts(sd: StableDiffusion, model_id: str) -> None:
     """Raise UserError for parts that do not fit each other."""
-    unet = sd.unet.config
-    texts = [(sd.tokenizer, sd.text_encoder.config)]
+    unet, texts = sd.unet.config, {sd.tokenizer: sd.text_encoder.config}
     if sd.text_encoder_2:
-        texts.append((sd.tokenizer_2, sd.text_encoder_2.config))
-        pooled, takes = texts[1][1].projection_dim, sd.unet.add_embedding.linear_1.in_features
-        if pooled + SIZES_OF_XL * unet.addition_time_embed_dim != takes:
+        texts[sd.tokenizer_2] = sd.text_encoder_2.config
+    width = sum(text.hidden_size for text in texts.values())
+    sizes = {"a width of its text encoder": (width, unet.cross_attention_dim)}
+    if sd.text_encoder_2:
+        # Beside the embedding of the prompt, the UNet takes six sizes and places.
+        pooled = sd.text_encoder_2.config.projection_dim + 6 * unet.addition_time_embed_dim
+        takes = sd.unet.add_embedding.linear_1.in_features
+        sizes["an embedding by its second text encoder"] = pooled, takes
+    for what, (size, expected) in sizes.items():
+        if size != expected:
             raise UserError(
-                f"model: {model_id}: its second text encoder's embedding of {pooled} does not fit its UNet; "
-                "they belong to different checkpoints"
+                f"model: {model_id}: {what} of {size} does not fit its UNet, which takes {expected}; they "
+                "belong to different checkpoints"
             )
-    width = sum(text.hidden_size for _, text in texts)
-    if width != unet.cross_attention_dim:
-        raise UserError(
-            f"model: {model_id}: its text encoder's width is {width}, "
-            f"but its UNet takes {unet.cross_attention_dim}; they belong to different checkpoints"
-        )
-    for tokenizer, text in texts:
+    for tokenizer, text in texts.items():
         length = tokenizer.model_max_length
         if length > text.max_position_embeddings or len(tokenizer) > text.vocab_size:
             raise UserError(

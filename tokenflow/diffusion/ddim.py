@@ -73,12 +73,12 @@ def ddim_step(
     """
     if alpha_to == 0:
         return (latents + math.sqrt(alpha_from) * noise) / math.sqrt(1 - alpha_from)
-    clean = predicted_clean(latents, noise, alpha_from)
+    clean = predict_x0(latents, noise, alpha_from)
     noise = latents if alpha_from == 0 else noise
     return math.sqrt(alpha_to) * clean + math.sqrt(1 - alpha_to) * noise
 
 
-def predicted_clean(latents: torch.Tensor, noise: torch.Tensor, alpha: float) -> torch.Tensor:
+def predict_x0(latents: torch.Tensor, noise: torch.Tensor, alpha: float) -> torch.Tensor:
     """The clean latents that latents of a noise level consist of, besides their noise (equation 9)."""
     if alpha == 0:  # see `ddim_step`
         return -noise

@@ -19,6 +19,8 @@ from typing import Any
 
 from diffusers import UNet2DConditionModel
 
+from tokenflow.errors import UserError
+
 LEVEL = re.compile(r"(down|up)_blocks\.(\d)|mid_block")
 
 
@@ -36,11 +38,11 @@ class Layout:
     injected_attention: re.Pattern
     injected_resnet: tuple[int, int]
 
-    def mismatch(self, config: Mapping[str, Any]) -> str:
+    def find_mismatch(self, config: Mapping[str, Any]) -> str:
         """In which key a UNet's configuration is not of this layout; empty if it is."""
         for key, expected in self.required.items():
-            if (found := as_json(config.get(key))) != expected:
-                return f"{key} is {found}, not {expected}"
+            if (value := as_json(config.get(key))) != expected:
+                return f"{key} is {value}, not {expected}"
         return ""
 
 
@@ -72,19 +74,21 @@ LAYOUTS = (
 )
 
 
-def layout_of(config: Mapping[str, Any]) -> Layout:
-    """The layout of a UNet with this configuration. Raises ValueError, which says why it is none of them."""
-    mismatches = {layout.name: layout.mismatch(config) for layout in LAYOUTS}
+def find_layout(config: Mapping[str, Any]) -> Layout:
+    """The layout of a UNet with this configuration. Raises UserError, which says why it is none of them."""
     for layout in LAYOUTS:
-        if not mismatches[layout.name]:
+        if not layout.find_mismatch(config):
             return layout
     levels = len(config.get("down_block_types") or ())
-    nearest = LAYOUTS[1] if levels == len(LAYOUTS[1].required["down_block_types"]) else LAYOUTS[0]
+    by_levels = {len(layout.required["down_block_types"]): layout for layout in LAYOUTS}
+    nearest = by_levels.get(levels, LAYOUTS[0])
     names = ", ".join(layout.name for layout in LAYOUTS)
-    raise ValueError(f"its layout is none of {names}: {mismatches[nearest.name]}")
+    raise UserError(
+        f"model: the layout of its UNet is none of {names}: {nearest.find_mismatch(config)}"
+    )
 
 
-def tokens_by_layer(unet: UNet2DConditionModel, latent_shape: tuple[int, ...]) -> dict[str, int]:
+def count_tokens(unet: UNet2DConditionModel, latent_shape: tuple[int, ...]) -> dict[str, int]:
     """The number of a frame's tokens in each self-attention, by name, for latents (N, 4, h, w)."""
     height, width = latent_shape[-2:]
     lowest, tokens = _lowest_level(unet), {}
@@ -98,7 +102,7 @@ def tokens_by_layer(unet: UNet2DConditionModel, latent_shape: tuple[int, ...]) -
 
 def features_shape(unet: UNet2DConditionModel, latent_shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape (c, h, w) of what Plug-and-Play injects into a frame, for latents (N, 4, h, w)."""
-    block, _ = layout_of(unet.config).injected_resnet
+    block, _ = find_layout(unet.config).injected_resnet
     level = _lowest_level(unet) - block
     channels = unet.config.block_out_channels[level]
     return channels, latent_shape[-2] // 2**level, latent_shape[-1] // 2**level

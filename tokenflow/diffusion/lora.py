@@ -3,7 +3,8 @@
 Reading, converting (kohya's format to diffusers') and adding them is the work of diffusers and peft.
 """
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.loaders import StableDiffusionLoraLoaderMixin as Loader
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.utils import recurse_remove_peft_layers, set_weights_and_activate_adapters
+from huggingface_hub import hf_hub_download, model_info
 from torch import nn
 
-from tokenflow.diffusion.parts import on_hub
+from tokenflow.diffusion.parts import find_folder, on_hub
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
-from tokenflow.errors import UserError
+from tokenflow.errors import UserError, describe
 from util import fingerprint
+
+OTHER_FILES = ("scheduler", "optimizer", "checkpoint")  # in the names of what is no LoRA
 
 
 def use_loras(
@@ -51,70 +55,81 @@ def check_loras(loras: Sequence[str], unet_config: Mapping[str, Any]) -> None:
 
 
 def lora_identity(lora: str) -> str:
-    """What tells LoRAs apart: the fingerprint of the first file, or a hub id."""
-    path = Path(lora)
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    return fingerprint(files[0]) if files and files[0].is_file() else lora
+    """What tells LoRAs apart: the fingerprint of the file."""
+    return fingerprint(find_lora(lora))
+
+
+def find_lora(lora: str) -> Path:
+    """The file of a LoRA: itself, or that of a folder or of the hub's repository.
+
+    Of several, diffusers would take whichever the disk lists first; here it is the first by name.
+    Raises UserError if there is none.
+    """
+    if os.path.isfile(lora):
+        return Path(lora)
+    folder = find_folder(lora)
+    if folder and (name := _choose(os.listdir(folder))):
+        return folder / name
+    if on_hub(lora) and (name := _choose(file.rfilename for file in model_info(lora).siblings)):
+        return Path(hf_hub_download(lora, name))
+    if os.path.isdir(lora):
+        raise UserError(f"lora: {lora} holds no LoRA in a .safetensors file")
+    raise UserError(
+        f"lora: {lora} is neither a file nor a folder, and cannot be downloaded; check the path, or the id "
+        "and the network"
+    )
+
+
+def _choose(names: Iterable[str]) -> str | None:
+    """Which of the files in a repository is the LoRA, as diffusers sees it; None if none is."""
+    files = sorted(
+        name
+        for name in names
+        if name.endswith(".safetensors") and not any(part in name for part in OTHER_FILES)
+    )
+    named = [name for name in files if name.endswith(LORA_WEIGHT_NAME_SAFE)]
+    return next(iter(named + files), None)
 
 
 def _add(networks: Mapping[str, nn.Module], name: str, lora: str) -> None:
     """Add a LoRA to the `networks`, which its keys name, as the adapter `name`."""
     tensors, alphas, metadata = _read(lora, networks["unet"].config)
     options = {"network_alphas": alphas, "adapter_name": name, "metadata": metadata}
-    of = {part: [key for key in tensors if key.startswith(f"{part}.")] for part in networks}
+    by_part = {part: [k for k in tensors if k.startswith(f"{part}.")] for part in networks}
     try:
-        for part, network in networks.items():
-            if not of[part]:
-                continue
+        for part in (part for part, keys in by_part.items() if keys):
             if part == "unet":
-                network.load_lora_adapter(tensors, prefix=part, **options)
+                networks[part].load_lora_adapter(tensors, prefix=part, **options)
             else:
-                Loader.load_lora_into_text_encoder(
-                    tensors, text_encoder=network, prefix=part, **options
-                )
+                load = Loader.load_lora_into_text_encoder
+                load(tensors, text_encoder=networks[part], prefix=part, **options)
     except Exception as error:  # peft and torch each report a misfit in their own way
-        reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"lora: {lora} does not fit the model, and may be for another version: {reason}"
+            f"lora: {lora} does not fit the model, and may be for another version: {describe(error)}"
         ) from error
     # Layers that a network does not have are left out in silence, so what was added is counted.
-    added = sum(
-        f".{name}." in parameter
-        for network in networks.values()
-        for parameter, _ in network.named_parameters()
-    )
-    if added < len(tensors):
-        known = {key for keys in of.values() for key in keys}
+    parameters = (name for network in networks.values() for name, _ in network.named_parameters())
+    n_missing = len(tensors) - sum(f".{name}." in parameter for parameter in parameters)
+    if n_missing > 0:
+        known = {key for keys in by_part.values() for key in keys}
         example = next((key for key in tensors if key not in known), next(iter(tensors)))
         raise UserError(
             f"lora: {lora} does not fit the model: of its {len(tensors)} tensors, such as {example}, "
-            f"{len(tensors) - added} belong to none of its layers; use one for this version"
+            f"{n_missing} belong to none of its layers; use one for this version"
         )
 
 
 def _read(
-    lora: str, unet: Mapping[str, Any]
+    lora: str, unet_config: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any] | None]:
     """The tensors of a LoRA in diffusers' format, with their alphas and metadata, if there are any.
 
-    unet: the UNet's configuration, by which diffusers understands the original names of XL's layers.
+    unet_config: by which diffusers understands the original names of XL's layers.
     """
-    exists = Path(lora).exists()
-    # A hub id in the cache needs the file's name; it is almost always this.
-    attempts = [
-        {"local_files_only": True, "weight_name": None if exists else LORA_WEIGHT_NAME_SAFE}
-    ]
-    attempts += [{}] if not exists and on_hub(lora) else []
-    for where in attempts:
-        try:
-            options = {"use_safetensors": True, "return_lora_metadata": True, "unet_config": unet}
-            return Loader.lora_state_dict(lora, **options, **where)
-        except Exception as error:  # each way to fail has its own
-            failure = error
-    if exists:
-        reason = str(failure).strip().partition("\n")[0]
-        raise UserError(f"lora: {lora} is no LoRA in a .safetensors file: {reason}") from failure
-    raise UserError(
-        f"lora: {lora} is neither a file nor a folder, and cannot be downloaded; check the path, or the id "
-        "and the network"
-    ) from failure
+    options = {"use_safetensors": True, "return_lora_metadata": True, "local_files_only": True}
+    path = find_lora(lora)
+    try:
+        return Loader.lora_state_dict(str(path), unet_config=unet_config, **options)
+    except Exception as error:  # each way to fail has its own
+        reason = describe(error)
+        raise UserError(f"lora: {path} is no LoRA in a .safetensors file: {reason}") from error

@@ -1,4 +1,4 @@
-"""A checkpoint's parts: configurations and weights, from a folder in diffusers layout or from the hub."""
+"""A checkpoint's parts: configurations and networks, from a folder in diffusers layout or from the hub."""
 
 import functools
 import json
@@ -6,18 +6,16 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import transformers
-from huggingface_hub import constants, model_info, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import constants, model_info, snapshot_download
 from safetensors import safe_open
 
-from tokenflow.errors import UserError
+from tokenflow.errors import UserError, describe
 
 HUB_TIMEOUT = 10  # seconds
 
@@ -35,7 +33,7 @@ def load_config(cls: type, model_id: str, subfolder: str | None, *lists: str) ->
     config = load_part(cls.load_config, model_id, subfolder)
     if not (isinstance(config, dict) and all(isinstance(config.get(key), list) for key in lists)):
         raise UserError(
-            f"{option_of(subfolder)}: {model_id}: the configuration of its {subfolder or 'network'} is "
+            f"{_option_of(subfolder)}: {model_id}: the configuration of its {subfolder or 'network'} is "
             "broken; copy or download it again"
         )
     return config
@@ -44,15 +42,13 @@ def load_config(cls: type, model_id: str, subfolder: str | None, *lists: str) ->
 def load_network(
     cls: type, model_id: str, subfolder: str | None, dtype: torch.dtype
 ) -> torch.nn.Module:
-    """A network, ready to run, from the variant nearest to `dtype`: not every repository has both variants.
-
-    Raises UserError if it cannot be read, or its weights lack some.
-    """
-    half = dtype != torch.float32
-    variants = [{"variant": variant} for variant in (("fp16", None) if half else (None, "fp16"))]
+    """A network, ready to run, from the variant nearest to `dtype`; not every repository has both."""
+    variants = (None, "fp16") if dtype == torch.float32 else ("fp16", None)
     key = "dtype" if issubclass(cls, transformers.PreTrainedModel) else "torch_dtype"
-    network = load_part(cls.from_pretrained, model_id, subfolder, variants, **{key: dtype})
-    return check_whole(network, model_id, subfolder)
+    options = [{key: dtype, "variant": variant} for variant in variants]
+    return check_whole(
+        load_part(cls.from_pretrained, model_id, subfolder, options), model_id, subfolder
+    )
 
 
 def check_whole(network: torch.nn.Module, model_id: str, subfolder: str | None) -> torch.nn.Module:
@@ -60,7 +56,7 @@ def check_whole(network: torch.nn.Module, model_id: str, subfolder: str | None) 
     for name, parameter in network.named_parameters():
         if parameter.is_meta:
             raise UserError(
-                f"{option_of(subfolder)}: {model_id} is no {type(network).__name__}: its weights lack {name}"
+                f"{_option_of(subfolder)}: {model_id} is no {type(network).__name__}: its weights lack {name}"
             )
     return network.eval()
 
@@ -69,24 +65,25 @@ def load_part(
     get: Callable[..., Any],
     model_id: str,
     subfolder: str | None,
-    variants: Sequence[dict[str, Any]] = ({},),
+    attempts: Sequence[dict[str, Any]] = ({},),
     option: str | None = None,
-    **options: Any,
 ) -> Any:
     """Call `get` on a checkpoint's part: first on what is on disk, then, if that fails, on the hub.
 
-    option: the one that named it, if that is neither the model nor a ControlNet.
+    attempts: options of `get`, of which the first that work are taken. option: the one that named the
+    checkpoint, if that is neither the model nor a ControlNet. Raises UserError, which names a broken file.
     """
-    for local_only in (True, False):
-        if not local_only and not on_hub(model_id):
+    for is_local in (True, False):
+        if not is_local and not on_hub(model_id):
             break
-        for variant in variants:
-            where = {"subfolder": subfolder or "", "local_files_only": local_only}
-            part, failure = _attempt(get, model_id, **where, **variant, **options)
+        where = {"subfolder": subfolder or "", "local_files_only": is_local}
+        for options in attempts:
+            part, failure = _attempt(get, model_id, **where, **options)
             if failure is None:
                 return part
-    option = option or option_of(subfolder)
-    _refuse_broken(option, _local_folder(model_id, subfolder or ""), failure)
+    option = option or _option_of(subfolder)
+    if folder := find_folder(model_id):
+        _refuse_broken(option, folder / (subfolder or ""), failure)
     part = f" (its {subfolder})" if subfolder else ""
     if os.path.isdir(model_id):
         raise UserError(f"{option}: the folder {model_id} holds no such checkpoint{part}")
@@ -99,7 +96,7 @@ def load_part(
 def _attempt(
     get: Callable[..., Any], model_id: str, **options: Any
 ) -> tuple[Any, Exception | None]:
-    """What `get` returns, and the error it raises instead.
+    """What `get` returns, and the error that it raises instead.
 
     Whoever stores an error in the call that caught it keeps that call's frame alive, and with it the
     callers' networks, until the garbage collector finds the circle.
@@ -112,39 +109,34 @@ def _attempt(
         return None, error
 
 
-def option_of(subfolder: str | None) -> str:
+def _option_of(subfolder: str | None) -> str:
     """The option that names a part's checkpoint: only a ControlNet is not in a subfolder."""
     return "controlnet" if subfolder is None else "model"
 
 
-def _local_folder(model_id: str, subfolder: str) -> Path:
-    """The folder that holds a checkpoint's part, or would hold it."""
-    if os.path.isdir(model_id):
-        return Path(model_id) / subfolder
-    for name in ("config.json", "scheduler_config.json", "tokenizer_config.json"):
-        with suppress(HFValidationError):  # not a valid name of a model
-            cached = try_to_load_from_cache(model_id, f"{subfolder}/{name}".lstrip("/"))
-            if isinstance(cached, str):
-                return Path(cached).parent
-    return Path(constants.HF_HUB_CACHE) / model_id / subfolder
+def find_folder(model_id: str) -> Path | None:
+    """The folder of a checkpoint on disk: itself, or what the hub's cache holds of it, if it holds any."""
+    if os.path.isdir(model_id):  # unlike Path.is_dir, takes a name that is too long
+        return Path(model_id)
+    try:
+        return Path(snapshot_download(model_id, local_files_only=True))
+    except (ValueError, OSError):  # not a valid id, or nothing is there
+        return None
 
 
 def _refuse_broken(option: str, folder: Path, failure: Exception) -> None:
     """Raise UserError if `folder` holds a part of a checkpoint that cannot be read."""
-    if not os.path.isdir(folder):  # unlike Path.is_dir, takes a name that is too long
-        return
     files = sorted(path for path in folder.glob("*") if path.is_file())
     for path in files:
-        if reason := _broken(path):
+        if reason := _find_damage(path):
             raise UserError(
                 f"{option}: {path} is broken: {reason}; copy or download the checkpoint again"
             ) from failure
     if any(path.suffix in (".safetensors", ".bin") for path in files):
-        reason = str(failure).strip().partition("\n")[0]
-        raise UserError(f"{option}: {folder} cannot be loaded: {reason}") from failure
+        raise UserError(f"{option}: {folder} cannot be loaded: {describe(failure)}") from failure
 
 
-def _broken(path: Path) -> str:
+def _find_damage(path: Path) -> str:
     """Why a file of a checkpoint cannot be read; empty if it can."""
     try:
         if path.stat().st_size == 0:
@@ -157,7 +149,7 @@ def _broken(path: Path) -> str:
         elif path.suffix == ".bin":
             torch.load(path, map_location="meta", weights_only=True)
     except Exception as error:  # each format fails in its own way
-        return str(error).strip().partition("\n")[0] or type(error).__name__
+        return describe(error)
     return ""
 
 

@@ -11,9 +11,9 @@ import pickle
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import (
     create_diffusers_clip_model_from_ldm,
     infer_diffusers_model_type,
@@ -21,9 +21,9 @@ from diffusers.loaders.single_file_utils import (
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from tokenflow.diffusion.parts import check_whole, load_config, load_part
+from tokenflow.diffusion.parts import check_whole, find_folder, load_part, on_hub
 from tokenflow.diffusion.versions import VERSIONS
-from tokenflow.errors import UserError
+from tokenflow.errors import UserError, describe
 
 SUFFIXES = (".safetensors", ".ckpt")
 # How the names of a network's weights begin.
@@ -51,7 +51,7 @@ class SingleFile:
     weights: Weights
 
     @classmethod
-    def find(cls, model_id: str, version: str | None = None) -> "SingleFile | None":
+    def find(cls, model_id: str, version: str | None = None) -> Self | None:
         """The single file that `model_id` names; None if it names no file.
 
         version: of the versions that have the same weights' layout, the one whose configuration is taken if
@@ -62,21 +62,20 @@ class SingleFile:
             return None
         if not path.is_file():
             raise UserError(f"model: {path}: no such file")
-        weights = read_weights(path)
-        known = _versions_of(path, weights)
+        weights = _read_weights(path)
+        versions = _find_versions(path, weights)
         for folder in (path.with_suffix(""), path.parent):
             if (folder / "unet" / "config.json").is_file():
                 return cls(path, str(folder), weights)
-        name = version if version in known else known[0]
-        try:
-            load_config(UNet2DConditionModel, VERSIONS[name].model, "unet", "block_out_channels")
-        except UserError as error:
+        name = version if version in versions else versions[0]
+        configuration = VERSIONS[name].model
+        if not (find_folder(configuration) or on_hub(configuration)):
             raise UserError(
                 f"model: {path} holds weights alone, and the configuration of version {name}, "
-                f"{VERSIONS[name].model}, is neither on disk nor can be downloaded; put a folder of it in "
+                f"{configuration}, is neither on disk nor can be downloaded; put a folder of it in "
                 f"diffusers layout beside the file, named {path.stem}"
-            ) from error
-        return cls(path, VERSIONS[name].model, weights)
+            )
+        return cls(path, configuration, weights)
 
     @property
     def identity(self) -> str:
@@ -95,8 +94,8 @@ class SingleFile:
         if not any(name.startswith(PREFIXES[subfolder]) for name in self.weights):
             raise UserError(f"model: {self.path} holds no weights of a {subfolder}")
         is_text_encoder = issubclass(cls, PreTrainedModel)
-        config = cls.config_class.from_pretrained if is_text_encoder else cls.load_config
-        load_part(config, self.configuration, subfolder)  # from now on it is on disk
+        read_config = cls.config_class.from_pretrained if is_text_encoder else cls.load_config
+        load_part(read_config, self.configuration, subfolder)  # from now on it is on disk
         where = {"config": self.configuration, "subfolder": subfolder, "local_files_only": True}
         try:
             if is_text_encoder:
@@ -108,9 +107,8 @@ class SingleFile:
         except MemoryError:
             raise
         except Exception as error:  # weights of another configuration fail in many ways
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            if isinstance(error, NotImplementedError):  # of moving what has no data
-                reason = "some weights are missing"
+            is_part = isinstance(error, NotImplementedError)  # of moving what has no data
+            reason = "some weights are missing" if is_part else describe(error)
             raise UserError(
                 f"model: {self.path}: its {subfolder} is not of the configuration "
                 f"{self.configuration}: {reason}"
@@ -118,13 +116,13 @@ class SingleFile:
         return check_whole(network, str(self.path), subfolder)
 
 
-def read_weights(path: Path) -> Weights:
-    """The weights in a file, by name; only those that are used are read from disk. Raises UserError."""
+def _read_weights(path: Path) -> Weights:
+    """The weights in a file, by name. Raises UserError."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        options = {"map_location": "cpu", "weights_only": True, "mmap": zipfile.is_zipfile(path)}
-        weights = torch.load(path, **options)
+        is_mapped = zipfile.is_zipfile(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
         while "state_dict" in weights:
             weights = weights["state_dict"]
         return weights
@@ -136,11 +134,11 @@ def read_weights(path: Path) -> Weights:
             "use a .safetensors file of the same checkpoint"
         ) from error
     except Exception as error:  # each format fails in its own way
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = describe(error)
         raise UserError(f"model: {path} is broken: {reason}; copy or download it again") from error
 
 
-def _versions_of(path: Path, weights: Weights) -> list[str]:
+def _find_versions(path: Path, weights: Weights) -> list[str]:
     """The names of the versions that have weights of this layout. Raises UserError if there are none."""
     if FIRST_LAYER not in weights:
         raise UserError(
@@ -148,10 +146,10 @@ def _versions_of(path: Path, weights: Weights) -> list[str]:
             "(a LoRA or a part of a checkpoint cannot stand for the whole)"
         )
     layout, channels = infer_diffusers_model_type(weights), weights[FIRST_LAYER].shape[1]
-    found = [n for n, v in VERSIONS.items() if (v.layout, v.channels) == (layout, channels)]
-    if not found:
+    names = [n for n, v in VERSIONS.items() if (v.layout, v.channels) == (layout, channels)]
+    if not names:
         raise UserError(
             f"model: {path} has the layout {layout} with {channels} channels, which is that of none of "
             f"{', '.join(VERSIONS)}"
         )
-    return found
+    return names

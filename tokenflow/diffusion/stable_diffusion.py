@@ -20,9 +20,6 @@ from tokenflow.runtime.transfer import to_device
 # Of several frames in one pass of the VAE, which works at full resolution and needs the most memory. A GPU
 # takes two thirds of the time for a frame of 512 x 512 if four pass together (H100).
 VAE_PIXELS, VAE_PIXELS_ON_CUDA = 1 << 16, 1 << 20
-SIZES_OF_XL = (
-    6  # numbers: height and width of the image, where it was cropped, height and width again
-)
 
 log = logging.getLogger("tokenflow")
 
@@ -51,21 +48,21 @@ class Text:
 
 @dataclass(frozen=True)
 class Control:
-    """What conditions m ControlNets: images (m, n, 3, H, W) in [0, 1] and factors (m, n)."""
+    """What m ControlNets are given: control images (m, n, 3, H, W) in [0, 1] and scales (m, n)."""
 
     images: torch.Tensor
     scales: torch.Tensor
 
     @classmethod
     def of(cls, images: torch.Tensor, scales: Sequence[float]) -> "Control":
-        """The condition of images (m, n, 3, H, W) with one factor for each ControlNet."""
+        """Control images (m, n, 3, H, W) with one scale for each ControlNet."""
         return cls(images, torch.tensor(scales)[:, None].repeat(1, images.shape[1]))
 
     @classmethod
     def cat(cls, controls: Sequence["Control"]) -> "Control":
-        """Concatenate the conditions of several batches."""
-        images, scales = zip(*((c.images, c.scales) for c in controls), strict=True)
-        return cls(torch.cat(images, dim=1), torch.cat(scales, dim=1))
+        """Concatenate what is given in several batches."""
+        images = torch.cat([control.images for control in controls], dim=1)
+        return cls(images, torch.cat([control.scales for control in controls], dim=1))
 
 
 @dataclass(frozen=True)
@@ -120,13 +117,19 @@ class StableDiffusion:
         """Whether each shape of a pass that was not seen before costs time to plan."""
         return self.compiled or self.device.type == "cuda"
 
+    @property
+    def takes_depth(self) -> bool:
+        """Whether the UNet takes the depth of each frame beside its latents."""
+        return self.unet.config.in_channels > self.vae.config.latent_channels
+
     @torch.no_grad()
     def encode_text(self, prompt: str) -> Text:
         """What the UNet is told of a prompt, cut or padded to the tokenizer's length; n is 1.
 
-        A prompt that is cut is logged, with the words that are lost.
+        A prompt that is cut is logged, with the words that are lost. It is what `encode_prompt` of diffusers'
+        pipelines gives, which fails for clip_skip with the CLIP of transformers 5.
         """
-        if cut := words_cut(self.tokenizer, prompt):
+        if cut := find_cut_words(self.tokenizer, prompt):
             log.warning(
                 "warning: the prompt is longer than %d tokens; this end of it is cut off: %r",
                 self.tokenizer.model_max_length,
@@ -136,17 +139,15 @@ class StableDiffusion:
         if self.text_encoder_2 is None:
             if not self.clip_skip:
                 return Text(first.last_hidden_state)
-            # As diffusers skips layers: the layer norm that follows the last layer follows an earlier one.
-            skipped_to = first.hidden_states[-(self.clip_skip + 1)]
-            return Text(self.text_encoder.final_layer_norm(skipped_to))
+            # The layer norm that follows the last layer follows an earlier one.
+            last_layer = first.hidden_states[-(self.clip_skip + 1)]
+            return Text(self.text_encoder.final_layer_norm(last_layer))
         # XL takes the last layer but one of both encoders (Podell et al., arXiv 2307.01952, section 2.1).
-        second, layer = (
-            self._encode(self.tokenizer_2, self.text_encoder_2, prompt),
-            self.clip_skip + 2,
-        )
-        tokens = torch.cat([encoded.hidden_states[-layer] for encoded in (first, second)], dim=-1)
-        is_zero = self.zero_if_empty and not prompt
-        return Text(tokens * (not is_zero), second.text_embeds * (not is_zero))
+        second = self._encode(self.tokenizer_2, self.text_encoder_2, prompt)
+        layer = -(self.clip_skip + 2)
+        tokens = torch.cat([first.hidden_states[layer], second.hidden_states[layer]], dim=-1)
+        is_told = bool(prompt) or not self.zero_if_empty
+        return Text(tokens * is_told, second.text_embeds * is_told)
 
     def _encode(self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, prompt: str) -> Any:
         length = tokenizer.model_max_length
@@ -159,39 +160,37 @@ class StableDiffusion:
     def encode_frames(self, frames: np.ndarray) -> torch.Tensor:
         """Latents (n, 4, h, w), fp32 on the CPU, of uint8 RGB frames (n, H, W, 3): posterior means."""
 
-        def encoded(batch: torch.Tensor) -> torch.Tensor:
+        def encode(batch: torch.Tensor) -> torch.Tensor:
             images = self.to_images(batch.numpy()).to(self.vae.dtype)
             posterior = self.vae.encode(2 * images - 1).latent_dist
             return posterior.mean.float().cpu() * self.vae.config.scaling_factor
 
-        size = vae_batch_size(math.prod(frames.shape[1:3]), self.device)
-        batches = Batches(size, limits=self.limits, kind="encoding")
-        return batches.map(encoded, torch.from_numpy(frames))
+        batches = self._vae_batches("encoding", math.prod(frames.shape[1:3]))
+        return batches.map(encode, torch.from_numpy(frames))
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor) -> np.ndarray:
         """Uint8 RGB frames (n, H, W, 3) of latents (n, 4, h, w)."""
 
-        def decoded(batch: torch.Tensor) -> torch.Tensor:
+        def decode(batch: torch.Tensor) -> torch.Tensor:
             images = self.vae.decode(to_device(batch, self.device, self.vae.dtype)).sample.float()
             check_finite(images, "the VAE's decoded frames")
             return (images / 2 + 0.5).clamp(0, 1).mul(255).round().byte().cpu()
 
-        pixels = math.prod(self._pixels_of_latent * n for n in latents.shape[2:])
-        size = vae_batch_size(pixels, self.device)
-        batches = Batches(size, limits=self.limits, kind="decoding")
-        frames = batches.map(decoded, latents / self.vae.config.scaling_factor)
+        pixels = math.prod(latents.shape[2:]) * self._pixels_of_latent**2
+        batches = self._vae_batches("decoding", pixels)
+        frames = batches.map(decode, latents / self.vae.config.scaling_factor)
         return frames.permute(0, 2, 3, 1).numpy()
+
+    def _vae_batches(self, kind: str, pixels: int) -> Batches:
+        """Batches of frames of so many pixels."""
+        most = VAE_PIXELS_ON_CUDA if self.device.type == "cuda" else VAE_PIXELS
+        return Batches(max(1, most // pixels), limits=self.limits, kind=kind)
 
     def latent_shape(self, n_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Shape (N, 4, h, w) of the latents of N frames of that size in pixels."""
         factor = self._pixels_of_latent
         return n_frames, self.vae.config.latent_channels, height // factor, width // factor
-
-    @property
-    def takes_depth(self) -> bool:
-        """Whether the UNet takes the depth of each frame beside its latents."""
-        return self.unet.config.in_channels > self.vae.config.latent_channels
 
     @property
     def _pixels_of_latent(self) -> int:
@@ -215,17 +214,32 @@ class StableDiffusion:
 
         Where a zero-terminal-SNR schedule ends in pure noise, the latents are the noise: there the velocity
         is given instead, the negative of the clean latents, as `ddim_step` expects it.
-        text: of n prompts. control: condition of the ControlNets, whose residuals are added in the UNet.
+        text: of n prompts. control: of the ControlNets, whose residuals are added in the UNet.
         depth: (n, 1, h, w) in [-1, 1], if `takes_depth`.
         """
         model_input = latents if depth is None else torch.cat([latents, depth.to(latents)], dim=1)
         model_input = to_device(model_input, self.device, self.dtype)
         # Created on the device, while a number would be copied there.
         timestep = torch.full((), t, device=self.device)
-        told = self._told(text, latents.shape)
-        residuals = (
-            {} if control is None else self._control_residuals(model_input, timestep, told, control)
-        )
+        told: dict[str, Any] = {"encoder_hidden_states": text.tokens}
+        if text.pooled is not None:  # XL is told as well that the frames are uncropped
+            size = [self._pixels_of_latent * n for n in latents.shape[2:]]
+            ids = to_device(torch.tensor([*size, 0, 0, *size]), self.device, self.dtype)
+            sizes = {"text_embeds": text.pooled, "time_ids": ids.expand(len(latents), -1)}
+            told["added_cond_kwargs"] = sizes
+        residuals = {}
+        if control is not None:
+            scales = to_device(control.scales, self.device, self.dtype)[..., None, None, None]
+            down, mid = self.controlnet(
+                model_input,
+                timestep,
+                controlnet_cond=control.images,
+                conditioning_scale=scales,
+                **told,
+                return_dict=False,
+            )
+            residuals["down_block_additional_residuals"] = down
+            residuals["mid_block_additional_residual"] = mid
         output = self.unet(model_input, timestep, **told, **residuals).sample
         output = output.float().to(latents.device)
         alpha = self.scheduler.alphas_cumprod[t].item()
@@ -233,41 +247,9 @@ class StableDiffusion:
             return math.sqrt(alpha) * output + math.sqrt(1 - alpha) * latents
         return output
 
-    def _told(self, text: Text, latent_shape: Sequence[int]) -> dict[str, Any]:
-        """The UNet's arguments that are no latents: the prompts and, in XL, that frames are uncropped."""
-        if text.pooled is None:
-            return {"encoder_hidden_states": text.tokens}
-        size = [self._pixels_of_latent * n for n in latent_shape[2:]]
-        ids = to_device(torch.tensor([*size, 0, 0, *size]), self.device, self.dtype)
-        sizes = {"text_embeds": text.pooled, "time_ids": ids.expand(latent_shape[0], -1)}
-        return {"encoder_hidden_states": text.tokens, "added_cond_kwargs": sizes}
 
-    def _control_residuals(
-        self,
-        model_input: torch.Tensor,
-        timestep: torch.Tensor,
-        told: dict[str, Any],
-        control: Control,
-    ) -> dict[str, Any]:
-        scales = to_device(control.scales, self.device, self.dtype)[..., None, None, None]
-        down, mid = self.controlnet(
-            model_input,
-            timestep,
-            controlnet_cond=control.images,
-            conditioning_scale=scales,
-            **told,
-            return_dict=False,
-        )
-        return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-
-
-def words_cut(tokenizer: CLIPTokenizer, prompt: str) -> str:
+def find_cut_words(tokenizer: CLIPTokenizer, prompt: str) -> str:
     """The end of a prompt that is beyond the tokenizer's length; empty if all of it fits."""
     spans = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
     kept = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
     return prompt[spans[kept][0] :] if len(spans) > kept else ""
-
-
-def vae_batch_size(pixels: int, device: torch.device) -> int:
-    """How many frames of so many pixels pass the VAE at once, if they fit in memory."""
-    return max(1, (VAE_PIXELS_ON_CUDA if device.type == "cuda" else VAE_PIXELS) // pixels)

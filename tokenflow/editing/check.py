@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tokenflow.config import ControlNetConfig, EditConfig
-from tokenflow.control.conditions import control_identity
+from tokenflow.control.control_images import control_identity
 from tokenflow.control.detectors import check_detectors
 from tokenflow.diffusion.checkpoint import Checkpoint
 from tokenflow.diffusion.controlnets import check_controlnets

@@ -18,7 +18,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from tokenflow.config import EditConfig
-from tokenflow.diffusion.ddim import Schedule, check_finite, ddim_step, predicted_clean
+from tokenflow.diffusion.ddim import Schedule, check_finite, ddim_step, predict_x0
 from tokenflow.diffusion.stable_diffusion import Control, StableDiffusion, Text
 from tokenflow.editing.checkpoint import EditCheckpoint
 from tokenflow.editing.consensus import Consensus
@@ -103,7 +103,7 @@ def denoise(denoiser: "Denoiser", checkpoint: EditCheckpoint) -> Iterator[int]:
                 check_finite(moved, f"the edited latents at timestep {t}")
                 cleaner[frames] = edit.confined(moved, step + 1, frames)
                 if consensus:
-                    consensus.note(frames, predicted_clean(latents[frames], noise, alphas[0]))
+                    consensus.note(frames, predict_x0(latents[frames], noise, alphas[0]))
             if consensus:
                 for frames, correction in consensus.corrections(edit.config.frames_at_once):
                     moved = cleaner[frames] + math.sqrt(alphas[1]) * correction

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from tokenflow.config import ControlNetConfig, EditConfig
-from tokenflow.control.conditions import Conditions, find_conditions
+from tokenflow.control.control_images import ControlImages
 from tokenflow.control.depth import DEPTH_VIDEO, write_depth_video
 from tokenflow.diffusion.checkpoint import Checkpoint
 from tokenflow.diffusion.controlnets import use_controlnets
@@ -143,22 +143,20 @@ class EditRun:
         )
 
     def find_control_images(self) -> None:
-        """Find what the ControlNets are given of each frame, and show it as a video, side by side."""
+        """Find the control images, and show them as a video, side by side."""
         if self.processes.is_main:
             config, images = self.config, self._control_images
             self.shared.get("control images", conditions_of(config), self._find_control_images)
-            each = (images[torch.tensor([index])] for index in range(self.n_frames))
-            frames = (np.concatenate(of_frame[:, 0], axis=1) for of_frame in each)
-            write_video(self.folder / "control.mp4", frames, self.inversion.manifest.frame_rate)
+            fps = self.inversion.manifest.frame_rate
+            write_video(self.folder / "control.mp4", images.show(self.n_frames), fps)
         self.processes.wait()
 
     def _find_control_images(self) -> None:
-        find_conditions(
+        self._control_images.find(
             self.config,
             frames=partial(read_frames, self.inversion.source_frames, self.n_frames),
             own=partial(self._choice.fitted, Path(self.config.control_path or ""), self.n_frames),
             n_frames=self.n_frames,
-            conditions=self._control_images,
             device=self.processes.device,
         )
 
@@ -167,8 +165,8 @@ class EditRun:
         return self.sd.to_images(self._control_images[frames])
 
     @property
-    def _control_images(self) -> Conditions:
-        return Conditions(self.scratch, len(self.config.controlnet_ids))
+    def _control_images(self) -> ControlImages:
+        return ControlImages(self.scratch, len(self.config.controlnet_ids))
 
     def edit(
         self, technique: Technique, denoiser: type[Denoiser] = TokenFlowDenoiser

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenflow.config import ControlNetConfig, EditConfig
-from tokenflow.control.conditions import control_identity
+from tokenflow.control.control_images import control_identity
 from tokenflow.diffusion.checkpoint import Checkpoint
 from tokenflow.diffusion.layouts import as_json
 from tokenflow.errors import DamagedError, UserError

@@ -6,7 +6,7 @@ from pathlib import Path
 from diffusers import DDIMScheduler
 
 from tokenflow.config import PreprocessConfig
-from tokenflow.control.conditions import control_identity
+from tokenflow.control.control_images import control_identity
 from tokenflow.diffusion.checkpoint import Checkpoint
 from tokenflow.diffusion.ddim import Schedule
 from tokenflow.diffusion.layouts import as_json

@@ -16,8 +16,8 @@ import torch
 from tqdm import tqdm
 
 from tokenflow.config import PreprocessConfig
-from tokenflow.control.conditions import Conditions, find_conditions
-from tokenflow.control.depth import DEPTH_VIDEO, find_depth, load_depth_model, write_depth_video
+from tokenflow.control.control_images import ControlImages
+from tokenflow.control.depth import DEPTH_VIDEO, load_depth_model, write_depth_video
 from tokenflow.control.detectors import check_detectors
 from tokenflow.diffusion.checkpoint import Checkpoint
 from tokenflow.diffusion.ddim import Schedule, invert, sample
@@ -221,7 +221,7 @@ class InversionRun:
         )
 
     def _read_control(self, frames: torch.Tensor) -> Control:
-        images = self.sd.to_images(self._conditions[frames])
+        images = self.sd.to_images(self._control_images[frames])
         return Control.of(images, self.config.control_scales)
 
     def _read_depth(self, frames: torch.Tensor) -> torch.Tensor:
@@ -241,8 +241,8 @@ class InversionRun:
         return FrameChoice.of(asdict(self.config))
 
     @property
-    def _conditions(self) -> Conditions:
-        return Conditions(self._progress.folder, len(self.config.controlnet_ids))
+    def _control_images(self) -> ControlImages:
+        return ControlImages(self._progress.folder, len(self.config.controlnet_ids))
 
     @property
     def _keeps_source_features(self) -> bool:
@@ -272,12 +272,11 @@ class InversionRun:
     def _find_control_images(self) -> None:
         if self.config.controlnet_ids:
             n_frames, own = self.manifest.n_frames, Path(self.config.control_path or "")
-            find_conditions(
+            self._control_images.find(
                 self.config,
                 partial(read_frames, self.inversion.source_frames, n_frames),
                 partial(self._choice.fitted, own, n_frames),
                 n_frames,
-                self._conditions,
                 self.processes.device,
             )
 
@@ -290,7 +289,7 @@ class InversionRun:
         model = load_depth_model(where, self.processes.device, parts)
         _, _, *size = self.sd.latent_shape(n_frames, config.H, config.W)
         depth = inversion.create_depth((n_frames, 1, *size))
-        find_depth(model, partial(read_frames, inversion.source_frames, n_frames), depth)
+        model.write(partial(read_frames, inversion.source_frames, n_frames), depth)
         video, fps = inversion.folder / DEPTH_VIDEO, self.manifest.frame_rate
         write_depth_video(video, depth, n_frames, (config.H, config.W), fps)
 

@@ -21,7 +21,7 @@ from diffusers.models.attention_processor import Attention
 
 from tokenflow.config import PreprocessConfig
 from tokenflow.diffusion.ddim import Schedule
-from tokenflow.diffusion.layouts import features_shape, tokens_by_layer
+from tokenflow.diffusion.layouts import count_tokens, features_shape
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.propagation.cache import BlendedRows, KeyframeCache
@@ -153,7 +153,7 @@ class SourceFeatureFiles:
         self, unet: UNet2DConditionModel, latent_shape: tuple[int, ...], timesteps: Iterable[int]
     ) -> None:
         """Create the files for latents (N, 4, h, w) at the timesteps, unless they exist."""
-        tokens, n_frames = tokens_by_layer(unet, latent_shape), latent_shape[0]
+        tokens, n_frames = count_tokens(unet, latent_shape), latent_shape[0]
         of_features = features_shape(unet, latent_shape)
         for t in timesteps:
             self._nearest(t).ensure((n_frames, 2, sum(tokens.values())), torch.int16)
@@ -192,7 +192,7 @@ class SourceFeatureFiles:
 
 def bytes_needed(unet: UNet2DConditionModel, latent_shape: tuple[int, ...], n_steps: int) -> int:
     """Bytes that a `SourceFeatureFiles` takes for latents (N, 4, h, w) at `n_steps` timesteps."""
-    tokens = sum(tokens_by_layer(unet, latent_shape).values())
+    tokens = sum(count_tokens(unet, latent_shape).values())
     features = math.prod(features_shape(unet, latent_shape))
     return 2 * latent_shape[0] * n_steps * (2 * tokens + features)
 
