@@ -6,7 +6,7 @@ from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from shapes.unet import add_noise, denoising_loss
-from tokenflow.control.detectors import canny
+from tokenflow.control.detectors import detect_canny
 
 BATCH = 16
 CANNY_THRESHOLDS = 100, 200  # the defaults of an edit
@@ -15,7 +15,7 @@ WEIGHT_CAP = 20.0
 
 def edges_of(frames: np.ndarray, device: torch.device) -> Tensor:
     """Edges (B, 3, H, W), 0 or 1, of `frames` (B, H, W, 3)."""
-    edges = torch.from_numpy(canny(frames, *CANNY_THRESHOLDS)).permute(0, 3, 1, 2)
+    edges = torch.from_numpy(detect_canny(frames, *CANNY_THRESHOLDS)).permute(0, 3, 1, 2)
     return edges.to(device) / 255
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import util
-from tokenflow.control.detectors import canny
+from tokenflow.control.detectors import detect_canny
 from tokenflow.errors import UserError
 from tokenflow.runtime.run_folder import open_run_folder, stage
 
@@ -150,6 +150,6 @@ def test_run_folders_are_shared_by_equal_runs_only(tmp_path):
 
 
 def test_canny_finds_the_outline(clip_frames):
-    edges = canny(clip_frames, 100, 200)
+    edges = detect_canny(clip_frames, 100, 200)
     assert edges.shape == clip_frames.shape and set(np.unique(edges)) == {0, 255}
     assert edges[0, 20:44, 7:10].any() and not edges[0, 50:].any()

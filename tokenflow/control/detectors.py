@@ -45,7 +45,8 @@ def detect(
     """
     for control in config.control:
         if control == "canny":
-            yield (detect_canny(frame, config.canny_low, config.canny_high) for frame in frames())
+            low, high = config.canny_low, config.canny_high
+            yield (detect_canny(frame[None], low, high)[0] for frame in frames())
         elif control == "depth":
             yield load_depth_model(config.depth_model or DEPTH_MODEL, device).draw(frames)
         elif control in AUX_DETECTORS:
@@ -54,12 +55,13 @@ def detect(
             yield frames() if control == "tile" else own()
 
 
-def detect_canny(frame: np.ndarray, low: int, high: int) -> np.ndarray:
-    """Canny edges of a uint8 RGB frame (H, W, 3) as uint8 RGB (H, W, 3), white on black.
+def detect_canny(frames: np.ndarray, low: int, high: int) -> np.ndarray:
+    """Canny edges of uint8 RGB frames (n, H, W, 3) as uint8 RGB (n, H, W, 3), white on black.
 
     `low` and `high` are the hysteresis thresholds on the gradient, in grey levels.
     """
-    return np.repeat(cv2.Canny(frame, low, high)[..., None], 3, axis=-1)
+    edges = np.stack([cv2.Canny(frame, low, high) for frame in frames])
+    return np.repeat(edges[..., None], 3, axis=-1)
 
 
 def detect_with_aux(control: str, frames: Frames, device: torch.device) -> Iterator[np.ndarray]:
