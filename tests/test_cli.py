@@ -1,4 +1,4 @@
-"""The commands end to end: what they print and write, and every mistake a user can make."""
+"""The commands end to end: what they print and write, and mistakes in what options name."""
 
 import contextlib
 import importlib
@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import unittest.mock
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import av
@@ -18,11 +18,8 @@ import yaml
 from conftest import SHAPES_CHECKPOINT
 
 import util
-from tokenflow.config import ControlNetConfig, EditConfig, PnPConfig, PreprocessConfig, SDEditConfig
-from tokenflow.config_evaluate import EvaluateConfig
-from tokenflow.errors import UserError
+from tokenflow.config import ControlNetConfig, PnPConfig, SDEditConfig
 from tokenflow.evaluation.metrics import frame_psnr
-from tokenflow.options import build
 
 ROOT = Path(__file__).parent.parent
 TECHNIQUES = {"pnp": PnPConfig, "sdedit": SDEditConfig, "controlnet": ControlNetConfig}
@@ -311,24 +308,16 @@ def test_folder_input_with_stride(tmp_path, checkpoint, clip_frames):
         (["--start_frame", 70], ["start_frame"]),
         (["--H", 70], ["H: 70", "multiple of 64", "64"]),
         (["--steps", 7], ["steps: 7", "these do: 5, 10"]),
-        (["--steps", 3], ["steps: 3"]),
-        (["--sd_version", "3"], ["sd_version", "1.5, 2.0, 2.0-768, 2.1"]),
-        (["--stpes", 3], ["stpes", "did you mean 'steps'"]),
-        (["--steps", "many"], ["steps", "whole number"]),
-        (["--batch_size", 0], ["batch_size", "between 1 and"]),
-        (["--device", "tpu"], ["device", "auto, cpu"]),
         (["--model", "nobody/nothing"], ["nobody/nothing", "huggingface", "--model"]),
         (["--model", "empty"], ["empty", "no such checkpoint"]),
         (["--model", "xl"], ["xl", "none of Stable Diffusion 1 or 2", "up_block_types"]),
         (["--model", "-"], ["model: -", "neither a folder"]),
         (["--controlnet", "tiny/unet"], ["controlnet: tiny/unet", "its weights lack"]),
-        (["--device", "auto:1"], ["device: 'auto:1'"]),
         (["--device", "cuda:256"], ["device: cuda:256", "this machine"]),
         (["--data_path", "a\nb"], ["a\\nb: no such file"]),
         (["--data_path", "n" * 300], ["nnn: File name too long", "give another"]),
         (["--save_dir", "clip.mp4"], ["clip.mp4", "Not a directory"]),
         (["--save_dir", "latents/" + "n" * 256], ["nnn: File name too long"]),
-        (["--save_dir", "\udcff"], ["save_dir", "no UTF-8"]),
     ],
 )
 def test_preprocess_refuses(tmp_path, checkpoint, clip, changes, words):
@@ -359,14 +348,6 @@ def test_preprocess_protects_another_video_of_the_same_name(work, checkpoint, cl
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (["--device", "cuda:" + 30 * "9"], ["device"]),
-        (["--promt", "x"], ["promt", "did you mean 'prompt'"]),
-        (["--guidance_scale", "strong"], ["guidance_scale", "a number"]),
-        (["--pnp_f_t", 1.5], ["pnp_f_t", "between 0 and 1"]),
-        (["--propagation", "both"], ["propagation", "flanking, previous"]),
-        (["--config_path", "missing.yaml"], ["missing.yaml"]),
-        (["--config_path", "bad.yaml"], ["gidance_scale", "did you mean 'guidance_scale'"]),
-        (["--config_path", "date.yaml"], ["date.yaml is not YAML", "month"]),
         (["--data_path", "missing.mp4"], ["missing.mp4", "no such file"]),
         (
             ["--n_inversion_steps", 10],
@@ -380,8 +361,6 @@ def test_preprocess_protects_another_video_of_the_same_name(work, checkpoint, cl
 )
 def test_edit_refuses(work, checkpoint, changes, words):
     folder, _, _ = work
-    (folder / "bad.yaml").write_text("gidance_scale: 3\n")
-    (folder / "date.yaml").write_text("prompt: 2020-13-45\n")
     if not (folder / "copy").exists():
         shutil.copytree(checkpoint, folder / "copy" / "tiny")
         weights = folder / "copy" / "tiny" / "unet" / "diffusion_pytorch_model.safetensors"
@@ -389,60 +368,3 @@ def test_edit_refuses(work, checkpoint, changes, words):
     flags = [*edit_flags(checkpoint, "pnp"), "--output_path", "refused", *changes]
     refusal(run("run_tokenflow_pnp.py", *flags, cwd=folder), *words)
     assert not (folder / "refused").exists()
-
-
-def test_sdedit_that_runs_no_step(tmp_path):
-    flags = ["--data_path", "x", "--prompt", "y", "--start", 0.01]
-    refusal(run("run_tokenflow_sdedit.py", *flags, cwd=tmp_path), "start", "at least 0.02")
-
-
-FASTER = {"n_inversion_steps": 25, "n_timesteps": 25}
-
-
-@pytest.mark.parametrize(
-    "name, cls, changes",
-    [
-        *((f"config_{technique}.yaml", cls, {}) for technique, cls in TECHNIQUES.items()),
-        ("fast.yaml", PnPConfig, FASTER),
-        ("config_evaluate.yaml", EvaluateConfig, {}),
-    ],
-)
-def test_shipped_configs_are_the_defaults(name, cls, changes):
-    """The YAML files that users start from hold the usual options and the defaults of the code."""
-    written = yaml.safe_load((ROOT / "configs" / name).read_text())
-    assert 10 <= len(written) <= 15
-    is_edit = issubclass(cls, EditConfig)
-    needed = {"data_path": "a.mp4", "prompt": "a dog"} if is_edit else {"edits": "a"}
-    assert not any(written[key] for key in needed)
-    assert build(cls, written | needed) == replace(build(cls, needed), **changes)
-
-
-@pytest.mark.parametrize("technique", TECHNIQUES)
-def test_a_prompt_is_never_made_up(work, technique):
-    folder, _, _ = work
-    script, flags = f"run_tokenflow_{technique}.py", ["--data_path", "clip.mp4"]
-    for more in ([], ["--config_path", ROOT / "configs" / "fast.yaml"], ["--prompt", " "]):
-        if technique == "pnp" or "--config_path" not in more:
-            refusal(run(script, *flags, *more, cwd=folder), "prompt: ")
-    refusal(run(script, "--prompt", "a dog", cwd=folder), "data_path: missing")
-
-
-@pytest.mark.parametrize("cls", [PreprocessConfig, *TECHNIQUES.values()])
-def test_numbers_are_bounded(cls):
-    """Numbers that are too large are refused at once, not by what is computed from them."""
-    needed = {"data_path": "a.mp4"} | ({} if cls is PreprocessConfig else {"prompt": "a dog"})
-    numbers = [f for f in fields(cls) if f.type in (int, float, int | None)]
-    assert len(numbers) > 5
-    for f in numbers:
-        with pytest.raises(UserError, match=f"{f.name}: .* must be between"):
-            build(cls, {**needed, f.name: "9" * 30})
-
-
-def test_help_names_every_option(tmp_path):
-    result = run_process("run_tokenflow_pnp.py", "--help", cwd=tmp_path)
-    assert result.returncode == 0
-    assert all(f"--{f.name} " in result.stdout for f in fields(PnPConfig))
-
-
-def test_mistake_as_a_process(tmp_path):
-    refusal(run_process("run_tokenflow_pnp.py", "--promt", "x", cwd=tmp_path), "did you mean")
