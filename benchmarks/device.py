@@ -48,7 +48,7 @@ from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles
 from tokenflow.motion.dense import DenseMotion
 from tokenflow.motion.fusion import Fusion
-from tokenflow.runtime.batching import Batches, balanced, frames_per_pass
+from tokenflow.runtime.batching import Batches, frames_per_pass, split_evenly
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.frame_array import FrameArray
 from tokenflow_utils import JointEdit
@@ -274,7 +274,7 @@ def run(sd: TalliedDiffusion, workload: Workload, folder: Path) -> int:
     inverting = PreprocessConfig(data_path="", H=workload.height, W=workload.width)
     at_once = frames_per_pass(None, inverting.frames_at_once, 1, sd.device)
     predictor = VideoNoisePredictor(sd, "", Batches(at_once, adapts=False))
-    segments = balanced(torch.arange(n_frames), at_once)[:SEGMENTS]
+    segments = split_evenly(torch.arange(n_frames), at_once)[:SEGMENTS]
     for frames in segments:
         with tally.passes("inversion", "plain"):
             predictor(saved[frames], t, frames)

@@ -22,7 +22,7 @@ from tokenflow.runtime.batching import Batches
 FRAMES, SPREAD, ALPHAS = torch.arange(1000), 2.0, build_scheduler().alphas_cumprod
 
 
-def latents_of(sd, n=2):
+def draw_latents(n=2):
     return torch.randn(n, 4, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
@@ -45,17 +45,28 @@ def test_schedule_is_stable_diffusions(sd):
     assert schedule.last(2).timesteps == (21, 1)
 
 
-def test_sampling_equals_diffusers(sd):
-    schedule, text = Schedule.of(sd.scheduler, 10), sd.encode_text("a circle")
-    ours = theirs = latents_of(sd)
+def zero_terminal_snr():
+    """The schedule of checkpoints that were trained on pure noise too, and of velocity."""
+    return DDIMScheduler.from_config(
+        build_scheduler().config,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    )
 
-    def predict(latents, t, frames):
-        return sd.predict_noise(latents, t, text.expand(len(latents)))
 
-    *_, ours = sample(ours, FRAMES[:2], schedule, predict)
-    sd.scheduler.set_timesteps(10)
-    for t in sd.scheduler.timesteps:
-        theirs = sd.scheduler.step(predict(theirs, t, None), t, theirs).prev_sample
+@pytest.mark.parametrize("scheduler", [build_scheduler(), zero_terminal_snr()])
+def test_sampling_equals_diffusers(sd, scheduler):
+    """From noise, and from pure noise, where `predict_noise` turns a velocity into the noise."""
+    sd = dataclasses.replace(sd, scheduler=scheduler)
+    schedule, text = Schedule.of(scheduler, 10), sd.encode_text("a circle").expand(2)
+    ours = theirs = draw_latents()
+    *_, ours = sample(ours, FRAMES[:2], schedule, lambda x, t, _: sd.predict_noise(x, t, text))
+    scheduler.set_timesteps(10)
+    for t in scheduler.timesteps:
+        with torch.no_grad():
+            output = sd.unet(theirs, t, encoder_hidden_states=text.tokens).sample
+        theirs = scheduler.step(output, t, theirs).prev_sample
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
@@ -95,36 +106,10 @@ def test_fixed_point_inversion_is_undone_by_sampling():
     assert evaluations[5] == 20 + 20 and 20 + 20 < evaluations[0] < 20 + 25
 
 
-def zero_terminal_snr(sd):
-    """The schedule of checkpoints that were trained on pure noise too, and of velocity."""
-    return DDIMScheduler.from_config(
-        sd.scheduler.config,
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        timestep_spacing="trailing",
-    )
-
-
-def test_sampling_from_pure_noise_equals_diffusers(sd):
-    sd = dataclasses.replace(sd, scheduler=zero_terminal_snr(sd))
-    schedule, text = Schedule.of(sd.scheduler, 10), sd.encode_text("a circle").expand(2)
-    assert schedule.timesteps[0] == 999 and schedule.alphas[0] == 0
-    *_, ours = sample(
-        latents_of(sd), FRAMES[:2], schedule, lambda x, t, _: sd.predict_noise(x, t, text)
-    )
-    theirs = latents_of(sd)
-    sd.scheduler.set_timesteps(10)
-    for t in sd.scheduler.timesteps:
-        with torch.no_grad():
-            velocity = sd.unet(theirs, t, encoder_hidden_states=text.tokens).sample
-        theirs = sd.scheduler.step(velocity, t, theirs).prev_sample
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-
-
 @pytest.mark.parametrize("fixed_point, tolerance", [(False, 0.1), (True, 5e-3)])
-def test_inversion_into_pure_noise_is_undone(sd, fixed_point, tolerance):
+def test_inversion_into_pure_noise_is_undone(fixed_point, tolerance):
     """For Gaussian data of mean m and standard deviation s, as above; its noise has unit variance."""
-    scheduler = zero_terminal_snr(sd)
+    scheduler = zero_terminal_snr()
     m, s = 1.0, 0.5
     latents = m + s * torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -150,10 +135,10 @@ def inverted_to(t, clean, noisiest):
     )
 
 
-def test_what_sdedit_starts_from_pure_noise(sd):
+def test_what_sdedit_starts_from_pure_noise():
     """The whole schedule starts from the inversion's latents themselves, which are all noise."""
     clean, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    scheduler = zero_terminal_snr(sd)
+    scheduler = zero_terminal_snr()
     config = SDEditConfig(data_path="a.mp4", prompt="a dog", n_timesteps=10, start=1)
     technique = sdedit(
         config, Schedule.of(scheduler, 10), inverted_to(999, clean, noise), scheduler
@@ -182,16 +167,6 @@ def test_what_sdedit_starts_from(sd):
     assert 0.8 < shared.std() < 1.2 and (shared - noise).abs().mean() > 0.5
 
 
-def test_v_prediction_is_turned_into_noise(sd):
-    latents, text, t = latents_of(sd), sd.encode_text("").expand(2), 500
-    as_noise = sd.predict_noise(latents, t, text)
-    v_scheduler = DDIMScheduler.from_config(sd.scheduler.config, prediction_type="v_prediction")
-    alpha = sd.scheduler.alphas_cumprod[t]
-    expected = alpha.sqrt() * as_noise + (1 - alpha).sqrt() * latents
-    sd = dataclasses.replace(sd, scheduler=v_scheduler)
-    torch.testing.assert_close(sd.predict_noise(latents, t, text), expected)
-
-
 @pytest.mark.parametrize("inversion", ["ddim", "fixed_point"])
 def test_latents_do_not_depend_on_the_batch_size(checkpoint, clip, tmp_path, inversion):
     # A network of random weights amplifies rounding and has no fixed point to find.
@@ -214,7 +189,7 @@ def test_latents_do_not_depend_on_the_batch_size(checkpoint, clip, tmp_path, inv
 @torch.no_grad()
 def test_few_sizes_pass_where_each_is_planned(sd, monkeypatch):
     """Batches are padded to sizes that passed before; the noise is equal, and a CPU passes no more."""
-    latents, seen, forward = latents_of(sd, 9), [], sd.unet.forward
+    latents, seen, forward = draw_latents(9), [], sd.unet.forward
 
     def noted(batch, *args, **kwargs):
         seen.append(len(batch))
@@ -232,14 +207,14 @@ def test_few_sizes_pass_where_each_is_planned(sd, monkeypatch):
         assert seen == sizes
 
 
-def test_non_finite_values_stop_the_run(sd):
-    schedule = Schedule.of(sd.scheduler, 5)
+def test_non_finite_values_stop_the_run():
+    schedule = Schedule.of(build_scheduler(), 5)
 
     def overflowing(x, t, frames):
         return x * (float("inf") if t > 200 else 1)
 
     with pytest.raises(FloatingPointError, match=r"timestep 201 .*--dtype"):
-        list(invert(latents_of(sd), FRAMES[:2], schedule, overflowing))
+        list(invert(draw_latents(), FRAMES[:2], schedule, overflowing))
     check_finite(torch.ones(1), "ones")
 
 

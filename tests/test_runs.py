@@ -189,14 +189,6 @@ def test_more_processes_than_frames(server, source, checkpoint):
     assert (folder / "edited.mp4").is_file() and (folder / "mask.mp4").is_file()
 
 
-def test_a_process_knows_its_gpu(monkeypatch):
-    """By its index, since another thread of it takes "cuda" for the GPU of index 0."""
-    monkeypatch.setattr(distributed, "PartialState", lambda **options: None)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    for device, own in {"cuda": "cuda:1", "cuda:2": "cuda:2", "cpu": "cpu"}.items():
-        assert distributed.Processes(torch.device(device)).device == torch.device(own)
-
-
 def test_a_process_that_dies_ends_the_run(source, checkpoint):
     """The others are not left waiting, and the error names the process."""
     flags = [*invert_flags(checkpoint, "died"), "--n_frames", 0]
@@ -215,9 +207,14 @@ def test_a_process_that_dies_ends_the_run(source, checkpoint):
     assert "error (process 1): of this process" in ended.stderr and ended.stdout == ""
 
 
-def test_each_process_needs_a_gpu(monkeypatch):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    """It knows it by its index, since another thread of it takes "cuda" for the GPU of index 0."""
+    monkeypatch.setattr(distributed, "PartialState", lambda **options: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for device, own in {"cuda": "cuda:1", "cuda:2": "cuda:2", "cpu": "cpu"}.items():
+        assert Processes(torch.device(device)).device == torch.device(own)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     for device in ("cuda", "cuda:1"):
         with pytest.raises(UserError, match="2 processes.*--num_processes 1"):
             Processes(torch.device(device))

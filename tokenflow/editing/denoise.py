@@ -29,7 +29,7 @@ from tokenflow.editing.windows import Window, joint_passes, seen_by_all, windows
 from tokenflow.propagation.cache import BlendedRows
 from tokenflow.propagation.correspondences import follow_flow_by_resolution
 from tokenflow.runtime.ahead import read_ahead
-from tokenflow.runtime.batching import MOST_SAMPLES, Batches, balanced, frames_per_pass
+from tokenflow.runtime.batching import MOST_SAMPLES, Batches, frames_per_pass, split_evenly
 from tokenflow.runtime.frame_array import FrameArray
 from tokenflow_utils import (
     COND,
@@ -142,7 +142,7 @@ class Denoiser:
 
     def chunks(self, t: int) -> list:
         """The video's frames in chunks, which the processes divide; each takes neighbouring chunks."""
-        return list(balanced(torch.arange(self.source.n_frames), self.at_once))
+        return list(split_evenly(torch.arange(self.source.n_frames), self.at_once))
 
     def noise(
         self, latents: Latents, t: int, chunks: list
@@ -199,7 +199,7 @@ class TokenFlowDenoiser(Denoiser):
         done, chunks = done_with_joint_edit(keyframes, blend), []
         for window in windows(blend, len(keyframes), self.config.keyframe_window):
             frames, is_done = window.frames, done[window.frames]
-            parts = frames[is_done], *balanced(frames[~is_done], self.at_once)
+            parts = frames[is_done], *split_evenly(frames[~is_done], self.at_once)
             chunks += [(window, part) for part in parts if len(part)]
         return chunks
 
@@ -245,7 +245,7 @@ class TokenFlowDenoiser(Denoiser):
             return self.guided_noise(latents, t, frames, passes)
 
         most = len(self._passes(frames, latents, STREAMS)[0])  # streams
-        noise = Batches(most, limits=self.sd.limits, kind="joint").fitted(edited, most)
+        noise = Batches(most, limits=self.sd.limits, kind="joint").fit(edited, most)
         self.tokenflow.cache.write("noise", joint.edited, noise)
 
     def _propagate(

@@ -129,7 +129,7 @@ class EditRun:
             (config.lora, config.lora_scales),
             lambda: use_loras(sd, config.lora, config.lora_scales).adapted,
         )
-        return replace(controlled, adapted=adapted, limits=sd.limits.kept_in(self.steps))
+        return replace(controlled, adapted=adapted, limits=sd.limits.keep_in(self.steps))
 
     def _load(self) -> StableDiffusion:
         config, device = self.config, self.processes.device

@@ -33,7 +33,7 @@ from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.report import Quality, write_page
 from tokenflow.inversion.source_features import RecordingPredictor, can_keep_source_features
 from tokenflow.runtime.ahead import WriteBehind
-from tokenflow.runtime.batching import Batches, Limits, balanced, frames_per_pass
+from tokenflow.runtime.batching import Batches, Limits, frames_per_pass, split_evenly
 from tokenflow.runtime.digests import seal
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.run_folder import Progress, lock, remove, resume_folder, unfinished_path
@@ -302,7 +302,7 @@ class InversionRun:
         for each other. files: what the stage writes.
         """
         progress = self._progress
-        segments = balanced(torch.arange(self.manifest.n_frames), self._frames_per_pass)
+        segments = split_evenly(torch.arange(self.manifest.n_frames), self._frames_per_pass)
         missing = [
             frames
             for frames in self.processes.share(segments)

@@ -208,16 +208,14 @@ def can_keep_source_features(
     if not config.keep_source or config.inversion != "fixed_point":
         return False  # sampling does not retrace the latents of a naive inversion
     needed = bytes_needed(sd.unet, latent_shape, len(editing.timesteps))
+    problem = None
     if latent_shape[-2] * latent_shape[-1] > MAX_TOKENS:
+        problem = "frames are too large"
+    elif needed > shutil.disk_usage(folder).free:
+        problem = f"they take {needed / 1e6:.0f} MB, more disk than is free"
+    if problem:
         log.warning(
-            "source features of frames this large cannot be kept: edits will denoise the source too"
-        )
-        return False
-    if needed > shutil.disk_usage(folder).free:
-        log.warning(
-            "source features are not kept, because they take %.0f MB, more disk than is free: "
-            "edits will denoise the source too",
-            needed / 1e6,
+            "source features are not kept, because %s: edits will denoise the source too", problem
         )
         return False
     log.info("source features, which make edits faster, take %.0f MB of disk", needed / 1e6)

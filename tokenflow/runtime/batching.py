@@ -3,9 +3,8 @@
 import gc
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +27,7 @@ def frames_per_pass(chosen: int | None, default: int, n_streams: int, device: to
     return chosen or default
 
 
-def balanced(items: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
+def split_evenly(items: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
     """Split items (n,) into the fewest parts of at most `size`, of lengths as equal as possible.
 
     Libraries cache their kernels for each length that they meet, so fewer lengths take less memory.
@@ -59,7 +58,7 @@ class Limits:
             self.folder.mkdir(exist_ok=True)
             self._file(kind).write_bytes(str(size).encode())
 
-    def kept_in(self, folder: Path) -> "Limits":
+    def keep_in(self, folder: Path) -> "Limits":
         """These limits, which stay common; what fails from now on is kept in the folder of another run."""
         limits = Limits(folder)
         limits._known = self._known
@@ -89,16 +88,16 @@ class Batches:
     def map(self, function: Callable[..., torch.Tensor], *items: torch.Tensor) -> torch.Tensor:
         """Apply `function` to tensors of n items each, batch by batch; returns one tensor (n, ...)."""
 
-        def of_first(items: Sequence[torch.Tensor], size: int) -> torch.Tensor:
-            return function(*(values[:size] for values in items))
+        def run(size: int) -> torch.Tensor:
+            return function(*(values[done : done + size] for values in items))
 
-        results = []
-        while n_left := len(items[0]):
-            results.append(self.fitted(partial(of_first, items), n_left))
-            items = [values[len(results[-1]) :] for values in items]
+        results, done = [], 0
+        while done < len(items[0]):
+            results.append(self.fit(run, len(items[0]) - done))
+            done += len(results[-1])
         return torch.cat(results)
 
-    def fitted(self, function: Callable[[int], torch.Tensor], n_items: int) -> torch.Tensor:
+    def fit(self, function: Callable[[int], torch.Tensor], n_items: int) -> torch.Tensor:
         """The result of `function` for the largest number of items, up to `n_items`, that fits."""
         while True:
             size = min(self.size, n_items)
