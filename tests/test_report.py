@@ -16,8 +16,8 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 import util
+from tokenflow.evaluation import meters
 from tokenflow.evaluation.contact_sheet import thumbnails
-from tokenflow.evaluation.meters import BesideSource, Drift, measure, name_curves, summarize
 from tokenflow.evaluation.report import Entry, write_report
 from tokenflow.evaluation.subject import EDIT, RECONSTRUCTION, SOURCE, VAE
 from tokenflow.evaluation.verdict import verdict
@@ -43,9 +43,9 @@ def entry_of(folder, name):
     for kind, path in files.items():
         util.write_video(path, videos[kind], FPS)
     moments = np.stack([*videos.values()], axis=1)
-    measured = measure(moments, [BesideSource(), Drift(FPS, N_FRAMES)])
-    curves = name_curves(measured, {SOURCE: 0, EDIT: 1})
-    metrics = summarize(curves, FPS)
+    measured = meters.measure(moments, [meters.BesideSource(), meters.Drift(FPS, N_FRAMES)])
+    curves = meters.name_curves(measured, {SOURCE: 0, EDIT: 1})
+    metrics = meters.summarize(curves, FPS)
     return Entry(
         name=name,
         prompt=f"</script><b>{name}</b>",
@@ -64,19 +64,19 @@ def entry_of(folder, name):
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("a report")
-    entries = [entry_of(folder, name) for name in SEEDS]
+    one, two = entries = [entry_of(folder, name) for name in SEEDS]
     write_report(folder / "report.html", "2 edits", entries)
     # A third one has the second's settings, and metrics of as many videos as an edit has.
-    every = {
-        key: dict.fromkeys((SOURCE, VAE, RECONSTRUCTION, EDIT), by_name[EDIT])
-        for key, by_name in entries[1].curves.items()
-    }
-    more = {"curves": every, "metrics": summarize(every, FPS)}
-    third = replace(entries[1], name="three", prompt=None, **more)
-    found = "tokens", "flow", "flow"  # another option that the second and the third share
+    kinds = SOURCE, VAE, RECONSTRUCTION, EDIT
+    curves = {key: dict.fromkeys(kinds, by_name[EDIT]) for key, by_name in two.curves.items()}
+    metrics = meters.summarize(curves, FPS)
+    three = replace(two, name="three", prompt=None, curves=curves, metrics=metrics)
+    # Another option is one that the second and the third share.
+    found = {"tokens": [one], "flow": [two, three]}
     alike = [
         replace(entry, options=entry.options | {"correspondences": how})
-        for entry, how in zip([*entries, third], found, strict=True)
+        for how, entries in found.items()
+        for entry in entries
     ]
     # Into a folder that does not exist yet.
     write_report(folder / "alike" / "report.html", "3 edits", alike)
@@ -107,24 +107,28 @@ def press(browser, *keys):
     ActionChains(browser).send_keys(*keys).perform()
 
 
+def find(browser, selector):
+    return browser.find_elements(By.CSS_SELECTOR, selector)
+
+
 def test_steps_show_the_same_frame_in_all_videos(browser):
-    wait(
-        browser,
-        "return player.videos.length === 2 && player.videos.every((v) => v.readyState >= 3)",
-    )
-    assert browser.execute_script("return player.videos.every((v) => !v.error)")
+    ready = "player.videos.every((v) => v.readyState >= 3 && !v.error)"
+    wait(browser, f"return player.videos.length === 2 && {ready}")
     press(browser, Keys.END)
     wait(browser, f"{SHOWN}.every((frame) => frame === {N_FRAMES - 1})")
     press(browser, Keys.ARROW_LEFT, Keys.ARROW_LEFT, Keys.ARROW_RIGHT)
     wait(browser, f"{SHOWN}.every((frame) => frame === {N_FRAMES - 2})")
     press(browser, Keys.HOME)
     wait(browser, f"{SHOWN}.every((frame) => frame === 0)")
-    # A click in the middle of a curve.
-    curve = browser.find_element(By.CSS_SELECTOR, "#curves svg")
-    browser.execute_script("arguments[0].scrollIntoView({ block: 'center' })", curve)
-    ActionChains(browser).move_to_element(curve).click().perform()
-    wait(browser, f"{SHOWN}.every((frame) => Math.abs(frame - {N_FRAMES // 2}) <= 1)")
-    assert browser.find_element(By.ID, "frame").text in ("17 / 35", "18 / 35")
+    # A click in the middle of a curve, and one on the contact sheet's last frame but one.
+    for selector, x, frame in (("#curves svg", 0, N_FRAMES // 2), ("#sheet", 0.3125, 30)):
+        (target, *_) = find(browser, selector)
+        browser.execute_script("arguments[0].scrollIntoView({ block: 'center' })", target)
+        at = round(x * target.rect["width"])
+        ActionChains(browser).move_to_element_with_offset(target, at, 0).click().perform()
+        wait(browser, f"{SHOWN}.every((shown) => Math.abs(shown - {frame}) <= 1)")
+        number, _, last = browser.find_element(By.ID, "frame").text.split()
+        assert abs(int(number) - frame) <= 1 and last == str(N_FRAMES - 1)
 
 
 WATCH = """
@@ -158,44 +162,34 @@ def test_videos_play_in_step(browser):
 
 
 def test_frame_by_frame_mode(browser):
-    browser.execute_script(
-        "const speed = document.getElementById('speed'); speed.value = '0';"
-        "speed.dispatchEvent(new Event('change'))"
-    )
+    browser.execute_script("$('speed').value = 0; $('speed').dispatchEvent(new Event('change'))")
     press(browser, Keys.HOME, Keys.SPACE)
     wait(browser, f"{SHOWN}.every((frame) => frame >= 2 && frame === player.frame)")
     press(browser, Keys.SPACE)
 
 
 def test_what_the_page_shows(browser):
-    curves = browser.execute_script(
-        "return [...document.querySelectorAll('#curves polyline')].map((line) => line.points.length)"
-    )
+    assert browser.execute_script("return Object.keys(METRICS)") == list(meters.METRICS)
+    lines = "return [...document.querySelectorAll('polyline')].map((line) => line.points.length)"
     # Sharpness, drift (from the second second on), PSNR and SSIM.
-    assert sorted(curves) == [N_FRAMES - FPS] * 2 + [N_FRAMES] * 3
-    text = browser.find_element(By.TAG_NAME, "body").text
-    buttons = browser.find_elements(By.CSS_SELECTOR, "#entries button")
-    assert [button.text for button in buttons] == ["11", "22"]
-    rows = browser.find_elements(By.CSS_SELECTOR, "#overview tbody tr")
-    assert [row.text.split()[:2] for row in rows[1:]] == [["one", "11"], ["two", "22"]]
+    assert sorted(browser.execute_script(lines)) == [N_FRAMES - FPS] * 2 + [N_FRAMES] * 3
+    assert [button.text for button in find(browser, "#entries button")] == ["11", "22"]
+    floor, *rows = find(browser, "#overview tbody tr")
+    assert [row.text.split()[:2] for row in rows] == [["one", "11"], ["two", "22"]]
     # The source, which both are of, stands first: it has only a drift, here, and that is none.
-    cells = [cell.text for cell in rows[0].find_elements(By.TAG_NAME, "td")]
+    cells = [cell.text for cell in floor.find_elements(By.TAG_NAME, "td")]
     assert cells == ["source", "", "\u2013", "0", "\u2013", "\u2013"]
-    sheet = browser.find_element(By.CSS_SELECTOR, "#overview img")
-    assert browser.execute_script("return arguments[0].naturalWidth", sheet) == 8 * 96
-    options = browser.find_elements(By.CSS_SELECTOR, "#options tr")
-    assert [row.text for row in options] == ["seed 11", "model null", "lora []"]  # as in YAML
-    for words in (
-        "Verdict",
-        "one: \u201c</script><b>one</b>\u201d",
-        "not measured: LPIPS",
-        "SSIM",
-        "seed",
-    ):
+    widths = [
+        sheet.get_property("naturalWidth") for sheet in find(browser, "#overview img, #sheet")
+    ]
+    assert widths == [8 * 96] * 2
+    options = [row.text for row in find(browser, "#options tr")]
+    assert options == ["seed 11", "model null", "lora []"]  # as in YAML
+    text = browser.find_element(By.TAG_NAME, "body").text
+    prompt = "one: \u201c</script><b>one</b>\u201d"
+    for words in ("Verdict", prompt, "not measured: LPIPS", "SSIM", "seed"):
         assert words in text
-    sheet = browser.find_element(By.ID, "sheet")
-    assert browser.execute_script("return arguments[0].naturalWidth", sheet) > 500
-    buttons[1].click()
+    find(browser, "#entries button")[1].click()
     assert "<b>two</b>" in browser.find_element(By.ID, "prompt").text
     wait(browser, f"{SHOWN}.every((frame) => frame === 0)")
 
@@ -204,25 +198,22 @@ def test_it_fits_a_phone(browser):
     size = {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 400
-    videos = browser.find_elements(By.TAG_NAME, "video")
-    assert all(video.rect["width"] > 150 for video in videos)
+    assert all(video.rect["width"] > 150 for video in find(browser, "video"))
 
 
 def test_edits_of_equal_settings_are_told_apart_by_name(browser, page):
     browser.get((page.parent / "alike" / "report.html").as_uri())
-    buttons = browser.find_elements(By.CSS_SELECTOR, "#entries button")
+    buttons = find(browser, "#entries button")
     assert [button.text for button in buttons] == ["one", "two", "three"]
     buttons[2].click()
     assert browser.find_element(By.ID, "prompt").text == "three"
     # No head of the overview runs into the next.
-    heads = browser.find_elements(By.CSS_SELECTOR, "#overview th")
+    heads = find(browser, "#overview th")
     assert heads[2].text == "correspondences"
-    widths = "return [arguments[0].scrollWidth, arguments[0].clientWidth]"
     for head in heads:
-        needed, given = browser.execute_script(widths, head)
-        assert needed <= given
+        assert head.get_property("scrollWidth") <= head.get_property("clientWidth")
     # On a phone, still, the last column of the metrics can be seen without scrolling: that of the edit.
-    table = browser.find_element(By.ID, "metrics")
+    (table,) = find(browser, "#metrics")
     assert table.find_elements(By.TAG_NAME, "th")[-1].text == "edit"
     assert table.rect["x"] + table.rect["width"] <= 400
 

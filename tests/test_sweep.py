@@ -16,12 +16,12 @@ from test_runs import content
 import util
 from tokenflow.config import ControlNetConfig, PnPConfig, SDEditConfig
 from tokenflow.config_sweep import SHARED, combine, differences, label, parse_sweep
+from tokenflow.diffusion import parts
 from tokenflow.diffusion.checkpoint import Checkpoint
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing import edit as editing
 from tokenflow.editing.shared import Shared
 from tokenflow.errors import UserError
-from tokenflow.evaluation import networks
 from tokenflow.options import dump
 
 N_FRAMES, STEPS = 4, 2
@@ -103,7 +103,7 @@ def work(tmp_path_factory, checkpoint, clip_frames):
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    monkeypatch.setattr(networks, "on_hub", lambda model_id: False)
+    monkeypatch.setattr(parts, "on_hub", lambda model_id: False)
 
 
 def without(flags, *names):

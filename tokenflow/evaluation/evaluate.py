@@ -53,7 +53,6 @@ def evaluate(config: EvaluateConfig, subjects: list[Subject]) -> Path:
             log.info("Not measured: %s", line)
         page = joint_folder(subjects, config) / PAGE
         if len(subjects) > 1 or page.parent != subjects[0].folder:
-            page.parent.mkdir(parents=True, exist_ok=True)
             write_report(page, f"{len(entries)} edits", entries)
     return page
 

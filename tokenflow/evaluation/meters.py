@@ -6,7 +6,6 @@ moment. So a video is read once, and the memory needed does not grow with its le
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -34,71 +33,12 @@ Curves = dict[str, dict[str, list[float | None]]]  # by metric and video, one va
 Means = dict[str, dict[str, float]]  # by metric and video
 
 
-@dataclass(frozen=True)
-class Metric:
-    """How a metric is shown: its title, its unit, which values are better, and what it means."""
-
-    title: str
-    unit: str
-    better: str
-    meaning: str
-
-
-METRICS = {
-    f"warp_{gap}": Metric(
-        f"warp error, gap {gap}",
-        "x 1e-3",
-        "lower",
-        f"Mean squared difference from {when}, along the source's optical flow; pixel values are between 0 "
-        "and 1. A blank or blurred video has a low warp error, so read it beside the sharpness.",
-    )
-    for gap, when in zip(
-        GAPS, ("the frame before", "4 frames before", "8 frames before"), strict=True
-    )
-} | {
-    "sharpness": Metric(
-        "sharpness",
-        "of the source's",
-        "near 1",
-        "Mean squared gradient of the luminance, divided by the source's. Blur lowers it, noise raises it.",
-    ),
-    "drift": Metric(
-        "colour drift",
-        "grey levels",
-        "lower",
-        "Distance of the frame's mean colour from that of the first second, as a mean over the last second. "
-        "Motion changes it too, so compare it with the source's.",
-    ),
-    "flicker": Metric(
-        "flicker of still regions",
-        "grey levels",
-        "lower",
-        "Root mean squared difference between neighbouring frames where the source stands still.",
-    ),
-    "clip_prompt": Metric(
-        "CLIP score",
-        "x 0.01",
-        "higher",
-        "Cosine similarity between the CLIP embeddings of the frame and of the prompt.",
-    ),
-    "clip_frames": Metric(
-        "temporal consistency",
-        "x 0.01",
-        "higher",
-        "Cosine similarity between the CLIP embeddings of neighbouring frames.",
-    ),
-    "structure": Metric(
-        "structure distance",
-        "x 1e-3",
-        "lower",
-        "Mean squared difference between the self-similarities of the frame and of the source's, by DINO.",
-    ),
-    "psnr": Metric("PSNR", "dB", "higher", "Of the frame against the source's, over all pixels."),
-    "ssim": Metric("SSIM", "", "higher", "Of the frame against the source's, over all pixels."),
-    "lpips": Metric(
-        "LPIPS", "", "lower", "Perceptual distance of the frame from the source's, over all pixels."
-    ),
-}
+# In the order of tables. How a page shows them is in template/page.js.
+METRICS = (
+    *(f"warp_{gap}" for gap in GAPS),
+    *("sharpness", "drift", "flicker", "clip_prompt", "clip_frames", "structure"),
+    *("psnr", "ssim", "lpips"),
+)
 
 
 class Meter(Protocol):

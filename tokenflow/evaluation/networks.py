@@ -1,6 +1,5 @@
 """Meters that need a network: CLIP, DINO and LPIPS. Each is left out where its network cannot be loaded."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,44 +13,32 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 
-from tokenflow.diffusion.parts import on_hub
+from tokenflow.diffusion.parts import load_part
+from tokenflow.errors import UserError
 from tokenflow.evaluation.meters import Meter, Moments, Values
 from util import fit_frame
 
 
-class Unavailable(Exception):
-    """A network cannot be loaded; the text says why."""
+def load(cls: type, model_id: str | None, option: str) -> Any:
+    """A network or tokenizer of transformers' class `cls`, which an option names.
 
-
-def load(cls: type, model_id: str | None) -> Any:
-    """A network or tokenizer of transformers' class `cls`, from a folder, the cache or the hub.
-
-    Raises Unavailable, also for None.
+    Raises UserError if it cannot be loaded, also for None.
     """
     if model_id is None:
-        raise Unavailable("no model was named")
-    for local_only in (True, False):
-        if not local_only and not on_hub(model_id):
-            break
-        try:
-            return cls.from_pretrained(model_id, local_files_only=local_only)
-        except Exception as error:  # a missing or broken file is reported in many ways
-            failure = str(error).strip().partition("\n")[0].rstrip(".")
-    if not Path(model_id).is_dir():
-        failure = "it is neither a folder nor downloaded, and cannot be downloaded"
-    raise Unavailable(f"{model_id} cannot be loaded ({failure})")
+        raise UserError(f"{option} names no model")
+    return load_part(cls.from_pretrained, model_id, None, option=option)
 
 
 class Clip:
     """Meter of the CLIP score and of the temporal consistency."""
 
     def __init__(self, model_id: str | None, prompt: str | None, device: torch.device) -> None:
-        """Without a prompt, only the temporal consistency is measured. Raises Unavailable."""
-        self.network = load(CLIPModel, model_id).eval().to(device)
+        """Without a prompt, only the temporal consistency is measured. Raises UserError."""
+        self.network = load(CLIPModel, model_id, "clip").eval().to(device)
         self.before: torch.Tensor | None = None  # embeddings of the frames before, (videos, d)
         self.text = None
         if prompt is not None:
-            self.text = self._embed_text(load(CLIPTokenizer, model_id), prompt)
+            self.text = self._embed_text(load(CLIPTokenizer, model_id, "clip"), prompt)
 
     def measure(self, recent: Moments) -> Values:
         """Cosine similarities (x 0.01) of the newest frame's CLIP embedding: with the prompt's, as in
@@ -87,8 +74,8 @@ class Structure:
     """Meter of the structure distance."""
 
     def __init__(self, model_id: str | None, device: torch.device) -> None:
-        """Raises Unavailable."""
-        self.network = load(ViTModel, model_id).eval().to(device)
+        """Raises UserError."""
+        self.network = load(ViTModel, model_id, "dino").eval().to(device)
         self.keys: torch.Tensor | None = None  # of the last layer, (videos, tokens, d)
         self.network.layers[-1].attention.k_proj.register_forward_hook(self._remember)
 
@@ -116,16 +103,16 @@ class Lpips:
     """Meter of LPIPS."""
 
     def __init__(self, device: torch.device) -> None:
-        """Raises Unavailable, if the package `lpips` or the weights that it downloads are missing."""
+        """Raises UserError if the package `lpips` or the weights that it downloads are missing."""
         self.device = device
         try:
             from lpips import LPIPS
 
             self.network = LPIPS(net="alex", verbose=False).eval().to(device)
         except (ImportError, RuntimeError) as error:  # the latter: torchvision is for another torch
-            raise Unavailable(f"the package lpips cannot be used ({error})") from error
+            raise UserError(f"the package lpips cannot be used ({error})") from error
         except OSError as error:
-            raise Unavailable(f"lpips cannot download its weights ({error})") from error
+            raise UserError(f"lpips cannot download its weights ({error})") from error
 
     @torch.inference_mode()
     def measure(self, recent: Moments) -> Values:
@@ -163,7 +150,7 @@ def load_meters(
     ):
         try:
             meters.append(cls(**options, device=device))
-        except Unavailable as reason:
+        except UserError as reason:
             skipped.append(f"{title}: {reason}")
     if prompt is None:
         skipped.append("CLIP score: there is no prompt")

@@ -17,7 +17,7 @@ import numpy as np
 from tokenflow.config_sweep import differences, label
 from tokenflow.evaluation.contact_sheet import contact_sheet, moments
 from tokenflow.evaluation.meters import METRICS, Curves, Means
-from tokenflow.evaluation.subject import EDIT, PER_FRAME, RECONSTRUCTION, SOURCE, VAE
+from tokenflow.evaluation.subject import EDIT, NAMES, SOURCE
 from tokenflow.evaluation.verdict import Finding
 from tokenflow.options import format_value
 from tokenflow.runtime.run_folder import remove, stage
@@ -26,13 +26,6 @@ from util import write_image
 PAGE, PARTS = "report.html", "report"  # the page, and the folder of what it shows beside it
 SHEET, TABLE = "edits.png", "edits.csv"  # of several edits, beside their page
 TEMPLATE = Path(__file__).with_name("template")
-NAMES = {
-    SOURCE: "source",
-    VAE: "VAE round trip",
-    RECONSTRUCTION: "reconstruction",
-    PER_FRAME: "frame by frame",
-    EDIT: "edit",
-}
 DIGITS = 4  # of every number
 
 
@@ -73,8 +66,7 @@ def write_report(path: Path, title: str, entries: list[Entry]) -> None:
 
     Beside the page of several, also writes their contact sheet and a table of their metrics.
     """
-    metrics = {key: asdict(metric) for key, metric in METRICS.items()}
-    data = {"title": title, "names": NAMES, "metrics": metrics, "entries": []}
+    data = {"title": title, "names": NAMES, "entries": []}
     settings = differences([entry.options for entry in entries])
     if len(entries) > 1:
         path.parent.mkdir(parents=True, exist_ok=True)

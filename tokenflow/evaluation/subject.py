@@ -13,12 +13,15 @@ import numpy as np
 from tokenflow.errors import UserError
 from util import decode_frames, fit_frame
 
-# What a video is in an evaluation. An edit cannot be blamed for what the first three have themselves.
-SOURCE = "source"
-VAE = "vae"  # the source, encoded and decoded
-RECONSTRUCTION = "reconstruction"  # from the inversion
-PER_FRAME = "frame_by_frame"  # the same edit, of each frame by itself
-EDIT = "edit"
+# What a video is in an evaluation, and how it is called. No edit can be blamed for what the first three have.
+NAMES = {
+    "source": "source",
+    "vae": "VAE round trip",
+    "reconstruction": "reconstruction",
+    "frame_by_frame": "frame by frame",
+    "edit": "edit",
+}
+SOURCE, VAE, RECONSTRUCTION, PER_FRAME, EDIT = NAMES
 
 SMALLEST = 16  # pixels, for the optical flow and SSIM
 

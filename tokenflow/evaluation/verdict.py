@@ -18,16 +18,12 @@ from tokenflow.evaluation.subject import EDIT, PER_FRAME, RECONSTRUCTION, SOURCE
 POOR_PSNR = 20.0
 WORST_FIRST = POOR, FAIR, GOOD = "poor", "fair", "good"
 
-# What keeps more of the source, and what changes more, by technique.
-KEEP = {
-    "pnp": "raise pnp_attn_t or pnp_f_t",
-    "sdedit": "lower start",
-    "controlnet": "raise control_scale",
-}
-CHANGE = {
-    "pnp": "Lower pnp_attn_t and pnp_f_t",
-    "sdedit": "Raise start",
-    "controlnet": "Lower control_scale",
+# By technique: which options keep more of the source, and which change more.
+OPTIONS = {
+    "pnp": ("raise pnp_attn_t or pnp_f_t", "lower pnp_attn_t and pnp_f_t"),
+    "sdedit": ("lower start", "raise start"),
+    "controlnet": ("raise control_scale", "lower control_scale"),
+    None: ("", ""),
 }
 STEADIER = "Lower guidance_scale or keyframe_interval"
 
@@ -81,6 +77,7 @@ def judge_steadiness(
     warp_errors: Values, technique: str | None, when: str, fair: float, poor: float
 ) -> Finding:
     """Whether frames differ by more than the source's motion."""
+    keep, _ = OPTIONS[technique]
     # Warp errors are squares, x 1e-3, and become grey levels.
     added = 255 * sqrt(_exceed_source(warp_errors) / 1e3)
     text = f"{when}, the edit changes by {added:.1f} grey levels beyond the source's motion."
@@ -89,7 +86,7 @@ def judge_steadiness(
     if warp_errors.get(PER_FRAME):
         share = warp_errors[EDIT] / warp_errors[PER_FRAME]
         text += f" Its warp error is {share:.0%} of that of frame-by-frame editing."
-    return Finding(_grade(added, fair, poor), text, f"{STEADIER}, or {KEEP.get(technique)}.")
+    return Finding(_grade(added, fair, poor), text, f"{STEADIER}, or {keep}.")
 
 
 def judge_sharpness(sharpness: Values, technique: str | None) -> Finding:
@@ -123,14 +120,16 @@ def judge_clip_score(scores: Values, technique: str | None) -> Finding:
     gain = scores[EDIT] - scores[SOURCE]
     more = "higher" if gain > 0 else "lower"
     text = f"The edit's CLIP score is {abs(gain):.1f} points {more} than the source's."
-    advice = f"{CHANGE.get(technique)}, or raise guidance_scale."
+    _, change = OPTIONS[technique]
+    advice = f"To follow the prompt more, {change}, or raise guidance_scale."
     return Finding(_grade(-gain, fair=-2, poor=-0.5), text, advice)
 
 
 def judge_structure(distances: Values, technique: str | None) -> Finding:
     """Whether the layout stayed."""
     text = f"The structure distance (DINO) between edit and source is {distances[EDIT]:.0f} x 1e-3."
-    advice = f"If the layout should stay, {KEEP.get(technique)}."
+    keep, _ = OPTIONS[technique]
+    advice = f"If the layout should stay, {keep}."
     return Finding(_grade(distances[EDIT], fair=50, poor=100), text, advice)
 
 

@@ -3,15 +3,43 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
 const format = (value) => String(value ?? "\u2013");
-const colour = (name) => `var(--${name})`;
+const colour = (name) => `color: var(--${name}); stroke: var(--${name})`;
 let player;
 let plots = [];
+
+/** How metrics are shown: title, unit, which values are better, and what they mean. */
+const along = "along the source's optical flow; pixel values are between 0 and 1.";
+const METRICS = {
+  warp_1: ["warp error, gap 1", "x 1e-3", "lower", `Mean squared difference from the frame before, ${along} A blank or ` +
+    "blurred video has a low warp error, so read it beside the sharpness."],
+  warp_4: ["warp error, gap 4", "x 1e-3", "lower", `Mean squared difference from 4 frames before, ${along}`],
+  warp_8: ["warp error, gap 8", "x 1e-3", "lower", `Mean squared difference from 8 frames before, ${along}`],
+  sharpness: ["sharpness", "of the source's", "near 1", "Mean squared gradient of the luminance, divided by the " +
+    "source's. Blur lowers it, and noise raises it."],
+  drift: ["colour drift", "grey levels", "lower", "Distance of the frame's mean colour from that of the first second, as " +
+    "a mean over the last second. Motion changes it too, so compare it with the source's."],
+  flicker: ["flicker of still regions", "grey levels", "lower", "Root mean squared difference between neighbouring " +
+    "frames where the source stands still."],
+  clip_prompt: ["CLIP score", "x 0.01", "higher", "Cosine similarity of the CLIP embeddings of frame and prompt."],
+  clip_frames: ["temporal consistency", "x 0.01", "higher", "Cosine similarity of the CLIP embeddings of neighbouring " +
+    "frames."],
+  structure: ["structure distance", "x 1e-3", "lower", "Mean squared difference between the self-similarities of the " +
+    "frame and of the source's (DINO)."],
+  psnr: ["PSNR", "dB", "higher", "Of the frame against the source's, over all pixels."],
+  ssim: ["SSIM", "", "higher", "Of the frame against the source's, over all pixels."],
+  lpips: ["LPIPS", "", "lower", "Perceptual distance of the frame from the source's, over all pixels."],
+};
 
 /** An element with these properties and children, which are elements or text. */
 function element(tag, properties = {}, ...children) {
   const made = Object.assign(document.createElement(tag), properties);
   made.append(...children);
   return made;
+}
+
+/** What a video is, in its colour, and perhaps more text. */
+function labelled(tag, name, text = "") {
+  return element(tag, { className: "name", style: colour(name) }, data.names[name] + text);
 }
 
 /** An element of a plot. */
@@ -36,8 +64,7 @@ class Player {
       video.requestVideoFrameCallback(remember);
     };
     video.requestVideoFrameCallback?.(remember);
-    const caption = element("figcaption", { className: "name", style: `color: ${colour(name)}` }, data.names[name]);
-    $("videos").append(element("figure", {}, video, caption));
+    $("videos").append(element("figure", {}, video, labelled("figcaption", name)));
     return video;
   }
 
@@ -142,7 +169,7 @@ async function seek(video, time) {
 /** A plot of one metric's curves, with a line at the player's frame; pointing at it moves the player. */
 function plot(key, curves, nFrames) {
   const values = curves.flatMap(([, curve]) => curve.filter((value) => value !== null)).sort((a, b) => a - b);
-  const { title, unit, better, meaning } = data.metrics[key];
+  const [title, unit, better, meaning] = METRICS[key];
   const [smallest, highest] = [values[0], values.at(-1)];
   const lowest = smallest < highest / 4 ? Math.min(0, smallest) : smallest;
   const x = (frame) => (100 * (frame + 0.5)) / nFrames;
@@ -150,7 +177,7 @@ function plot(key, curves, nFrames) {
   const svg = shape("svg", { viewBox: "0 0 100 100", preserveAspectRatio: "none", role: "img", "aria-label": title });
   for (const [name, curve] of curves) {
     const points = curve.flatMap((value, frame) => (value === null ? [] : [`${x(frame)},${y(value)}`]));
-    svg.append(shape("polyline", { points: points.join(" "), style: `stroke: ${colour(name)}` }));
+    svg.append(shape("polyline", { points: points.join(" "), style: colour(name) }));
   }
   const cursor = svg.appendChild(shape("line", { y1: 0, y2: 100 }));
   const point = (event) => {
@@ -167,8 +194,7 @@ function plot(key, curves, nFrames) {
   const update = (frame) => {
     cursor.setAttribute("x1", x(frame));
     cursor.setAttribute("x2", x(frame));
-    const reading = ([name, curve]) =>
-      element("span", { className: "name", style: `color: ${colour(name)}` }, `${data.names[name]} ${format(curve[frame])}`);
+    const reading = ([name, curve]) => labelled("span", name, ` ${format(curve[frame])}`);
     readings.replaceChildren(...curves.map(reading));
   };
   return { figure, update };
@@ -184,7 +210,7 @@ function fill(table, head, rows) {
 
 /** A metric's title, with its unit and which values are better. */
 function titled(key) {
-  const { title, unit, better } = data.metrics[key];
+  const [title, unit, better] = METRICS[key];
   const about = [unit, better].filter(Boolean).join(", ").replace("-", "\u2011"); // no line ends in 1e-3
   return element("span", {}, `${title} `, element("small", {}, `(${about})`));
 }
@@ -205,7 +231,7 @@ function open(index) {
     element("li", { className: level }, element("b", {}, level), " ", element("span", {}, `${text} ${advice}`));
   $("verdict").replaceChildren(...entry.findings.map(finding));
 
-  const keys = Object.keys(data.metrics).filter((key) => entry.curves[key]);
+  const keys = Object.keys(METRICS).filter((key) => entry.curves[key]);
   plots = keys.map((key) => plot(key, Object.entries(entry.curves[key]), entry.n_frames));
   $("curves").replaceChildren(...plots.map(({ figure }) => figure));
   const names = Object.keys(data.names).filter((name) => keys.some((key) => name in entry.curves[key]));
@@ -259,7 +285,7 @@ function listEdits() {
     $("entries").append(button);
   });
 
-  const keys = Object.keys(data.metrics).filter((key) => data.entries.some(({ figures }) => "edit" in (figures[key] ?? {})));
+  const keys = Object.keys(METRICS).filter((key) => data.entries.some(({ figures }) => figures[key]?.edit !== undefined));
   const means = (entry, name) => keys.map((key) => format(entry.figures[key]?.[name]));
   const [first] = data.entries;
   // What all edits are compared with, as far as that is the same for all.
