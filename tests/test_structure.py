@@ -5,19 +5,19 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# From the ground up; the longest matching prefix of its name decides a module's floor.
-FLOORS = (
-    ["tokenflow.errors"],
-    ["tokenflow.runtime"],
-    ["util", "tokenflow.cli", "tokenflow.options"],
-    ["tokenflow.diffusion", "tokenflow.propagation"],
-    ["tokenflow.config"],
-    ["tokenflow_utils", "tokenflow.motion", "tokenflow.control"],
-    ["tokenflow.evaluation"],
-    ["tokenflow.inversion"],
-    ["tokenflow.editing"],
-    ["preprocess", "run_tokenflow", "evaluate"],
-)
+# From the top down, with what the names of their modules begin with.
+FLOORS = """
+preprocess run_tokenflow evaluate
+tokenflow.editing
+tokenflow.inversion
+tokenflow.evaluation
+tokenflow_utils tokenflow.motion tokenflow.control
+tokenflow.config
+tokenflow.diffusion tokenflow.propagation
+util tokenflow.cli tokenflow.options
+tokenflow.runtime
+tokenflow.errors
+"""
 
 
 def imports_of(path: Path) -> set[str]:
@@ -31,11 +31,10 @@ def imports_of(path: Path) -> set[str]:
     return names
 
 
-def floor_of(name: str) -> int:
-    known = (
-        (len(begin), i) for i, room in enumerate(FLOORS) for begin in room if name.startswith(begin)
-    )
-    return max(known)[1]
+def depth_of(name: str) -> int:
+    """On which floor a module lies, counted from the top."""
+    floors = enumerate(FLOORS.strip().split("\n"))
+    return next(depth for depth, rooms in floors if name.startswith(tuple(rooms.split())))
 
 
 def test_imports_point_downwards():
@@ -46,5 +45,5 @@ def test_imports_point_downwards():
     assert len(graph) > 30 and sum(map(len, graph.values())) > 60
     list(TopologicalSorter(graph).static_order())  # raises where there is a circle
     for name, imported in graph.items():
-        assert all(floor_of(other) <= floor_of(name) for other in imported), name
+        assert all(depth_of(other) >= depth_of(name) for other in imported), name
         assert modules[name].read_text().count("\n") <= 400, name
