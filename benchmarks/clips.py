@@ -1,13 +1,21 @@
 """Held-out clips of the world of shapes, each with an edit and the exact truth about both."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
-from shapes.flow import flow
-from shapes.world import OBJECT, VALUES, Scene, pixel_centers, render, sample_scene, top_layer
-from tokenflow.motion.optical_flow import where_valid
+from shapes.world import (
+    OBJECT,
+    VALUES,
+    Scene,
+    find_flow,
+    find_top_layer,
+    pixel_centers,
+    render,
+    sample_scene,
+)
 
 FIRST_SEED = 2_000_000  # far from the seeds that the checkpoint and the judge were trained on
 SIZE = 128  # pixels
@@ -48,7 +56,11 @@ class Clip:
     @cached_property
     def frames(self) -> np.ndarray:
         """The source: uint8 RGB (N, H, W, 3)."""
-        return np.stack([render(self.scene, time, SIZE)[0] for time in range(self.n_frames)])
+        return np.stack(list(self.draw(SIZE)))
+
+    def draw(self, size: int) -> Iterator[np.ndarray]:
+        """The source's frames, uint8 RGB (H, W, 3), at a height and width of `size` pixels."""
+        return (render(self.scene, time, size)[0] for time in range(self.n_frames))
 
     @property
     def is_plain(self) -> bool:
@@ -73,18 +85,14 @@ class Clip:
 
     def stays(self, time: int) -> np.ndarray:
         """Pixels (H, W), bool, of the layers that the edit does not name."""
-        is_object = top_layer(self.scene, time, pixel_centers(SIZE)) == OBJECT
+        is_object = find_top_layer(self.scene, time, pixel_centers(SIZE)) == OBJECT
         background_changes = any(name.startswith("background") for name in self.changes)
         object_changes = any(not name.startswith("background") for name in self.changes)
         return (is_object & (not object_changes)) | (~is_object & (not background_changes))
 
-    def flow(self, i: int, j: int) -> tuple[np.ndarray, np.ndarray]:
+    def find_flow(self, i: int, j: int) -> tuple[np.ndarray, np.ndarray]:
         """Exact flow (H, W, 2) in pixels from frame i to frame j, and where it is valid (H, W)."""
-        return flow(self.scene, i, j, SIZE)
-
-    def exact_between(self, i: int, j: int) -> tuple[np.ndarray, np.ndarray]:
-        """Exact flows (H, W, 2) in pixels between frames i and j, there and back; NaN where not valid."""
-        return where_valid(*self.flow(i, j)), where_valid(*self.flow(j, i))
+        return find_flow(self.scene, i, j, SIZE)
 
 
 def held_out_clips(n_clips: int, n_frames: int) -> list[Clip]:

@@ -9,13 +9,12 @@ and of the ideal edit with a brightness that flickers. Writes a table (Markdown 
 
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 
 from benchmarks.arguments import benchmark_parser
 from benchmarks.clips import Clip, held_out_clips
-from benchmarks.report import write_report
+from benchmarks.report import markdown, write_report
 from tokenflow.evaluation.meters import GAPS
 from tokenflow.evaluation.metrics import warp_error
 from tokenflow.motion.optical_flow import dis_flow, valid_flow
@@ -37,7 +36,7 @@ def _measure(clip: Clip, gap: int) -> dict[str, float]:
     videos = {"source": clip.frames, "ideal": ideal, "flickering": flickering}
     dis, rows = dis_flow(), []
     for i in range(clip.n_frames - gap):
-        exact, visible = clip.flow(i, i + gap)
+        exact, visible = clip.find_flow(i, i + gap)
         estimated, valid = valid_flow(dis, clip.frames[i], clip.frames[i + gap])
         error = np.hypot(*(estimated - exact).transpose(2, 0, 1))
         row = {
@@ -56,17 +55,15 @@ def _measure(clip: Clip, gap: int) -> dict[str, float]:
 def main() -> None:
     """Measure, write the table, and print it."""
     parser = benchmark_parser(__doc__, "runs/flow")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
     rows = accuracy(N_CLIPS, N_FRAMES)
-    names = list(rows[0])
-    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    names, cells = list(rows[0]), []
     for gap in GAPS:
-        means = [np.mean([row[name] for row in rows if row["gap"] == gap]) for name in names]
-        lines.append(f"| {gap} | " + " | ".join(f"{mean:.2f}" for mean in means[1:]) + " |")
-    table = "\n".join(lines) + "\n"
-    write_report(args, "flow", table, {"rows": rows})
+        of_gap = [row for row in rows if row["gap"] == gap]
+        means = (np.mean([row[name] for row in of_gap]) for name in names[1:])
+        cells.append([f"{gap}", *(f"{mean:.2f}" for mean in means)])
+    table = markdown(names, cells)
+    write_report(args.output, "flow", table, {"rows": rows})
     print(table)
 
 

@@ -9,10 +9,10 @@ from tokenflow.runtime.digests import digest_of
 from tokenflow.runtime.run_folder import stage
 
 ROOT = Path(__file__).parent.parent
-# The code of an edit and of its measures. How methods are defined goes into the name of what they made,
+# What edits and their measures are made by. How methods are defined goes into the name of what they made,
 # and reports change nothing that is measured.
-CODE = ("*.py", "tokenflow/**/*.py", "shapes/*.py")
-MODULES = ("baselines", "clips", "job", "measures")
+CODE = ("*.py", "configs/*.yaml", "tokenflow/**/*.py", "shapes/*.py")
+MODULES = ("baselines", "clips", "commands", "measures")
 
 
 def digest_of_run(args: argparse.Namespace) -> str:

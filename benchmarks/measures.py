@@ -1,15 +1,19 @@
 """What the benchmarks measure of an edited clip, and how sure the means over clips are."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
-from benchmarks.clips import Clip
+from benchmarks.clips import SIZE, Clip
 from shapes.judge import Judge
-from tokenflow.evaluation.metrics import drift, gradient_energy, warp_error
+from shapes.world import render
+from tokenflow.evaluation.metrics import drift, frame_psnr, gradient_energy, warp_error
+from util import load_frames
 
 GAPS = (1, 8, 16)  # frames between the two that a warp error compares
 DRIFT_GAP = 16  # frames between the two that a drift compares
+ENDS = 24  # frames, the first and the last, whose colours are compared
 
 # Of a clip, or of several; None where there is nothing to measure.
 Row = dict[str, float | None]
@@ -21,8 +25,8 @@ def measure(clip: Clip, frames: np.ndarray, judge: Judge) -> Row:
     `warp_<gap>`: warp error x 1e-3, and `drift`: low-frequency drift in grey levels, both means over all
     pairs of frames so far apart, and only where the clip is long enough. `gradient`: gradient energy in
     (grey levels / pixel)^2, and `gradient_inside`: that without the outermost pixel, where a small VAE draws
-    a line. `edited_right`, `kept_right`: share of attributes. `kept_psnr`: PSNR in dB of what should stay
-    the same; None where the edit names everything.
+    a line. `colour_drift`: of a long clip. `edited_right`, `kept_right`: share of attributes. `kept_psnr`:
+    PSNR in dB of what should stay the same; None where the edit names everything.
     """
     row = {
         f"warp_{gap}": 1e3 * float(along_motion(warp_error, clip, frames, gap).mean())
@@ -46,7 +50,31 @@ def measure(clip: Clip, frames: np.ndarray, judge: Judge) -> Row:
     if stays.any():
         error = np.square((frames.astype(float) - clip.frames)[stays] / 255).mean()
         row["kept_psnr"] = float(-10 * np.log10(max(error, 1e-10)))
+    if clip.n_frames >= 2 * ENDS:
+        row["colour_drift"] = colour_drift(clip, frames)
     return row
+
+
+def colour_drift(clip: Clip, frames: np.ndarray) -> float:
+    """How far the mean colours of object and background are apart in the first and in the last frames.
+
+    Root mean square over both layers and three channels, in grey levels.
+    """
+
+    def colours(times: range) -> np.ndarray:
+        masks = np.stack([render(clip.scene, time, SIZE)[1] for time in times])
+        shown = frames[times.start : times.stop]
+        return np.stack([shown[masks].mean(0), shown[~masks].mean(0)])  # layers 3
+
+    first, last = range(ENDS), range(clip.n_frames - ENDS, clip.n_frames)
+    return float(np.sqrt(np.square(colours(first) - colours(last)).mean()))
+
+
+def find_reconstruction_psnr(inverted: Path) -> float:
+    """PSNR in dB, mean over frames, of an inversion's reconstruction against the VAE's round trip."""
+    frames = range(len(list((inverted / "vae").iterdir())))
+    sampled, encoded = (load_frames(inverted / name, frames) for name in ("frames", "vae"))
+    return float(np.mean(frame_psnr(sampled, encoded)))
 
 
 def along_motion(
@@ -54,10 +82,10 @@ def along_motion(
 ) -> np.ndarray:
     """A `metric` such as `warp_error` of each frame and the one `gap` later, along the exact flow."""
     pairs = [(i, i + gap) for i in range(clip.n_frames - gap)]
-    return np.array([metric(frames[i], frames[j], *clip.flow(i, j)) for i, j in pairs])
+    return np.array([metric(frames[i], frames[j], *clip.find_flow(i, j)) for i, j in pairs])
 
 
-def with_sharpness(row: Row, frame_by_frame: Row) -> Row:
+def add_sharpness(row: Row, frame_by_frame: Row) -> Row:
     """A clip's measures and, as `sharpness`, its gradient energies relative to those of another edit.
 
     That is the same edit of the same clip made frame by frame, which nothing but the model has blurred:
@@ -71,24 +99,24 @@ def with_sharpness(row: Row, frame_by_frame: Row) -> Row:
     return row | relative
 
 
-def mean(rows: list[Row]) -> Row:
-    """The mean of every number in rows of the same keys, without those that are None."""
-    return {key: float(np.mean(values)) if values else None for key, values in _columns(rows)}
+def summarize(rows: list[Row]) -> Row:
+    """The mean of every number in rows of the same keys, without those that are None, and its standard error.
 
-
-def summary(rows: list[Row]) -> Row:
-    """As `mean`, and under `<key>_se` the standard error of each mean, taking rows as independent.
-
-    That is the rows' standard deviation (of n - 1 degrees of freedom) / sqrt(n); None of fewer than two.
+    Under `<key>_se` is the rows' standard deviation (of n - 1 degrees of freedom) / sqrt(n), which takes rows
+    as independent; None of fewer than two.
     """
-    errors = {
-        f"{key}_se": float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
-        for key, values in _columns(rows)
-    }
-    return mean(rows) | errors
+    summary = {}
+    for key in rows[0]:
+        values = [row[key] for row in rows if row[key] is not None]
+        summary[key] = float(np.mean(values)) if values else None
+        several = len(values) > 1
+        summary[f"{key}_se"] = (
+            float(np.std(values, ddof=1) / len(values) ** 0.5) if several else None
+        )
+    return summary
 
 
-def difference(rows: list[Row], base: list[Row]) -> Row:
+def compare(rows: list[Row], base: list[Row]) -> Row:
     """The summary of what `rows` have more than `base`, a list of the same clips in the same order.
 
     Clips differ more than methods do. In differences within each clip that cancels out, so their standard
@@ -98,8 +126,4 @@ def difference(rows: list[Row], base: list[Row]) -> Row:
         {key: row[key] - other[key] if None not in (row[key], other[key]) else None for key in row}
         for row, other in zip(rows, base, strict=True)
     ]
-    return summary(paired)
-
-
-def _columns(rows: list[Row]) -> list[tuple[str, list[float]]]:
-    return [(key, [row[key] for row in rows if row[key] is not None]) for key in rows[0]]
+    return summarize(paired)

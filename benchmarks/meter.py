@@ -1,8 +1,9 @@
-"""What a stage costs: seconds, UNet evaluations of one sample, and peak memory beyond what it began with."""
+"""What stages cost: seconds, UNet evaluations and peak memory; on a GPU operations and waits, too."""
 
 import ctypes
 import gc
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,29 +11,36 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # proc(5): sets the peak to what is resident now
+CPU = torch.device("cpu")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Cost:
-    """Seconds, evaluations of single samples, and MB."""
+    """What a stage took.
 
-    seconds: float = 0.0
-    evaluations: int = 0
-    peak_mb: float = 0.0
+    evaluations: of single samples by the UNet. peak_mb: memory beyond what was held when the stage began.
+    tflop and blocking, of a meter that counts: operations of matrix products, convolutions and attention;
+    operations for which the host waited for the GPU.
+    """
+
+    seconds: float
+    evaluations: int
+    peak_mb: float
+    tflop: float = 0.0
+    blocking: int = 0
 
 
 class Meter:
-    """Counts what passes a UNet, and measures stages by name."""
+    """Measures stages by name. One that `counts` takes more time than it would without."""
 
-    def __init__(self, device: torch.device, unet: nn.Module | None = None) -> None:
-        self.device = device
+    def __init__(self, device: torch.device = CPU, counts: bool = False) -> None:
+        self.device, self.counts = device, counts
         self.stages: dict[str, Cost] = {}
         self.evaluations = 0
-        if unet:
-            self.watch(unet)
 
     def watch(self, unet: nn.Module) -> None:
         """Count what passes this UNet, too."""
@@ -42,16 +50,37 @@ class Meter:
     def stage(self, name: str) -> Iterator[None]:
         """Measure the block as the stage `name`."""
         began, evaluations = self._begin_memory(), self.evaluations
+        flops = FlopCounterMode(display=False)
         start = time.perf_counter()
-        yield
+        if self.counts:
+            with flops, self._waits() as waits:
+                yield
+        else:
+            waits = []
+            yield
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         seconds = time.perf_counter() - start
-        peak = self._peak() - began
-        self.stages[name] = Cost(seconds, self.evaluations - evaluations, peak)
+        peak, evaluations = self._peak() - began, self.evaluations - evaluations
+        tflop = flops.get_total_flops() / 1e12
+        self.stages[name] = Cost(seconds, evaluations, peak, tflop, len(waits))
 
     def _count(self, module: nn.Module, args: tuple) -> None:
         self.evaluations += len(args[0])
+
+    @contextmanager
+    def _waits(self) -> Iterator[list[warnings.WarningMessage]]:
+        """One warning for each time that the host waits for the GPU in the block."""
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.filterwarnings("ignore")
+            warnings.filterwarnings("always", "called a synchronizing CUDA operation")
+            if self.device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("warn")
+            try:
+                yield waits
+            finally:
+                if self.device.type == "cuda":
+                    torch.cuda.set_sync_debug_mode("default")
 
     def _begin_memory(self) -> float:
         gc.collect()
@@ -59,12 +88,17 @@ class Meter:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
             return torch.cuda.memory_allocated(self.device) / 1e6
-        ctypes.CDLL(None).malloc_trim(0)  # what the last stage left must not serve this one unseen
-        CLEAR_REFS.write_text(RESET_PEAK)
+        if CLEAR_REFS.exists():  # Linux alone
+            ctypes.CDLL(None).malloc_trim(
+                0
+            )  # what the last stage left must not serve this one unseen
+            CLEAR_REFS.write_text(RESET_PEAK)
         return self._peak()
 
     def _peak(self) -> float:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 1e6
+        if not STATUS.exists():
+            return 0.0
         (line,) = (x for x in STATUS.read_text().splitlines() if x.startswith("VmHWM"))
         return int(line.split()[1]) * 1024 / 1e6

@@ -1,265 +1,145 @@
-"""Cost of whole edits, beside the published algorithm, frame-by-frame editing and the bare UNet.
+"""Cost of whole edits, beside the published algorithm and frame-by-frame editing.
 
     python -m benchmarks.speed --quick
 
-On the shapes checkpoint everything from frames to edited frames, with the quality of the same edits
-beside it; on a random UNet of Stable Diffusion 1.5's size the editing stage alone. Methods take turns
-over several clips, and a figure is the median over them. Writes a table (Markdown and JSON).
+What the commands do, from images to edited videos, on the shapes checkpoint, with the quality of the same
+edits beside it; or with `--version` on a checkpoint of random weights of that size. Methods take turns over
+several clips, and a cost is the median over them. Writes tables (Markdown and JSON).
 """
 
 import argparse
-import dataclasses
 import tempfile
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from benchmarks.arguments import benchmark_parser
-from benchmarks.baselines import FrameByFrame
 from benchmarks.clips import Clip, held_out_clips
-from benchmarks.job import Job, Latents, predictor_of
-from benchmarks.measures import mean, measure
-from benchmarks.meter import Cost, Meter
-from benchmarks.published import published_edit
-from benchmarks.report import speed_table, write_report
-from benchmarks.sd15 import random_sd15
+from benchmarks.commands import Commands, Method
+from benchmarks.measures import measure, summarize
+from benchmarks.meter import Meter
+from benchmarks.methods import METHODS
+from benchmarks.random_checkpoint import VERSIONS, save_random
+from benchmarks.report import markdown, method_table, write_report
 from shapes.judge import Judge
-from tokenflow.cli import parse
+from tests.reference import Reference
 from tokenflow.config import PnPConfig
 from tokenflow.diffusion.checkpoint import Checkpoint
-from tokenflow.diffusion.ddim import Schedule, invert, last, sample
 from tokenflow.diffusion.device import choose_device
-from tokenflow.diffusion.stable_diffusion import StableDiffusion
-from tokenflow.editing.checkpoint import EditCheckpoint
-from tokenflow.editing.denoise import (
-    FILLED_CPU,
-    Denoiser,
-    Edit,
-    TokenFlowDenoiser,
-    denoise,
-    keyframe_schedule,
-)
-from tokenflow.editing.source import Source
-from tokenflow.editing.techniques import plug_and_play
-from tokenflow.evaluation.metrics import frame_psnr
-from tokenflow.inversion.files import noisy
-from tokenflow.inversion.predictor import VideoNoisePredictor
-from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles
-from tokenflow.runtime.batching import MOST_SAMPLES, Batches
-from tokenflow.runtime.distributed import Processes
 
-PUBLISHED_STEPS = 500
-STAGES = ("inversion", "reconstruction", "editing")
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """What a method made of a clip: reconstructed latents (N, 4, h, w), edited frames (N, H, W, 3)."""
-
-    reconstructed: torch.Tensor
-    edited: np.ndarray
-
-
-def published(meter: Meter, sd: StableDiffusion, clip: Clip, config: PnPConfig) -> Pictures:
-    """500 naive steps there, 500 back, and an edit by the published algorithm."""
-    schedule = Schedule.of(sd.scheduler, PUBLISHED_STEPS)
-    editing = Schedule.of(sd.scheduler, config.n_timesteps)
-    predictor, frames = predictor_of(sd, clip.source_prompt), torch.arange(clip.n_frames)
-    with meter.stage("inversion"):
-        clean = sd.encode_frames(clip.frames)
-        inverted = dict(invert(clean, frames, schedule, predictor))
-    with meter.stage("reconstruction"):
-        noisiest = inverted[schedule.timesteps[0]]
-        reconstructed = last(sample(noisiest, frames, schedule, predictor))
-        sd.decode_latents(reconstructed)
-    config = dataclasses.replace(config, prompt=clip.prompt)
-    prompts = (clip.source_prompt, config.negative_prompt, config.prompt)
-    kept = Latents({noisy(t): x for t, x in inverted.items()})
-    source = Source(kept, clip.n_frames)
-    technique = plug_and_play(config, editing, source)
-    edit = Edit(sd, technique, source, prompts, config)
-    with meter.stage("editing"):
-        edited = sd.decode_latents(last(published_edit(edit)))
-    return Pictures(reconstructed, edited)
-
-
-def ours(
-    meter: Meter, sd: StableDiffusion, clip: Clip, config: PnPConfig, folder: Path
-) -> tuple[Pictures, Job]:
-    """What the commands do, with that configuration of the edit."""
-    with meter.stage("inversion"):
-        job = Job.prepare(sd, clip, config, folder)
-    with meter.stage("reconstruction"):
-        reconstructed = job.reconstruct()
-        sd.decode_latents(reconstructed)
-    with meter.stage("editing"):
-        edited = job.edit_pnp()
-    return Pictures(reconstructed, edited), job
-
-
-def quality(sd: StableDiffusion, clip: Clip, judge: Judge, pictures: Pictures) -> dict[str, float]:
-    """Of the edit and of the reconstruction, whose PSNR is against the VAE's round trip."""
-    round_trip = sd.decode_latents(sd.encode_frames(clip.frames))
-    reconstructed = sd.decode_latents(pictures.reconstructed)
-    psnr = float(np.mean(frame_psnr(reconstructed, round_trip)))
-    return {"reconstruction_psnr": psnr} | measure(clip, pictures.edited, judge)
-
-
-def floor(sd: StableDiffusion, costs: dict[str, Cost], latent_size: int) -> dict[str, Cost]:
-    """The same numbers of plain UNet evaluations, at the faster of two batch sizes."""
-    text = sd.encode_text("")
-
-    def seconds_of_one(batch_size: int) -> float:
-        latents = torch.randn(batch_size, 4, latent_size, latent_size)
-        start = time.perf_counter()
-        sd.predict_noise(latents, 500, text.expand(batch_size))
-        return (time.perf_counter() - start) / batch_size
-
-    filling = max(1, FILLED_CPU // latent_size**2) if sd.device.type == "cpu" else MOST_SAMPLES // 2
-    sizes = {filling, 2 * filling}
-    best = min(seconds_of_one(size) for size in sizes)
-    return {
-        stage: Cost(best * cost.evaluations, cost.evaluations, 0.0) for stage, cost in costs.items()
-    }
-
-
-def shapes_rounds(args: argparse.Namespace) -> tuple[dict, dict]:
-    """Costs by method and stage, and qualities by method, a list of one entry for each clip."""
-    n_clips, n_frames = (1, 6) if args.quick else (2, 16)
-    sd = Checkpoint.find(str(args.model)).load(*choose_device(args.device, args.dtype))
-    judge, meter = Judge.load(args.model / "judge.safetensors"), Meter(sd.device, sd.unet)
-    at_defaults = PnPConfig(data_path="", prompt="unused")
-    fast = parse(PnPConfig, "", "fast.yaml", ["--data_path", "", "--prompt", "unused"])
-    costs, qualities = {}, {}
-
-    def note(method: str, pictures: Pictures | None = None) -> None:
-        for stage, cost in meter.stages.items():
-            costs.setdefault(method, {}).setdefault(stage, []).append(cost)
-        if pictures:
-            qualities.setdefault(method, []).append(quality(sd, clip, judge, pictures))
-        meter.stages = {}
-
-    # Every other clip: edits of colour and of the background, which Plug-and-Play can do.
-    for clip in tqdm(held_out_clips(2 * n_clips, n_frames)[::2], "Shapes", unit="clip"):
-        note("published", published(meter, sd, clip, at_defaults))
-        with tempfile.TemporaryDirectory() as folder:
-            pictures, job = ours(meter, sd, clip, at_defaults, Path(folder))
-            done = meter.stages
-            note("ours", pictures)
-            with meter.stage("editing"):
-                edited = job.edit_pnp(FrameByFrame)
-            note("per_frame", Pictures(pictures.reconstructed, edited))
-        meter.stages = floor(sd, done, job.clean.shape[-1])
-        note("floor")
-        with tempfile.TemporaryDirectory() as folder:
-            note("fast", ours(meter, sd, clip, fast, Path(folder))[0])
-    return costs, qualities
-
-
-def sd15_rounds(args: argparse.Namespace) -> dict:
-    """Costs by method of the editing stage, a list of one entry for each round."""
-    device, dtype = choose_device(args.device, args.dtype)
-    if device.type == "cuda":
-        size, n_frames, interval, n_steps = 64, 40, 8, 50
-    else:
-        size, n_frames, interval, n_steps = (32, 4, 2, 1) if args.quick else (64, 10, 2, 1)
-    sd = random_sd15(device, dtype)
-    meter = Meter(device, sd.unet)
-    always = {"pnp_attn_t": 1, "pnp_f_t": 1}
-    config = PnPConfig(
-        data_path="", prompt="unused", n_timesteps=n_steps, batch_size=interval, **always
-    )
-    schedule, costs = Schedule.of(sd.scheduler, n_steps), {}
-    generator = torch.Generator().manual_seed(0)
-    still, moving = torch.randn(2, n_frames, 4, size, size, generator=generator)
-    inverted = still[:1] + 0.3 * moving  # frames of one video resemble each other
-    with tempfile.TemporaryDirectory() as folder:
-        files, processes = SourceFeatureFiles(Path(folder) / "source"), Processes(device)
-        files.create(sd.unet, inverted.shape, schedule.timesteps)
-        keyframes = keyframe_schedule(config, sd.scheduler, n_frames)
-        kept = Latents(dict.fromkeys(map(noisy, schedule.timesteps), inverted))
-        three = Source(kept, n_frames)
-        technique = plug_and_play(config, schedule, three)
-        predictor = VideoNoisePredictor(sd, "", Batches(interval, adapts=False))
-        recording = RecordingPredictor(predictor, keyframes, three.latents, files)
-        with recording.install():
-            for t in schedule.timesteps:
-                recording(inverted, t, torch.arange(n_frames))
-        two = Source(kept, n_frames, files)
-
-        def edit_from(source: Source) -> Edit:
-            return Edit(sd, technique, source, ("", "", ""), config)
-
-        def tokenflow(source: Source, denoiser: type[Denoiser] = TokenFlowDenoiser) -> Iterator:
-            with tempfile.TemporaryDirectory(dir=folder) as steps:
-                checkpoint = EditCheckpoint(Path(steps), inverted.shape, processes)
-                with denoiser.installed(edit_from(source)) as installed:
-                    yield from denoise(installed, checkpoint)
-
-        runs = {
-            "published": lambda: published_edit(edit_from(three)),
-            "ours": lambda: tokenflow(two),
-            "per_frame": lambda: tokenflow(three, FrameByFrame),
-        }
-        for _ in tqdm(range(2), "SD 1.5", unit="round"):
-            for method, steps in runs.items():
-                with meter.stage("editing"):
-                    last(steps())
-                costs.setdefault(method, {"editing": []})["editing"].append(meter.stages["editing"])
-            floored = floor(sd, {"editing": costs["ours"]["editing"][-1]}, size)["editing"]
-            costs.setdefault("floor", {"editing": []})["editing"].append(floored)
-    return costs
-
-
-def to_rows(checkpoint: str, costs: dict[str, dict[str, list[Cost]]]) -> list[dict]:
-    """Medians over the rounds, and for methods with all stages their sum."""
-    rows = []
-    for method, stages in costs.items():
-        merged = {
-            stage: Cost(*(median(v) for v in zip(*map(dataclasses.astuple, rounds), strict=True)))
-            for stage, rounds in stages.items()
-        }
-        if set(merged) == set(STAGES):
-            parts = list(merged.values())
-            merged["end_to_end"] = Cost(
-                sum(c.seconds for c in parts),
-                sum(c.evaluations for c in parts),
-                max(c.peak_mb for c in parts),
-            )
-        for stage, cost in merged.items():
-            rows.append(
-                {"checkpoint": checkpoint, "method": method, "stage": stage}
-                | dataclasses.asdict(cost)
-            )
-    return rows
-
-
-def report_so_far(args: argparse.Namespace, rows: list[dict], qualities: dict) -> str:
-    """Write what is measured so far, and return the table."""
-    means = {method: mean(values) for method, values in qualities.items()}
-    table = speed_table(rows, means)
-    write_report(args, "speed", table, {"rows": rows, "quality": means})
-    return table
+SMALL = {"clips": 1, "frames": 6, "published_steps": 100}
+STAGES = ("inversion", "reconstruction", "edit")
+PUBLISHED = "published"
 
 
 def main() -> None:
-    """Time everything and write the report."""
+    """Measure everything and write the report."""
     parser = benchmark_parser(__doc__, "runs/speed")
-    parser.add_argument("--quick", action="store_true", help="one short clip, and small frames")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--version", choices=VERSIONS, help="random weights of this version's size")
+    parser.add_argument("--clips", type=int, default=2, help="over which methods take turns")
+    parser.add_argument("--frames", type=int, default=16, help="of each clip")
+    parser.add_argument("--size", type=int, default=128, help="height and width in pixels")
+    parser.add_argument("--steps", type=int, default=50, help="of our inversion and of the edits")
+    parser.add_argument(
+        "--published_steps", type=int, default=500, help="of the published inversion"
+    )
+    parser.add_argument("--quick", action="store_true", help=f"other defaults: {SMALL}")
+    if parser.parse_args().quick:
+        parser.set_defaults(**SMALL)
     args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
-    costs, qualities = shapes_rounds(args)
-    rows = to_rows("shapes", costs)
-    report_so_far(args, rows, qualities)
-    rows += to_rows("sd15", sd15_rounds(args))
-    print(report_so_far(args, rows, qualities))
+    device, dtype = choose_device(args.device, args.dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.version:
+            args.model = save_random(Path(folder) / "checkpoint", args.version, device, dtype)
+        costs, rows = measure_methods(args)
+    quality = [{"method": method} | summarize(of) for method, of in rows.items() if of]
+    tables = format_costs(costs) + ("\n" + method_table(quality) if quality else "")
+    report = {"costs": costs, "quality": quality}
+    write_report(args.output, args.version or "shapes", tables, report)
+    print(tables)
+
+
+def measure_methods(
+    args: argparse.Namespace,
+) -> tuple[dict[str, dict[str, dict]], dict[str, list[dict]]]:
+    """By method: the median costs of its stages; and its edits' quality, one row for each clip."""
+    half = max(1, args.steps // 2)
+    methods = {
+        PUBLISHED: None,
+        "ours": Method(),
+        "in half the steps": Method(
+            f"--n_inversion_steps {half} --n_timesteps {half}",
+            f"--steps {half} --save_steps {half}",
+        ),
+        "frame by frame": METHODS["per_frame"],
+    }
+    device, _ = choose_device(args.device, args.dtype)
+    judge = None if args.version else Judge.load(args.model / "judge.safetensors")
+    options = ["--device", args.device, "--dtype", args.dtype]
+    costs, rows = {name: {} for name in methods}, {name: [] for name in methods}
+    # Every other clip: edits of colour and of the background, which Plug-and-Play can do.
+    for clip in tqdm(held_out_clips(2 * args.clips, args.frames)[::2], "Clips", unit="clip"):
+        with tempfile.TemporaryDirectory() as folder:
+            for name, method in methods.items():
+                meter = Meter(device)
+                if name == PUBLISHED:
+                    frames = edit_as_published(args, clip, meter)
+                else:
+                    commands = Commands(
+                        Path(folder), clip, args.size, args.steps, args.model, options, meter
+                    )
+                    frames = commands.edit(method)
+                for stage in set(STAGES) & set(meter.stages):
+                    costs[name].setdefault(stage, []).append(asdict(meter.stages[stage]))
+                if judge:
+                    rows[name].append(measure(clip, frames, judge))
+    medians = {
+        name: {
+            stage: {key: median(cost[key] for cost in of_clips) for key in of_clips[0]}
+            for stage, of_clips in stages.items()
+        }
+        for name, stages in costs.items()
+    }
+    return medians, rows
+
+
+def edit_as_published(args: argparse.Namespace, clip: Clip, meter: Meter) -> np.ndarray:
+    """The frames (N, H, W, 3) of an edit by the published algorithm, with the settings of our defaults."""
+    sd = Checkpoint.find(str(args.model)).load(*choose_device(args.device, args.dtype))
+    meter.watch(sd.unet)
+    source = np.stack(list(clip.draw(args.size)))
+    with meter.stage("inversion"):
+        reference = Reference(sd, source, clip.source_prompt, args.published_steps)
+    with meter.stage("reconstruction"):
+        reference.reconstruct()
+    with meter.stage("edit"):
+        return reference.edit(
+            clip.prompt,
+            n_steps=args.steps,
+            attention_steps=int(args.steps * PnPConfig.pnp_attn_t),
+            feature_steps=int(args.steps * PnPConfig.pnp_f_t),
+            guidance_scale=PnPConfig.guidance_scale,
+        )
+
+
+def format_costs(costs: dict[str, dict[str, dict]]) -> str:
+    """Seconds, how many times less than published, evaluations and peak memory, as Markdown."""
+    rows = []
+    for stage in STAGES:
+        row, published = [stage], costs[PUBLISHED][stage]["seconds"]
+        for of_method in costs.values():
+            cost = of_method.get(stage)
+            row.append(
+                f"{cost['seconds']:.1f} s ({published / cost['seconds']:.1f}x), "
+                f"{cost['evaluations']:.0f}, {cost['peak_mb']:.0f} MB"
+                if cost
+                else ""
+            )
+        rows.append(row)
+    return markdown(["stage", *costs], rows)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ with a byte-level CLIP tokenizer, SD's DDIM schedule, and a Canny ControlNet in 
 `controlnet`.
 """
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +15,20 @@ from diffusers import (
     ControlNetModel,
     DDIMScheduler,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 BOS, EOS, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
+SPECIAL = ("bos", "eos", "pad")
+WORDS = ["a", "red", "blue", "circle"]  # of the captions that tests use
 
 
 @dataclass(frozen=True)
@@ -61,31 +68,41 @@ def build_tokenizer(words: list[str], prompt_tokens: int) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=prompt_tokens)
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer, size: Size) -> CLIPTextModel:
-    """CLIP text encoder with random weights for `tokenizer`'s vocabulary."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=size.text_width,
-            intermediate_size=4 * size.text_width,
-            num_hidden_layers=size.text_layers,
-            num_attention_heads=max(2, size.text_width // 32),
-            max_position_embeddings=size.prompt_tokens,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+def size_clip(width: int, layers: int, heads: int, activation: str = "quick_gelu") -> dict:
+    """Keys of the configuration of a CLIP text encoder."""
+    return {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "hidden_act": activation,
+        "projection_dim": width,
+    }
+
+
+def configure_clip(tokenizer: CLIPTokenizer, **keys) -> CLIPTextConfig:
+    """The configuration of a CLIP text encoder with those `keys`, for `tokenizer`'s vocabulary."""
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in SPECIAL}
+    length = tokenizer.model_max_length
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=length, **special, **keys
     )
 
 
-def build_vae(size: Size) -> AutoencoderKL:
+def build_text_encoder(tokenizer: CLIPTokenizer, size: Size) -> CLIPTextModel:
+    """CLIP text encoder with random weights."""
+    keys = size_clip(size.text_width, size.text_layers, max(2, size.text_width // 32))
+    return CLIPTextModel(configure_clip(tokenizer, **keys))
+
+
+def build_vae(channels: tuple[int, int, int, int], layers_per_block: int = 1) -> AutoencoderKL:
     """KL autoencoder of scale factor 8 with random weights."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=size.vae_channels,
-        layers_per_block=1,
-        norm_num_groups=size.vae_channels[0] // 4,
+        block_out_channels=channels,
+        layers_per_block=layers_per_block,
+        norm_num_groups=channels[0] // 4,
         latent_channels=4,
     )
 
@@ -102,13 +119,19 @@ def build_unet(size: Size) -> UNet2DConditionModel:
 
 def build_controlnet(unet: UNet2DConditionModel, size: Size) -> ControlNetModel:
     """ControlNet on `unet`'s encoder: its weights are copied, its outputs start at zero."""
-    return ControlNetModel.from_unet(
-        unet, conditioning_embedding_out_channels=size.control_channels
-    )
+    channels = size.control_channels
+    return ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=channels)
 
 
-def build_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's DDIM schedule."""
+def randomize_outputs(controlnet: ControlNetModel) -> None:
+    """Give weights to a ControlNet's layers that start at zero."""
+    for layer in [*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block]:
+        torch.nn.init.normal_(layer.weight, std=0.1)
+    torch.nn.init.normal_(controlnet.controlnet_cond_embedding.conv_out.weight, std=0.1)
+
+
+def build_scheduler(**keys) -> DDIMScheduler:
+    """Stable Diffusion's DDIM schedule; `keys`: what a version has otherwise."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -116,45 +139,42 @@ def build_scheduler() -> DDIMScheduler:
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
+        **keys,
     )
 
 
-def build_pipeline(vae, text_encoder, tokenizer, unet) -> StableDiffusionPipeline:
-    """The networks as diffusers runs them, without a safety checker."""
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=build_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+def save(
+    folder: Path,
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    unet: UNet2DConditionModel,
+    controlnet: ControlNetModel | None = None,
+    scheduler: DDIMScheduler | None = None,
+    text_encoder_2: CLIPTextModelWithProjection | None = None,
+) -> None:
+    """Write a diffusers folder, with a ControlNet in `controlnet/`. Two text encoders make it XL's."""
+    parts = {"vae": vae, "unet": unet, "scheduler": scheduler or build_scheduler()}
+    parts |= {"text_encoder": text_encoder, "tokenizer": tokenizer}
+    if text_encoder_2:
+        parts |= {"text_encoder_2": text_encoder_2, "tokenizer_2": tokenizer}
+        pipeline = StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    else:
+        parts |= {"safety_checker": None, "feature_extractor": None}
+        pipeline = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    pipeline.save_pretrained(folder)
+    if controlnet:
+        controlnet.save_pretrained(Path(folder) / "controlnet")
 
 
-def save(folder: Path, vae, text_encoder, tokenizer, unet, controlnet) -> None:
-    """Write a diffusers folder for `from_pretrained`, with the ControlNet in `controlnet/`."""
-    build_pipeline(vae, text_encoder, tokenizer, unet).save_pretrained(folder)
-    controlnet.save_pretrained(Path(folder) / "controlnet")
-
-
-def build_random(folder: Path, size: Size = TINY, seed: int = 0) -> Path:
+def build_random(folder: Path, size: Size = TINY) -> Path:
     """Write a checkpoint of random weights, also in the ControlNet's outputs; returns `folder`."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        tokenizer = build_tokenizer(["a", "red", "blue", "circle"], size.prompt_tokens)
+        torch.manual_seed(0)
+        tokenizer = build_tokenizer(WORDS, size.prompt_tokens)
         unet = build_unet(size)
         controlnet = build_controlnet(unet, size)
-        for layer in [*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block]:
-            torch.nn.init.normal_(layer.weight, std=0.1)
-        torch.nn.init.normal_(controlnet.controlnet_cond_embedding.conv_out.weight, std=0.1)
+        randomize_outputs(controlnet)
         text_encoder = build_text_encoder(tokenizer, size)
-        save(folder, build_vae(size), text_encoder, tokenizer, unet, controlnet)
+        save(folder, build_vae(size.vae_channels), text_encoder, tokenizer, unet, controlnet)
     return Path(folder)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Write a tiny checkpoint of random weights.")
-    parser.add_argument("folder", type=Path)
-    build_random(parser.parse_args().folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from shapes.world import attribute_indices, render, sample_scene
+from shapes.world import index_attributes, render, sample_scene
 
 LAST_TIME = 48  # frames are taken at random times of clips this long
 # How often each texture is drawn: plain is the easiest to learn, checkered the hardest.
@@ -22,7 +22,7 @@ def render_sample(seed: int) -> tuple[np.ndarray, str, list[int]]:
     ).tolist()
     scene = sample_scene(rng, texture=texture, background_texture=background_texture)
     frame, _ = render(scene, rng.uniform(0, LAST_TIME))
-    return frame, scene.attributes.caption(), attribute_indices(scene.attributes)
+    return frame, scene.attributes.caption(), index_attributes(scene.attributes)
 
 
 def render_samples(seeds: range) -> tuple[np.ndarray, list[str], np.ndarray]:
@@ -37,8 +37,8 @@ def load_samples(path: Path, seeds: range) -> tuple[np.ndarray, list[str], np.nd
     """As `render_samples`, kept in the `.npz` file `path`."""
     if not path.exists():
         frames, captions, labels = render_samples(seeds)
-        partial = path.with_suffix(".part.npz")
-        np.savez(partial, frames=frames, captions=captions, labels=labels)
-        partial.rename(path)
+        unfinished = path.with_suffix(".part.npz")
+        np.savez(unfinished, frames=frames, captions=captions, labels=labels)
+        unfinished.rename(path)
     with np.load(path) as stored:
         return stored["frames"], stored["captions"].tolist(), stored["labels"]

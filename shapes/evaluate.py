@@ -16,28 +16,27 @@ from diffusers import StableDiffusionPipeline
 from tqdm import tqdm
 
 from shapes.data import render_samples
-from shapes.judge import Judge, accuracies, names_of
-from shapes.vae import round_trip_psnr
-from shapes.world import attribute_indices, sample_attributes
+from shapes.judge import Judge, name_values, score
+from shapes.vae import measure_round_trip
+from shapes.world import index_attributes, sample_attributes
 from tokenflow.evaluation.contact_sheet import contact_sheet
 from util import write_image
 
 HELD_OUT_SEEDS = range(2_000_000, 2_000_256)
 BATCH = 25
+GUIDANCE = 7.5
 SHOWN, COLUMNS = 40, 8  # samples on the sheet, and in one of its rows
 
 
-def sample(
-    pipeline: StableDiffusionPipeline, captions: list[str], steps: int, guidance: float, seed: int
-) -> np.ndarray:
+def sample(pipeline: StableDiffusionPipeline, captions: list[str], steps: int) -> np.ndarray:
     """Samples of `captions`, uint8 (N, 128, 128, 3)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     frames = []
     for start in tqdm(range(0, len(captions), BATCH), desc="sample"):
         images = pipeline(
             captions[start : start + BATCH],
             num_inference_steps=steps,
-            guidance_scale=guidance,
+            guidance_scale=GUIDANCE,
             generator=generator,
             output_type="np",
         ).images
@@ -53,9 +52,6 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=Path("data/shapes-sd"))
     parser.add_argument("--captions", type=int, default=200, help="number of captions")
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps")
-    parser.add_argument("--guidance", type=float, default=7.5)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write the numbers to this file")
     parser.add_argument("--sheet", type=Path, help="write a picture of some samples to this file")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -64,19 +60,17 @@ def main() -> None:
     judge = Judge.load(args.checkpoint / "judge.safetensors").to(device)
 
     held_out, _, labels = render_samples(HELD_OUT_SEEDS)
-    rng = np.random.default_rng(args.seed)
+    rng = np.random.default_rng(0)
     wanted = [sample_attributes(rng) for _ in range(args.captions)]
     captions = [attributes.caption() for attributes in wanted]
-    samples = sample(pipeline, captions, args.steps, args.guidance, args.seed)
-    truth = names_of(np.array([attribute_indices(attributes) for attributes in wanted]))
+    samples = sample(pipeline, captions, args.steps)
+    truth = name_values(np.array([index_attributes(attributes) for attributes in wanted]))
     results = {
-        "samples": accuracies(judge.read(samples), truth),
-        "judge": accuracies(judge.read(held_out), names_of(labels)),
-        "vae_psnr": round_trip_psnr(pipeline.vae, held_out[:64]),
+        "samples": score(judge.read(samples), truth),
+        "judge": score(judge.read(held_out), name_values(labels)),
+        "vae_psnr": measure_round_trip(pipeline.vae, held_out[:64]),
     }
     print(json.dumps(results, indent=2))
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
     if args.sheet:
         starts = range(0, min(SHOWN, len(samples)) - COLUMNS + 1, COLUMNS)
         rows = {f"from caption {n + 1}": samples[n : n + COLUMNS] for n in starts}

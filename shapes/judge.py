@@ -37,17 +37,11 @@ class Judge(nn.Module):
         return logits.split([len(values) for values in VALUES.values()], dim=1)
 
     @torch.no_grad()
-    def read(self, frames: np.ndarray | Tensor) -> dict[str, list[str]]:
-        """Each attribute's value in each frame, e.g. {"shape": ["circle", ...], ...}.
-
-        `frames`: uint8 (H, W, 3) or (B, H, W, 3), or a tensor (B, 3, H, W) in [0, 1].
-        """
-        if isinstance(frames, np.ndarray):
-            frames = frames.reshape(-1, *frames.shape[-3:])
-            frames = torch.from_numpy(frames).permute(0, 3, 1, 2) / 255
-        weight = next(self.parameters())
-        images = F.interpolate(frames.to(weight), (128, 128), mode="area")
-        return names_of(torch.stack([logits.argmax(1) for logits in self(images)], dim=1).cpu())
+    def read(self, frames: np.ndarray) -> dict[str, list[str]]:
+        """Each attribute's value in each uint8 frame (B, H, W, 3), e.g. {"shape": ["circle", ...], ...}."""
+        images = torch.from_numpy(frames).to(next(self.parameters())).permute(0, 3, 1, 2) / 255
+        images = F.interpolate(images, (128, 128), mode="area")
+        return name_values(torch.stack([logits.argmax(1) for logits in self(images)], dim=1).cpu())
 
     @classmethod
     def load(cls, path: Path) -> "Judge":
@@ -61,7 +55,7 @@ class Judge(nn.Module):
         save_file({name: value.half() for name, value in self.state_dict().items()}, path)
 
 
-def names_of(labels: np.ndarray | Tensor) -> dict[str, list[str]]:
+def name_values(labels: np.ndarray | Tensor) -> dict[str, list[str]]:
     """Each attribute's values, by name, for attribute indices (N, 5)."""
     return {
         name: [values[index] for index in labels[:, n].tolist()]
@@ -69,7 +63,7 @@ def names_of(labels: np.ndarray | Tensor) -> dict[str, list[str]]:
     }
 
 
-def accuracies(answers: dict[str, list[str]], truth: dict[str, list[str]]) -> dict[str, float]:
+def score(answers: dict[str, list[str]], truth: dict[str, list[str]]) -> dict[str, float]:
     """Part of each attribute's answers that is right."""
     return {
         name: float(np.mean([a == b for a, b in zip(answers[name], truth[name], strict=True)]))

@@ -85,11 +85,9 @@ def outline(points: np.ndarray, shape: str, radius: float) -> np.ndarray:
         return np.abs(points) - radius
     if shape == "square":
         return np.maximum(np.abs(points.real), np.abs(points.imag)) - 0.85 * radius
-    if shape == "triangle":
-        normals = np.exp(2j * np.pi * np.arange(3) / 3)
-        sides = [(points * normal.conjugate()).real for normal in normals]
-        return np.maximum.reduce(sides) - 0.66 * radius
-    raise ValueError(f"unknown shape {shape!r}")
+    normals = np.exp(2j * np.pi * np.arange(3) / 3)  # of a triangle
+    sides = [(points * normal.conjugate()).real for normal in normals]
+    return np.maximum.reduce(sides) - 0.66 * radius
 
 
 def _pattern(points: np.ndarray, texture: str, period: float, blur: float) -> np.ndarray:
@@ -106,7 +104,5 @@ def _pattern(points: np.ndarray, texture: str, period: float, blur: float) -> np
     stripes = np.clip(0.5 + (period / 4 - across) / blur, 0, 1)
     if texture == "striped":
         return stripes
-    if texture == "checkered":
-        rows = np.clip(0.5 + (period / 4 - along) / blur, 0, 1)
-        return stripes * rows + (1 - stripes) * (1 - rows)
-    raise ValueError(f"unknown texture {texture!r}")
+    rows = np.clip(0.5 + (period / 4 - along) / blur, 0, 1)
+    return stripes * rows + (1 - stripes) * (1 - rows)

@@ -38,7 +38,7 @@ def vae_loss(vae: AutoencoderKL, frames: np.ndarray, generator: torch.Generator)
 
 
 @torch.no_grad()
-def round_trip_psnr(vae: AutoencoderKL, frames: np.ndarray) -> float:
+def measure_round_trip(vae: AutoencoderKL, frames: np.ndarray) -> float:
     """Mean PSNR (dB) of decoded latents of `frames` (N, H, W, 3), one value per frame averaged."""
     values = []
     for batch in np.array_split(frames, max(1, len(frames) // BATCH)):

@@ -4,29 +4,27 @@ Written from the `config.json` files of the hub's repositories, as far as these 
 defaults.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    ControlNetModel,
-    DDIMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-)
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from shapes.checkpoint import TINY, build_scheduler, build_tokenizer, build_vae
+from shapes.checkpoint import (
+    TINY,
+    WORDS,
+    build_controlnet,
+    build_scheduler,
+    build_tokenizer,
+    build_vae,
+    configure_clip,
+    randomize_outputs,
+    save,
+    size_clip,
+)
 
 NARROW = 160  # channels: the fewest that 32 groups and the 20 heads of versions 2 and XL divide
 NARROWER = 8  # how many times narrower the text is
@@ -50,7 +48,9 @@ class Configuration:
         """The same keys at a fraction of the width; heads, blocks and kinds of layers are the version's."""
         levels = len(self.unet["block_out_channels"])
         text = tuple(
-            clip(t["hidden_size"] // NARROWER, LAYERS, t["num_attention_heads"], t["hidden_act"])
+            size_clip(
+                t["hidden_size"] // NARROWER, LAYERS, t["num_attention_heads"], t["hidden_act"]
+            )
             for t in self.texts
         )
         changes = {
@@ -65,22 +65,10 @@ class Configuration:
         return replace(self, unet=self.unet | changes, texts=text)
 
 
-def clip(width: int, layers: int, heads: int, activation: str) -> dict[str, Any]:
-    """The configuration of a CLIP text encoder."""
-    return {
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "hidden_act": activation,
-        "projection_dim": width,
-    }
-
-
 _WIDTHS = (320, 640, 1280, 1280)
-_CLIP_L = clip(768, 12, 12, "quick_gelu")
-_CLIP_H = clip(1024, 23, 16, "gelu")
-_CLIP_G = clip(1280, 32, 20, "gelu")
+_CLIP_L = size_clip(768, 12, 12, "quick_gelu")
+_CLIP_H = size_clip(1024, 23, 16, "gelu")
+_CLIP_G = size_clip(1280, 32, 20, "gelu")
 _UNET_2 = {
     "sample_size": 64,
     "block_out_channels": _WIDTHS,
@@ -120,71 +108,33 @@ CONFIGURATIONS = {
 }
 
 
-def build_text_encoder(config: dict[str, Any], tokenizer: CLIPTokenizer, pooled: bool):
-    """A text encoder of random weights; `pooled`: one that also embeds the whole prompt."""
-    tokens = {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        tokens[name] = getattr(tokenizer, name)
-    cls = CLIPTextModelWithProjection if pooled else CLIPTextModel
-    return cls(CLIPTextConfig(**config, **tokens))
-
-
-def build_narrow(folder: Path, version: str, seed: int = 0) -> Path:
+def build_narrow(folder: Path, version: str) -> Path:
     """Write a narrow checkpoint of a version with random weights, and its ControlNet; returns `folder`."""
-    config = CONFIGURATIONS[version].narrow()
+    config, controlnet = CONFIGURATIONS[version].narrow(), None
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        tokenizer = build_tokenizer(["a", "red", "blue", "circle"], TINY.prompt_tokens)
+        torch.manual_seed(0)
+        tokenizer = build_tokenizer(WORDS, TINY.prompt_tokens)
         unet = UNet2DConditionModel(**config.unet)
-        vae, texts = build_vae(TINY), build_text_encoders(config, tokenizer)
-        save_pipeline(folder, config, tokenizer, unet, vae, texts)
+        vae, texts = build_vae(TINY.vae_channels), build_text_encoders(config, tokenizer)
         if unet.config.in_channels == 4:
-            channels = TINY.control_channels
-            controlnet = ControlNetModel.from_unet(
-                unet, conditioning_embedding_out_channels=channels
-            )
-            for layer in [*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block]:
-                torch.nn.init.normal_(layer.weight, std=0.1)
-            controlnet.save_pretrained(Path(folder) / "controlnet")
+            controlnet = build_controlnet(unet, TINY)
+            randomize_outputs(controlnet)
+    scheduler = build_scheduler(**config.scheduler)
+    save(folder, vae, texts[0], tokenizer, unet, controlnet, scheduler, *texts[1:])
     return Path(folder)
 
 
 def build_text_encoders(config: Configuration, tokenizer: CLIPTokenizer) -> list[nn.Module]:
-    """All text encoders of a version; the second one also embeds the whole prompt."""
+    """All text encoders of a version, of random weights; the second one also embeds the whole prompt."""
+    classes = CLIPTextModel, CLIPTextModelWithProjection
     return [
-        build_text_encoder(text, tokenizer, pooled=bool(number))
-        for number, text in enumerate(config.texts)
+        cls(configure_clip(tokenizer, **text))
+        for cls, text in zip(classes, config.texts, strict=False)
     ]
-
-
-def save_pipeline(
-    folder: Path,
-    config: Configuration,
-    tokenizer: CLIPTokenizer,
-    unet: UNet2DConditionModel,
-    vae: AutoencoderKL,
-    texts: Sequence[nn.Module],
-) -> None:
-    """Write the networks of a version, and its noise schedule, in diffusers layout."""
-    scheduler = DDIMScheduler.from_config(build_scheduler().config, **config.scheduler)
-    parts = {"vae": vae, "unet": unet, "scheduler": scheduler}
-    for suffix, text in zip(("", "_2"), texts, strict=False):
-        parts |= {"tokenizer" + suffix: tokenizer, "text_encoder" + suffix: text}
-    if config.is_xl:
-        pipeline = StableDiffusionXLPipeline(**parts, add_watermarker=False)
-    else:
-        none = {"safety_checker": None, "feature_extractor": None}
-        pipeline = StableDiffusionPipeline(**parts, **none, requires_safety_checker=False)
-    pipeline.save_pretrained(folder)
 
 
 def build_on_meta(version: str) -> tuple[UNet2DConditionModel, AutoencoderKL]:
     """UNet and VAE of a version in full, without weights."""
     with torch.device("meta"):
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-        )
+        vae = build_vae((128, 256, 512, 512), layers_per_block=2)
         return UNet2DConditionModel(**CONFIGURATIONS[version].unet), vae

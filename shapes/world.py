@@ -134,7 +134,7 @@ def distances(scene: Scene, time: float, points: np.ndarray) -> tuple[np.ndarray
     return object_distance, np.abs(((points - b) / a).real) - scene.bar_width / 2
 
 
-def top_layer(scene: Scene, time: float, points: np.ndarray) -> np.ndarray:
+def find_top_layer(scene: Scene, time: float, points: np.ndarray) -> np.ndarray:
     """Which of BACKGROUND, OBJECT, BAR is seen at complex frame `points`."""
     object_distance, bar_distance = distances(scene, time, points)
     return np.where(bar_distance < 0, BAR, np.where(object_distance < 0, OBJECT, BACKGROUND))
@@ -155,11 +155,32 @@ def render(scene: Scene, time: float, size: int = 128) -> tuple[np.ndarray, np.n
     for color, distance in zip((surface, BAR_TONE), distances(scene, time, points), strict=True):
         coverage = np.clip(0.5 - distance / pixel, 0, 1)[..., None]
         image = image + coverage * (color - image)
-    mask = top_layer(scene, time, points) == OBJECT
+    mask = find_top_layer(scene, time, points) == OBJECT
     return np.round(image.clip(0, 1) * 255).astype(np.uint8), mask
 
 
-def attribute_indices(attributes: Attributes) -> list[int]:
+def find_flow(scene: Scene, i: float, j: float, size: int = 128) -> tuple[np.ndarray, np.ndarray]:
+    """Where the pixels of frame i are in frame j: flow and validity, both of frame i's size.
+
+    Returns float32 (size, size, 2), the displacement (dx, dy) in pixels, and a bool mask of the
+    pixels that are seen in frame j too: inside it, and not hidden by another layer.
+    """
+    points = pixel_centers(size)
+    layers = find_top_layer(scene, i, points)
+    moved = np.empty_like(points)
+    for layer in (BACKGROUND, OBJECT, BAR):
+        (a_i, b_i), (a_j, b_j) = (scene.motion(layer).pose(time) for time in (i, j))
+        here = layers == layer
+        moved[here] = (points[here] - b_i) / a_i * a_j + b_j
+    displacement = (moved - points) * (size / EXTENT)
+    # Inside means between the centres of the border pixels, where interpolation has neighbours.
+    border = EXTENT / size / 2
+    inside = [(axis >= border) & (axis <= EXTENT - border) for axis in (moved.real, moved.imag)]
+    valid = inside[0] & inside[1] & (find_top_layer(scene, j, moved) == layers)
+    return np.stack([displacement.real, displacement.imag], -1).astype(np.float32), valid
+
+
+def index_attributes(attributes: Attributes) -> list[int]:
     """Index of each attribute's value in `VALUES`, in its order."""
     chosen = asdict(attributes)
     return [values.index(chosen[name]) for name, values in VALUES.items()]

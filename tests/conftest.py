@@ -6,7 +6,7 @@ from pathlib import Path
 # One thread: on busy cores two wait for each other, and they add floats in another order. Torch reads this
 # when it is imported, here and in the processes that tests start.
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-# The tests are of the CPU, wherever they run: a GPU rounds otherwise. `benchmarks.device` looks at the GPU.
+# The tests are of the CPU, wherever they run: a GPU rounds otherwise. `benchmarks.sizes` looks at the GPU.
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
 
 import numpy as np

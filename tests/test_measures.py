@@ -11,10 +11,10 @@ import torch
 
 from benchmarks import quality
 from benchmarks.clips import held_out_clips
-from benchmarks.correspondence import distances
 from benchmarks.kept import keep, kept_path
-from benchmarks.measures import along_motion, difference, mean, measure, summary, with_sharpness
-from benchmarks.methods import METHODS, chosen_methods
+from benchmarks.measures import add_sharpness, along_motion, compare, measure, summarize
+from benchmarks.meter import Meter
+from benchmarks.methods import Method, parse_methods
 from tokenflow.evaluation.metrics import drift, gradient_energy, warp_error
 
 
@@ -59,13 +59,6 @@ def test_drift_is_the_rise_of_brightness_and_not_detail_that_flickers(moving):
     assert errors[0] > 0.25 * errors[1]
 
 
-def test_distances_of_correspondences_by_hand():
-    """Four tokens of two cells a side; the first is found where it is, the others in the first."""
-    true = torch.tensor([[0.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [-2.0, -5.0]])
-    apart = distances(torch.zeros(4, dtype=torch.long), true, side=2)
-    assert apart.tolist() == [0, 0, 3, 3]
-
-
 def test_gaps_longer_than_a_clip_are_left_out():
     (clip,) = held_out_clips(1, 9)
     judge = SimpleNamespace(
@@ -81,22 +74,21 @@ def test_a_line_along_the_frames_border_is_no_sharpness_inside(moving):
     lined = moving.frames.copy()
     lined[:, [0, -1]] = 0
     base, row = (measure(moving, frames, judge) for frames in (moving.frames, lined))
-    row = with_sharpness(row, base)
+    row = add_sharpness(row, base)
     assert row["sharpness"] > 1.1
     assert row["sharpness_inside"] == 1
 
 
 def test_standard_errors_and_paired_differences():
     rows = [{"warp": 1.0, "psnr": 20.0}, {"warp": 2.0, "psnr": None}, {"warp": 6.0, "psnr": 24.0}]
-    assert mean(rows) == {"warp": 3.0, "psnr": 22.0}
     # Deviations -2, -1, 3: a variance of 14 / 2; and -2, 2: one of 8.
     expected = {"warp": 3.0, "warp_se": (7 / 3) ** 0.5, "psnr": 22.0, "psnr_se": 2.0}
-    assert summary(rows) == pytest.approx(expected)
+    assert summarize(rows) == pytest.approx(expected)
     base = [{"warp": 0.5, "psnr": 19.0}, {"warp": 1.0, "psnr": 1.0}, {"warp": 5.5, "psnr": 21.0}]
     # Differences 0.5, 1, 0.5, whose standard error is a tenth of the means'; and 1, 3.
     paired = {"warp": 2 / 3, "warp_se": 1 / 6, "psnr": 2.0, "psnr_se": 1.0}
-    assert difference(rows, base) == pytest.approx(paired)
-    assert summary(rows[1:2]) == {"warp": 2.0, "warp_se": None, "psnr": None, "psnr_se": None}
+    assert compare(rows, base) == pytest.approx(paired)
+    assert summarize(rows[1:2]) == {"warp": 2.0, "warp_se": None, "psnr": None, "psnr_se": None}
 
 
 def test_only_edits_that_are_not_kept_are_made(tmp_path, monkeypatch):
@@ -109,27 +101,39 @@ def test_only_edits_that_are_not_kept_are_made(tmp_path, monkeypatch):
             keep(path, {"gradient": float(index + 1)})
 
     monkeypatch.setattr(quality, "make_edits", make_edits)
-    clips, methods = held_out_clips(2, 9), chosen_methods("published")
-    assert methods == ["per_frame", "per_frame_ddim", "default", "published"]
+    clips, methods = held_out_clips(2, 9), parse_methods("published,--fuse 2")
+    assert list(methods) == ["per_frame", "per_frame_ddim", "default", "published", "--fuse 2"]
+    assert methods["--fuse 2"] == Method("--fuse 2")
 
-    def rows(clip, run, names):
-        paths = {name: kept_path(tmp_path, name, run, clip, METHODS[name]) for name in names}
-        return quality.edit_clip(None, clip, paths)
+    def rows(clip, run, methods):
+        paths = {name: kept_path(tmp_path, name, run, clip, of) for name, of in methods.items()}
+        return quality.edit_clip(SimpleNamespace(methods=methods), clip, paths)
 
     first = rows(clips[0], "run", methods)
-    assert [row["sharpness"] for row in first.values()] == [
-        1,
-        1,
-        3,
-        2,
-    ]  # each of its own inversion's
+    # Each is relative to the frame by frame edit of its own inversion.
+    assert [row["sharpness"] for row in first.values()] == [1, 1, 3, 2, 5]
     assert rows(clips[0], "run", methods) == first
-    rows(clips[0], "run", ["per_frame", "sdedit"])
+    rows(clips[0], "run", parse_methods("sdedit"))
     rows(clips[1], "run", methods)
     rows(clips[0], "changed code", methods)
-    assert made == [methods, ["sdedit"], methods, methods]
-    with pytest.raises(ArgumentTypeError, match="'defaults' is none of source, vae"):
-        chosen_methods("published,defaults")
+    assert made == [list(methods), ["sdedit"], list(methods), list(methods)]
+    with pytest.raises(
+        ArgumentTypeError, match="'defaults' is neither flags nor one of source, vae"
+    ):
+        parse_methods("published,defaults")
+
+
+def test_a_meter_counts_what_stages_take():
+    unet, meter = torch.nn.Conv2d(4, 4, 1), Meter(counts=True)
+    meter.watch(unet)
+    with meter.stage("passes"):
+        unet(torch.zeros(3, 4, 8, 8))
+        unet(torch.zeros(2, 4, 8, 8))
+    with meter.stage("nothing"):
+        pass
+    passes, nothing = meter.stages.values()
+    assert (passes.evaluations, nothing.evaluations) == (5, 0)
+    assert passes.tflop == 2 * 5 * 64 * 4 * 4 / 1e12 and nothing.tflop == 0
 
 
 def test_report_tells_textured_and_plain_clips_apart():
@@ -138,7 +142,7 @@ def test_report_tells_textured_and_plain_clips_apart():
         {"default": {"warp_1": warp}, "published": {"warp_1": 2 * warp}}
         for warp in (1.0, 2.0, 3.0, 6.0)
     ]
-    report = quality.report_of(clips, done)
+    report = quality.summarize_clips(clips, done)
     assert report["rows"][1] == pytest.approx(
         {"method": "published", "warp_1": 6.0, "warp_1_se": 2.16}, abs=0.01
     )
@@ -148,5 +152,5 @@ def test_report_tells_textured_and_plain_clips_apart():
     assert (paired["method"], paired["warp_1"], paired["warp_1_se"]) == pytest.approx(
         ("published", 3.0, 1.08), abs=0.01
     )
-    tables = quality.tables_of(report | {"reconstruction_psnr": {}})
+    tables = quality.format_tables(report)
     assert "| published | 6.00 ± 2.16 |" in tables and "| published | +3.00 ± 1.08 |" in tables

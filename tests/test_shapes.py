@@ -1,20 +1,17 @@
 """The world of shapes, and what its trained checkpoint must be able to do."""
 
+import shlex
+
 import numpy as np
 import pytest
-import torch
 from conftest import SHAPES_CHECKPOINT
 
-from benchmarks.clips import held_out_clips
-from benchmarks.job import Job, reconstruction_psnr
-from benchmarks.measures import measure
+from benchmarks.clips import SIZE, held_out_clips
+from benchmarks.commands import Commands
+from benchmarks.measures import find_reconstruction_psnr, measure
 from benchmarks.methods import METHODS
-from shapes.checkpoint import TINY, build_text_encoder, build_tokenizer
-from shapes.flow import flow
 from shapes.judge import Judge
-from shapes.text import start_text_encoder, tokenize
-from shapes.world import BAR, OBJECT, pixel_centers, render, sample_scene, top_layer
-from tokenflow.config import PnPConfig
+from shapes.world import BAR, OBJECT, find_flow, find_top_layer, pixel_centers, render, sample_scene
 from tokenflow.evaluation.metrics import frame_psnr, warp_error
 
 
@@ -25,7 +22,7 @@ def test_flow_is_exact(seed, gap, texture):
     """A frame warped along the flow is the other frame, except for the blur of interpolation."""
     scene = sample_scene(seed, texture=texture, background_texture=texture)
     (first, _), (second, _) = render(scene, 3), render(scene, 3 + gap)
-    motion, valid = flow(scene, 3, 3 + gap)
+    motion, valid = find_flow(scene, 3, 3 + gap)
     assert valid.mean() > 0.5
     along = warp_error(first, second, motion, valid)
     still = warp_error(first, second, np.zeros_like(motion), valid)
@@ -35,9 +32,9 @@ def test_flow_is_exact(seed, gap, texture):
 def test_hidden_pixels_are_not_valid():
     """Where the bar covers the object in one frame and not in the other, there is no flow."""
     scene = sample_scene(12, barred=True)
-    layers = [top_layer(scene, time, pixel_centers(128)) for time in (0, 12)]
+    layers = [find_top_layer(scene, time, pixel_centers(128)) for time in (0, 12)]
     assert all((layer == BAR).any() and (layer == OBJECT).any() for layer in layers)
-    motion, valid = flow(scene, 0, 12)
+    motion, valid = find_flow(scene, 0, 12)
     y, x = np.argwhere(valid).T
     there = np.round(np.stack([y, x], 1) + motion[y, x][:, ::-1]).astype(int).clip(0, 127)
     same = layers[1][there[:, 0], there[:, 1]] == layers[0][y, x]
@@ -60,19 +57,6 @@ def test_plain_surfaces_are_shaded_without_edges(seed):
     assert shades.std() > 0.03 and np.abs(np.diff(shades)).max() < 0.03
 
 
-def test_tokens_new_to_a_checkpoint_leave_its_captions_as_they_were(tmp_path):
-    """The old captions' embeddings stay, though the tokenizer numbers the tokens anew."""
-    old_words, words = ["a", "red", "square"], ["a", "plain", "red", "square"]
-    old_tokenizer, tokenizer = (build_tokenizer(w, TINY.prompt_tokens) for w in (old_words, words))
-    old, new = (build_text_encoder(t, TINY).eval() for t in (old_tokenizer, tokenizer))
-    old_tokenizer.save_pretrained(tmp_path / "tokenizer")
-    old.save_pretrained(tmp_path / "text_encoder")
-    start_text_encoder(new, tokenizer, tmp_path)
-    old_ids, ids = (tokenize(t, ["a red square"]) for t in (old_tokenizer, tokenizer))
-    assert not torch.equal(old_ids, ids)
-    assert torch.equal(old(old_ids)[0], new(ids)[0])
-
-
 def test_judge_reads_renderings():
     judge, scenes = Judge.load(SHAPES_CHECKPOINT / "judge.safetensors"), range(3_000_000, 3_000_040)
     truth = [sample_scene(seed).attributes for seed in scenes]
@@ -82,23 +66,29 @@ def test_judge_reads_renderings():
         assert right >= 0.9, name
 
 
-def test_round_trip_and_reconstruction(trained):
+def test_round_trip_and_reconstruction(trained, tmp_path):
     (clip,) = held_out_clips(1, n_frames=2)
     round_trip = trained.decode_latents(trained.encode_frames(clip.frames))
     assert np.mean(frame_psnr(round_trip, clip.frames)) > 24
-    naive, fixed = (reconstruction_psnr(trained, clip, 20, fixed) for fixed in (False, True))
+    commands = Commands(tmp_path, clip, SIZE, 20, SHAPES_CHECKPOINT, ["--dtype", "float32"])
+    naive, fixed = (
+        find_reconstruction_psnr(commands.invert(flags)) for flags in ("--inversion ddim", "")
+    )
     assert naive > 25 and fixed > naive + 10
 
 
-def test_tokenflow_is_steadier_than_editing_frame_by_frame(trained, tmp_path):
+def test_tokenflow_is_steadier_than_editing_frame_by_frame(tmp_path):
     (clip,) = held_out_clips(1, n_frames=6)
-    config = PnPConfig(data_path="", prompt="unused", n_timesteps=8, batch_size=4)
-    job = Job.prepare(trained, clip, config, tmp_path)
-    job.reconstruct()
+    options = shlex.split("--dtype float32 --batch_size 4 --keyframe_interval 4")
+    commands = Commands(tmp_path, clip, SIZE, 8, SHAPES_CHECKPOINT, options)
     judge = Judge.load(SHAPES_CHECKPOINT / "judge.safetensors")
-    alone = measure(clip, METHODS["per_frame"](job), judge)
-    flows = measure(clip, METHODS["default"](job), judge)
-    assert flows["warp_1"] < alone["warp_1"]
-    assert flows["edited_right"] + flows["kept_right"] >= 0.9 * (
+    alone, edited = (
+        measure(clip, commands.edit(METHODS[name]), judge) for name in ("per_frame", "default")
+    )
+    assert edited["warp_1"] < alone["warp_1"]
+    assert edited["edited_right"] + edited["kept_right"] >= 0.9 * (
         alone["edited_right"] + alone["kept_right"]
     )
+    stages = commands.meter.stages
+    # Of the inversion, 6 samples in each of 8 steps at least; of the default's edit two streams of 6 frames.
+    assert stages["inversion"].evaluations >= 6 * 8 and stages["edit"].evaluations >= 2 * 6 * 8

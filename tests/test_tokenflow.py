@@ -437,7 +437,7 @@ def test_nearest_tokens_in_blocks(monkeypatch):
 
 
 def test_fused_nearest_tokens_equal_the_blocked_ones():
-    """In triton's interpreter; skipped without triton. `benchmarks.device` compares them on a GPU."""
+    """In triton's interpreter; skipped without triton. `benchmarks.sizes` compares them on a GPU."""
     kernel = pytest.importorskip("tokenflow.propagation.nearest_triton")
     generator = torch.Generator().manual_seed(0)
     for tiles, dtype in [
