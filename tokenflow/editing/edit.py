@@ -145,20 +145,21 @@ class EditRun:
     def find_control_images(self) -> None:
         """Find the control images, and show them as a video, side by side."""
         if self.processes.is_main:
-            config, images = self.config, self._control_images
-            self.shared.get("control images", conditions_of(config), self._find_control_images)
+            config, images, n_frames = self.config, self._control_images, self.n_frames
+            self.shared.get(
+                "control images",
+                conditions_of(config),
+                lambda: images.find(
+                    config,
+                    frames=partial(read_frames, self.inversion.source_frames, n_frames),
+                    own=partial(self._choice.fitted, Path(config.control_path or ""), n_frames),
+                    n_frames=n_frames,
+                    device=self.processes.device,
+                ),
+            )
             fps = self.inversion.manifest.frame_rate
-            write_video(self.folder / "control.mp4", images.show(self.n_frames), fps)
+            write_video(self.folder / "control.mp4", images.show(n_frames), fps)
         self.processes.wait()
-
-    def _find_control_images(self) -> None:
-        self._control_images.find(
-            self.config,
-            frames=partial(read_frames, self.inversion.source_frames, self.n_frames),
-            own=partial(self._choice.fitted, Path(self.config.control_path or ""), self.n_frames),
-            n_frames=self.n_frames,
-            device=self.processes.device,
-        )
 
     def control_images(self, frames: torch.Tensor) -> torch.Tensor:
         """The control images of the frames (n,), as m networks take them: (m, n, 3, H, W) in [0, 1]."""
