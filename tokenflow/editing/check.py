@@ -12,7 +12,7 @@ from tokenflow.diffusion.device import choose_device
 from tokenflow.diffusion.lora import check_loras, lora_identity
 from tokenflow.editing.edit import EditRun
 from tokenflow.editing.find_inversion import conditions_of, find_inversion, preprocess_command
-from tokenflow.editing.identity import identity_of
+from tokenflow.editing.identity import Identity
 from tokenflow.editing.mask import check_mask
 from tokenflow.editing.shared import Shared
 from tokenflow.errors import UserError
@@ -62,7 +62,7 @@ def check_edit(config: EditConfig, technique: str, shared: Shared) -> EditRun:
     return EditRun(
         config=config,
         name=f"{technique}_{Path(config.data_path).stem}",
-        identity=identity_of(config, inversion, files),
+        identity=Identity.of(config, inversion, files),
         checkpoint=checkpoint,
         inversion=inversion,
         n_frames=n_frames,

@@ -23,6 +23,7 @@ from tokenflow.editing.checkpoint import EditCheckpoint, KeptArray
 from tokenflow.editing.consensus import DISTANCES, Consensus, consensus_steps, followed_distances
 from tokenflow.editing.denoise import Denoiser, Edit, TokenFlowDenoiser, denoise, keyframe_schedule
 from tokenflow.editing.find_inversion import conditions_of
+from tokenflow.editing.identity import Identity
 from tokenflow.editing.mask import Mask, given, relevance, write_relevant
 from tokenflow.editing.shared import Shared
 from tokenflow.editing.source import Source, find_features, find_flow, find_motion
@@ -64,7 +65,7 @@ class EditRun:
 
     config: EditConfig
     name: str
-    identity: str
+    identity: Identity
     checkpoint: Checkpoint
     inversion: Inversion
     n_frames: int
@@ -82,7 +83,7 @@ class EditRun:
         config, processes = self.config, self.processes
         with ExitStack() as held:
             with processes.main_first():
-                claimed = open_run_folder(Path(config.output_path), self.name, self.identity)
+                claimed = open_run_folder(Path(config.output_path), self.name, self.identity.text)
                 folder = held.enter_context(claimed)
             run = replace(self, folder=folder, scratch=scratch or folder / STEPS)
             if run.video.exists() and not run.steps.exists() and not config.overwrite:

@@ -1,8 +1,8 @@
-"""What tells edits apart: the text that is stored as `config.yaml` in the folder of each."""
+"""What tells edits apart, and the `config.yaml` in the folder of each, which ends with it."""
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import yaml
@@ -11,33 +11,54 @@ from tokenflow.config import HOW, EditConfig
 from tokenflow.config_sweep import differences
 from tokenflow.inversion.files import Inversion
 from tokenflow.options import dump
+from tokenflow.runtime.digests import digest_of
 
+# Where things lie, which tells no edits apart: what lies there does.
+PATHS = ("data_path", "latents_path", "output_path", "model", "lora", "control_path")
 # Comments below the options, so that the file stays one that --config_path accepts.
-INVERSION_NOTE, FILE_NOTE = "# of the inversion ", "# of the file "
+INVERSION_NOTE, FILE_NOTE, IDENTITY_NOTE = "# of the inversion ", "# of the file ", "# identity "
 
 
-def identity_of(config: EditConfig, inversion: Inversion, files: Iterable[str]) -> str:
-    """The identity of an edit of an inversion. files: fingerprints of all other files that it reads."""
-    inverted = json.dumps(inversion.manifest.identity)
-    notes = [f"{INVERSION_NOTE}{inverted}\n", *(f"{FILE_NOTE}{name}\n" for name in files)]
-    return dump(without_how(config)) + "".join(notes)
+@dataclass(frozen=True)
+class Identity:
+    """What tells an edit, or a sweep of several, from others.
 
+    digest: of what decides the result; edits of the same digest are equal. text: the `config.yaml`.
+    """
 
-def identity_of_sweep(identities: Sequence[str]) -> str:
-    """The identity of several edits together: that of one, with lists of the options that tell them apart."""
-    options = [yaml.safe_load(text) for text in identities]
-    lists: dict[str, list] = {}
-    for settings in differences(options):
-        for name, value in settings.items():
-            of_name = lists.setdefault(name, [])
-            of_name += [value] * (value not in of_name)
-    lines = [line for text in identities for line in text.splitlines(keepends=True)]
-    notes = dict.fromkeys(line for line in lines if line.startswith((INVERSION_NOTE, FILE_NOTE)))
-    return yaml.safe_dump(options[0] | lists, sort_keys=True, allow_unicode=True) + "".join(notes)
+    digest: str
+    text: str
+
+    @classmethod
+    def of(cls, config: EditConfig, inversion: Inversion, files: Iterable[str]) -> "Identity":
+        """The identity of an edit of an inversion. files: identities of all other files that it reads."""
+        config, inverted = without_how(config), json.dumps(inversion.manifest.identity)
+        options = {key: value for key, value in asdict(config).items() if key not in PATHS}
+        options |= {"mask": "file"} if config.mask_path else {}
+        notes = [f"{INVERSION_NOTE}{inverted}\n", *(f"{FILE_NOTE}{name}\n" for name in files)]
+        digest = digest_of([json.dumps(options, sort_keys=True).encode(), *map(str.encode, notes)])
+        return cls(digest, "".join([dump(config), *notes, f"{IDENTITY_NOTE}{digest}\n"]))
+
+    @classmethod
+    def of_sweep(cls, edits: Sequence["Identity"]) -> "Identity":
+        """That of several edits together: the options of one, with lists of those that tell them apart."""
+        options = [yaml.safe_load(edit.text) for edit in edits]
+        lists: dict[str, list] = {}
+        for settings in differences(options):
+            for name, value in settings.items():
+                of_name = lists.setdefault(name, [])
+                of_name += [value] * (value not in of_name)
+        lines = [line for edit in edits for line in edit.text.splitlines(keepends=True)]
+        notes = dict.fromkeys(
+            line for line in lines if line.startswith((INVERSION_NOTE, FILE_NOTE))
+        )
+        text = yaml.safe_dump(options[0] | lists, sort_keys=True, allow_unicode=True)
+        digest = digest_of(edit.digest.encode() for edit in edits)
+        return cls(digest, "".join([text, *notes, f"{IDENTITY_NOTE}{digest}\n"]))
 
 
 def read_identity(text: str) -> tuple[dict[str, Any], dict]:
-    """The options in the identity of an edit, and the identity of its inversion."""
+    """The options in the `config.yaml` of an edit, and the identity of its inversion."""
     _, _, notes = text.partition(INVERSION_NOTE)
     return yaml.safe_load(text), json.loads(notes.partition("\n")[0])
 

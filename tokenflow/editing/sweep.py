@@ -12,7 +12,7 @@ from tokenflow.config_evaluate import EvaluateConfig
 from tokenflow.config_sweep import differences, label
 from tokenflow.editing.check import check_edit
 from tokenflow.editing.edit import STEPS, EditRun
-from tokenflow.editing.identity import identity_of_sweep
+from tokenflow.editing.identity import Identity
 from tokenflow.editing.shared import Shared
 from tokenflow.editing.subjects import find_subjects
 from tokenflow.errors import UserError
@@ -33,29 +33,37 @@ def open_edits(configs: Sequence[EditConfig], technique: str) -> Iterator["Edits
     for config, settings in zip(configs, differences([asdict(c) for c in configs]), strict=True):
         with _blame(settings):
             edit = check_edit(config, technique, shared)
-        edits.setdefault(edit.identity, (edit, settings))
+        edits.setdefault(edit.identity.digest, (edit, settings))
     first, _ = next(iter(edits.values()))
     with ExitStack() as held:
-        folder = held.enter_context(_open_sweep(first, list(edits))) if len(edits) > 1 else None
+        folder = None
+        if len(edits) > 1:
+            folder = held.enter_context(_open_sweep([edit for edit, _ in edits.values()]))
         opened = Edits(list(edits.values()), folder)
         held.enter_context(opened.current)
         yield opened
     if folder and first.processes.is_main and not (folder / PAGE).exists():
         done = tuple(str(video.parent) for video in opened.videos)
-        config = EvaluateConfig(edits=done, output_path=str(folder), device=first.config.device)
+        config = EvaluateConfig(
+            edits=done,
+            output_path=str(folder),
+            device=first.config.device,
+            latents_path=first.config.latents_path,
+        )
         evaluate(config, find_subjects(config))
     first.processes.wait()
 
 
 @contextmanager
-def _open_sweep(first: EditRun, identities: Sequence[str]) -> Iterator[Path]:
-    """The folder of a sweep with this first edit; while the block lasts, no other run can work there."""
+def _open_sweep(edits: Sequence[EditRun]) -> Iterator[Path]:
+    """The folder of a sweep of these edits; while the block lasts, no other run can work there."""
+    first, identity = edits[0], Identity.of_sweep([edit.identity for edit in edits])
     if first.n_frames < 2:
         raise UserError(f"n_frames: {first.n_frames}, but a sweep compares videos; edit at least 2")
     parent, name = Path(first.config.output_path), f"{first.name}_sweep"
     with ExitStack() as held:
         with first.processes.main_first():
-            claimed = open_run_folder(parent, name, identity_of_sweep(identities))
+            claimed = open_run_folder(parent, name, identity.text)
             folder = held.enter_context(claimed)
         if first.processes.is_main:
             held.enter_context(lock(folder))

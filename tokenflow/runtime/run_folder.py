@@ -117,7 +117,8 @@ def lock(folder: Path, waits: bool = False) -> Iterator[None]:
 def open_run_folder(parent: Path, name: str, config: str) -> Iterator[Path]:
     """The folder `parent/name` for the run with this `config` text, which it stores as `config.yaml`.
 
-    The same text gets the same folder again; another text gets `name_2`, `name_3`, ...
+    A text with the same last line, which says what the run makes, gets the same folder again; another one
+    gets `name_2`, `name_3`, ...
     If the block raises UserError or FloatingPointError, a new folder is removed. If anything else ends the
     block, it stays for the next run.
     """
@@ -174,7 +175,13 @@ def _claim_folder(parent: Path, name: str, config: str) -> tuple[Path, bool]:
                 claim.rename(folder)
                 return folder, True
             existing = folder / "config.yaml"
-            if existing.is_file() and existing.read_bytes() == config.encode():
+            if existing.is_file() and _last_line(existing.read_bytes()) == _last_line(
+                config.encode()
+            ):
                 return folder, False
     finally:
         remove(claim)
+
+
+def _last_line(text: bytes) -> bytes:
+    return text.rstrip().rpartition(b"\n")[-1]
