@@ -17,7 +17,7 @@ from benchmarks.clips import Clip, held_out_clips
 from benchmarks.report import markdown, write_report
 from tokenflow.evaluation.meters import GAPS
 from tokenflow.evaluation.metrics import warp_error
-from tokenflow.motion.optical_flow import dis_flow, valid_flow
+from tokenflow.motion.optical_flow import DenseInverseSearch
 
 FLICKER = 6.0  # grey levels, standard deviation of the brightness that is added to each frame
 N_CLIPS, N_FRAMES = 7, 16
@@ -34,10 +34,10 @@ def _measure(clip: Clip, gap: int) -> dict[str, float]:
     added = np.random.default_rng(0).normal(0, FLICKER, (clip.n_frames, 1, 1, 1))
     flickering = (ideal + added).clip(0, 255).round().astype(np.uint8)
     videos = {"source": clip.frames, "ideal": ideal, "flickering": flickering}
-    dis, rows = dis_flow(), []
+    dis, rows = DenseInverseSearch(), []
     for i in range(clip.n_frames - gap):
         exact, visible = clip.find_flow(i, i + gap)
-        estimated, valid = valid_flow(dis, clip.frames[i], clip.frames[i + gap])
+        estimated, valid = dis.find_valid(clip.frames[i], clip.frames[i + gap])
         error = np.hypot(*(estimated - exact).transpose(2, 0, 1))
         row = {
             "endpoint error": error[valid & visible].mean(),

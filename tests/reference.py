@@ -317,7 +317,7 @@ def read_by_hand(image: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
     return read
 
 
-def fused_by_hand(
+def average_by_hand(
     frame: torch.Tensor, others: torch.Tensor, flows: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
     """The mean of a frame (c, H, W), of weight 1, and others (k, c, H, W), read along flows (k, H, W, 2).
@@ -331,9 +331,7 @@ def fused_by_hand(
     return total / weight
 
 
-def carried_by_hand(
-    values: torch.Tensor, motion: torch.Tensor, distances: list[int]
-) -> torch.Tensor:
+def carry_by_hand(values: torch.Tensor, motion: torch.Tensor, distances: list[int]) -> torch.Tensor:
     """What k frames, `distances` away, say of a frame between them: (c, h, w), frame by frame.
 
     values: (k, c, h, w). motion: (k, H, W, 3), flows in pixels and how far each can be relied on.

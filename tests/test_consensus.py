@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from reference import carried_by_hand, fused_by_hand
+from reference import average_by_hand, carry_by_hand
 from test_tokenflow import edit_of, source_of, video_of
 
 from tokenflow.config import PnPConfig
@@ -17,8 +17,7 @@ from tokenflow.editing.checkpoint import EditCheckpoint
 from tokenflow.editing.consensus import DISTANCES, Consensus, consensus_steps, followed_distances
 from tokenflow.editing.denoise import TokenFlowDenoiser, denoise
 from tokenflow.editing.source import Source, find_motion
-from tokenflow.motion import dense
-from tokenflow.motion.averaging import carried, fused, reliability, warped
+from tokenflow.motion.averaging import average, carry, find_reliability, warp
 from tokenflow.motion.dense import DenseMotion
 from tokenflow.motion.fusion import FLICKER, Fusion
 from tokenflow.runtime.distributed import Processes
@@ -38,38 +37,38 @@ def moving() -> np.ndarray:
 
 def fusion_of(source: np.ndarray, distances: tuple[int, ...], folder: Path) -> Fusion:
     """A fusion along the motion of a source, uint8 RGB (N, H, W, 3), with its files in a folder."""
-    about = folder / "motion", source.shape[:3], source.__getitem__, len(source)
-    motion = DenseMotion.kept_in(*about)
-    motion.find(distances, Processes(CPU))
+    n_frames, shape = len(source), (*source.shape[1:3], 3)
+    motion = DenseMotion(folder / "motion", source.__getitem__, n_frames, n_frames, shape)
+    motion.find_all(distances, Processes(CPU))
     return Fusion.along(motion, distances, folder / "pictures.npy", Processes(CPU))
 
 
-def test_fused_equals_the_reference():
+def test_the_average_equals_the_reference():
     generator = torch.Generator().manual_seed(0)
     frame = torch.rand(3, 9, 7, generator=generator)
     others = torch.rand(2, 3, 9, 7, generator=generator)
     weights = torch.rand(2, 9, 7, generator=generator)
     flows = 6 * torch.rand(2, 9, 7, 2, generator=generator) - 3  # some leave the frame
-    expected = fused_by_hand(frame, others, flows, weights)
-    result = fused(frame, warped(others, flows), weights)
+    expected = average_by_hand(frame, others, flows, weights)
+    result = average(frame, warp(others, flows), weights)
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
 
 
-def test_carried_equals_the_reference():
+def test_what_is_carried_equals_the_reference():
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(2, 4, 6, 5, generator=generator)
     motion = 20 * torch.rand(2, 24, 20, 3, generator=generator) - 10  # pixels; some leave the frame
     motion[..., 2] = torch.rand(2, 24, 20, generator=generator)
-    result = carried(values, motion, torch.tensor([1, 2]))
-    torch.testing.assert_close(result, carried_by_hand(values, motion, [1, 2]), rtol=0, atol=1e-4)
+    result = carry(values, motion, torch.tensor([1, 2]))
+    torch.testing.assert_close(result, carry_by_hand(values, motion, [1, 2]), rtol=0, atol=1e-4)
     motion[..., 2] = 0  # nothing can be relied on
-    assert (carried(values, motion, torch.tensor([1, 2])) == 0).all()
+    assert (carry(values, motion, torch.tensor([1, 2])) == 0).all()
 
 
 def test_warped_by_whole_pixels():
     image = torch.arange(20.0).view(1, 1, 4, 5)
     flow = torch.tensor([1.0, -1.0]).expand(1, 4, 5, 2)  # one to the right, one up
-    torch.testing.assert_close(warped(image, flow)[0, 0, 1:, :4], image[0, 0, :3, 1:])
+    torch.testing.assert_close(warp(image, flow)[0, 0, 1:, :4], image[0, 0, :3, 1:])
 
 
 def test_what_is_hidden_is_unreliable():
@@ -79,11 +78,11 @@ def test_what_is_hidden_is_unreliable():
     flow = np.zeros((64, 64, 2), np.float32)
     back = flow.copy()
     flow[20:40, 10:30, 0], back[20:40, 22:42, 0] = 12, -12
-    reliable = reliability(frame, other, flow, back)
+    reliable = find_reliability(frame, other, flow, back)
     assert (reliable[22:38, 12:26] > 0.95).all() and (reliable[:15] > 0.95).all()
     assert (reliable[24:36, 33:39] < 0.05).all()  # is hidden by the square
     brighter = np.full_like(other, 200)
-    assert (reliability(frame, brighter, 0 * flow, 0 * back)[50:] < 0.05).all()
+    assert (find_reliability(frame, brighter, 0 * flow, 0 * back)[50:] < 0.05).all()
 
 
 def test_flicker_goes_and_detail_stays(moving, tmp_path):
@@ -92,7 +91,7 @@ def test_flicker_goes_and_detail_stays(moving, tmp_path):
     noisy = (moving + noise).clip(0, 255).astype(np.uint8)
     fusion = fusion_of(moving, (1, 2), tmp_path)
     fusion.put(torch.arange(6), noisy)
-    result = fusion.fused(torch.arange(6), CPU)
+    result = fusion.average(torch.arange(6), CPU)
     inner = np.s_[:, 12:-12, 12:-12]
 
     def error(frames: np.ndarray) -> float:
@@ -100,7 +99,7 @@ def test_flicker_goes_and_detail_stays(moving, tmp_path):
 
     assert error(result) < 0.6 * error(noisy)
     fusion.put(torch.arange(6), moving)
-    assert error(fusion.fused(torch.arange(6), CPU)) < 2  # grey levels
+    assert error(fusion.average(torch.arange(6), CPU)) < 2  # grey levels
 
 
 def test_what_does_not_follow_the_source_is_not_smeared(moving, tmp_path):
@@ -111,7 +110,7 @@ def test_what_does_not_follow_the_source_is_not_smeared(moving, tmp_path):
     fusion.put(torch.arange(6), stripes)
 
     def contrast(tolerance: float | None) -> float:
-        return fusion.fused(torch.arange(6), CPU, tolerance)[1:5, 20:44, 20:44].std() / 70
+        return fusion.average(torch.arange(6), CPU, tolerance)[1:5, 20:44, 20:44].std() / 70
 
     assert contrast(FLICKER) > 0.98
     assert contrast(None) < 0.6
@@ -119,16 +118,16 @@ def test_what_does_not_follow_the_source_is_not_smeared(moving, tmp_path):
 
 def test_motion_is_found_once_and_mended(moving, tmp_path, monkeypatch):
     """Motion is read where it was kept; that of a pair whose file is damaged is found again."""
-    found, with_reliability = [], dense.with_reliability
+    found, measure = [], DenseMotion.measure
 
-    def counted(*frames):
+    def count(self, *frames):
         found.append([int(np.where((moving == frame).all((1, 2, 3)))[0][0]) for frame in frames])
-        return with_reliability(*frames)
+        return measure(self, *frames)
 
-    monkeypatch.setattr(dense, "with_reliability", counted)
+    monkeypatch.setattr(DenseMotion, "measure", count)
     motion = fusion_of(moving, (2,), tmp_path).motion
     assert found == [[0, 2], [1, 3], [2, 4], [3, 5]]
-    there, back = motion.between(1, 3)[20:40, 20:40], motion.between(3, 1)[20:40, 20:40]
+    there, back = motion.read(1, 3)[20:40, 20:40], motion.read(3, 1)[20:40, 20:40]
     expected = torch.tensor([4.0, 2.0])
     torch.testing.assert_close(there[..., :2].float().mean((0, 1)), expected, rtol=0, atol=0.1)
     torch.testing.assert_close(back[..., :2].float().mean((0, 1)), -expected, rtol=0, atol=0.1)
@@ -153,15 +152,15 @@ def test_motion_of_a_read_only_inversion_is_kept_elsewhere(moving, monkeypatch, 
     for writable, parent in ((True, "inversion"), (False, "edit")):
         monkeypatch.setattr(os, "access", lambda *_, writable=writable: writable)
         source, elsewhere = Source(inversion, 5), tmp_path / "edit"
-        pairs = find_motion(source, (1,), Processes(CPU), elsewhere).pairs
+        pairs = find_motion(source, (1,), Processes(CPU), elsewhere)
         assert pairs.folder == tmp_path / parent / "motion"
-        assert (pairs.n_frames, pairs.shape) == (9, (2, 64, 64, 3))
+        assert (pairs.n_frames, pairs.n_used, pairs.shape) == (9, 5, (64, 64, 3))
 
 
 def test_pictures_without_neighbours_stay(moving, tmp_path):
     fusion = fusion_of(moving[:2], (3, 6), tmp_path)
     fusion.put(torch.arange(2), moving[:2])
-    assert np.array_equal(fusion.fused(torch.arange(2), CPU), moving[:2])
+    assert np.array_equal(fusion.average(torch.arange(2), CPU), moving[:2])
 
 
 def test_consensus_comes_late():

@@ -1,8 +1,9 @@
 """Correspondences along the optical flow: against the slow reference, and properties that must hold."""
 
 import math
-from functools import partial
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from test_tokenflow import (
@@ -18,8 +19,7 @@ from test_tokenflow import (
 
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles
-from tokenflow.motion.pairs import KeptPairs
-from tokenflow.motion.to_keyframes import SourceMotion, dis_between, furthest_keyframe
+from tokenflow.motion.to_keyframes import FlowToKeyframes, find_furthest_keyframe
 from tokenflow.propagation.cache import BlendedRows
 from tokenflow.propagation.correspondences import (
     FlowCorrespondences,
@@ -47,10 +47,12 @@ def flow_between(frame, other):
     return flow.masked_fill(fails, torch.nan) if frame != other else constant(0, 0).float()
 
 
-def motion(frames, others):
-    """The flows (n, k, h, w, 2) between frames, as an edit asks for them."""
-    pairs = zip(frames.tolist(), others.tolist(), strict=True)
-    return torch.stack([torch.stack([flow_between(f, o) for o in row]) for f, row in pairs])
+class Motion:
+    """In place of a `FlowToKeyframes`."""
+
+    def find_between(self, frames, others):
+        pairs = zip(frames.tolist(), others.tolist(), strict=True)
+        return torch.stack([torch.stack([flow_between(f, o) for o in row]) for f, row in pairs])
 
 
 @pytest.mark.parametrize("side", [1, 2, 4, 8])
@@ -91,7 +93,7 @@ def test_only_what_the_flow_loses_is_searched():
 def test_equals_reference(sd, propagation, window):
     source, latents = video_of(13)
     sizes = {"batch_size": 2, "keyframe_interval": 2, "keyframe_window": window}
-    along = source_of(source, flow=motion)
+    along = source_of(source, flow=Motion())
     edit = edit_of(sd, along, latents, propagation=propagation, **sizes)
     ours = predicted(edit, latents)
     assert_same_noise(ours, edit, source, latents, motion=flow_between)
@@ -114,7 +116,7 @@ def test_kept_source_features_equal_the_reference(sd, tmp_path, monkeypatch, tog
     noting = RecordingPredictor(predictor, keyframes, lambda t, frames: saved(frames), files)
     with noting.install():
         noting(source, FIRST, torch.arange(9))
-    known = source_of(source, files, motion)
+    known = source_of(source, files, Motion())
     edit = edit_of(sd, known, latents, batch_size=3)
     ours = predicted(edit, latents)
     assert_same_noise(ours, edit, source, latents, tolerance=1e-2, motion=flow_between)
@@ -130,29 +132,36 @@ def textured(n_frames, dx, dy):
     return (255 * crops).round().byte().permute(0, 2, 3, 1).numpy()
 
 
-def test_the_sources_motion_is_found_once_and_kept(tmp_path):
-    frames, asked = textured(5, 8, 0), []
-    dis = dis_between(frames.__getitem__)
+def test_the_sources_motion_is_found_once_and_kept(tmp_path, monkeypatch):
+    frames, asked, measure = textured(5, 8, 0), [], FlowToKeyframes.measure
 
-    def between(first, later):
-        asked.append((first, later))
-        return dis(first, later)
+    def count(self, *pair):
+        asked.append(tuple(np.flatnonzero((frames == one).all((1, 2, 3))).item() for one in pair))
+        return measure(self, *pair)
 
-    pairs = KeptPairs(tmp_path / "flow", 5, (2, CELLS, CELLS, 2))
-    apart = range(1, furthest_keyframe(2, 5) + 1)
-    pairs.create(apart, 5, Processes(CPU))
-    moving = partial(SourceMotion, pairs, between, 8)
+    monkeypatch.setattr(FlowToKeyframes, "measure", count)
+    flow = FlowToKeyframes(
+        tmp_path / "flow",
+        frames.__getitem__,
+        n_frames=5,
+        n_used=5,
+        shape=(CELLS, CELLS, 2),
+        cell=8,
+        max_displacement=50.0,
+    )
+    apart = range(1, find_furthest_keyframe(2, 5) + 1)
+    flow.create(apart, Processes(CPU))
     at, others = torch.tensor([1, 3]), torch.tensor([[0, 2], [1, 3]])
-    flows = moving(50.0)(at, others)
+    flows = flow.find_between(at, others)
     assert asked == [(0, 1), (1, 2), (1, 3)]
     middle = flows.flatten(2, 3).nanmedian(dim=2).values
     expected = torch.tensor([[[-1.0, 0], [1, 0]], [[-2, 0], [0, 0]]])
     torch.testing.assert_close(middle, expected, atol=0.1, rtol=0)
     assert flows.isfinite().float().mean() > 0.8
     assert flows[0, 1, :, -1].isnan().all()  # leaves the frame
-    again = moving(50.0)(at, others)
+    again = flow.find_between(at, others)
     assert torch.equal(again.nan_to_num(99), flows.nan_to_num(99)) and len(asked) == 3
-    near = moving(12.0)(at, others)  # 16 pixels are further
+    near = replace(flow, max_displacement=12.0).find_between(at, others)  # 16 pixels are further
     assert near[1, 0].isnan().all() and torch.equal(near[0].nan_to_num(99), flows[0].nan_to_num(99))
 
     path = tmp_path / "flow" / "2.npy"
@@ -160,7 +169,7 @@ def test_the_sources_motion_is_found_once_and_kept(tmp_path):
     damaged = bytearray(stored)
     damaged[3 * len(stored) // 10] ^= 1  # in the middle of the second of five rows
     path.write_bytes(damaged)
-    pairs.create(apart, 5, Processes(CPU))
-    mended = moving(50.0)(at, others)
+    flow.create(apart, Processes(CPU))
+    mended = flow.find_between(at, others)
     assert torch.equal(mended.nan_to_num(99), flows.nan_to_num(99)) and asked[3:] == [(1, 3)]
     assert path.read_bytes() == stored

@@ -26,7 +26,7 @@ from tokenflow.evaluation.evaluate import joint_folder
 from tokenflow.evaluation.meters import METRICS, AlongFlow, BesideSource, Drift, summarize
 from tokenflow.evaluation.subject import EDIT, PER_FRAME, RECONSTRUCTION, SOURCE, VAE
 from tokenflow.evaluation.verdict import FAIR, GOOD, POOR, verdict
-from tokenflow.motion.optical_flow import consistent, dis_flow, flow_of_network, valid_flow
+from tokenflow.motion.optical_flow import DenseInverseSearch, NetworkFlow, find_consistent
 
 CPU = torch.device("cpu")
 
@@ -52,14 +52,14 @@ def test_flow_and_where_it_is_valid(pattern):
     """A picture that moves 3 pixels to the right: its last 3 columns leave the frame."""
     moved = np.roll(pattern, 3, axis=1)
     moved[:, :3] = 0
-    flow, valid = valid_flow(dis_flow(), pattern, moved)
+    flow, valid = DenseInverseSearch().find_valid(pattern, moved)
     assert np.abs(flow[10:-10, 10:-10] - (3, 0)).mean() < 0.1
     assert valid[10:-10, 10:-10].mean() > 0.98 and not valid[:, -2:].any()
     # Flows that do not lead back are valid nowhere; without motion everything is.
     right = np.full((8, 8, 2), (2.0, 0.0), np.float32)
-    assert not consistent(right, right).any()
-    assert consistent(0 * right, 0 * right).all()
-    assert consistent(right, -right).sum() == 8 * 6
+    assert not find_consistent(right, right).any()
+    assert find_consistent(0 * right, 0 * right).all()
+    assert find_consistent(right, -right).sum() == 8 * 6
 
 
 def test_a_network_gets_frames_that_it_takes():
@@ -71,14 +71,14 @@ def test_a_network_gets_frames_that_it_takes():
         return [None, torch.ones(1, 2, 128, 144)]
 
     black, white = np.zeros((90, 140, 3), np.uint8), np.full((90, 140, 3), 255, np.uint8)
-    assert flow_of_network(network, CPU)(black, white).shape == (90, 140, 2)
+    assert NetworkFlow(network, CPU).find(black, white).shape == (90, 140, 2)
 
 
 def test_metrics_of_a_still_video(pattern):
     """The source stands still; the edit is alternately 3 grey levels brighter and darker."""
     source = np.stack([np.clip(pattern, 10, 240)] * 10)
     edit = source + np.uint8([253, 3] * 5)[:, None, None, None]
-    of = AlongFlow(dis_flow()), BesideSource(), Drift(2, 10)
+    of = AlongFlow(DenseInverseSearch()), BesideSource(), Drift(2, 10)
     curves = curves_of(*of, source=source, edit=edit)
     assert {len(curve) for by_name in curves.values() for curve in by_name.values()} == {10}
     metrics = summarize(curves, 2)
@@ -105,7 +105,7 @@ def test_colours_that_drift_and_detail_that_is_lost(pattern):
     # Regions that move, or change in the source, are not still.
     moving = np.stack([np.roll(pattern, 2 * i, axis=1) for i in range(4)])
     for video in (moving, (source + 5 * rising)[:4]):
-        assert not curves_of(AlongFlow(dis_flow()), source=video, edit=video)["flicker"]
+        assert not curves_of(AlongFlow(DenseInverseSearch()), source=video, edit=video)["flicker"]
 
 
 def test_warp_errors_are_close_to_those_of_the_exact_flow():

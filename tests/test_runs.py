@@ -312,7 +312,7 @@ def test_motion_is_found_when_it_is_needed(
     flags = [*edit_flags(checkpoint, tmp_path, tmp_path), "--consensus", 1, "--fuse", 0]
     flags += ["--mask", mask]
     steps, found = tmp_path / "pnp_clip" / ".steps", []
-    find, decode = DenseMotion.find, StableDiffusion.decode_latents
+    find, decode = DenseMotion.find_all, StableDiffusion.decode_latents
 
     def noted(*args):
         found.append(sorted(path.stem for path in steps.glob("[0-9].npy")))
@@ -323,7 +323,7 @@ def test_motion_is_found_when_it_is_needed(
             raise KeyboardInterrupt
         return decode(self, latents)
 
-    monkeypatch.setattr(DenseMotion, "find", noted)
+    monkeypatch.setattr(DenseMotion, "find_all", noted)
     with monkeypatch.context() as patched:
         patched.setattr(StableDiffusion, "decode_latents", stops)
         assert run("run_tokenflow_pnp.py", *flags, cwd=source).returncode == 130
@@ -343,7 +343,9 @@ def test_edits_along_the_flow(server, source, checkpoint, whole, monkeypatch):
     )
     edited = content(folder_of_two(server, source, shared))
     assert edited["frames/00006.png"] != whole["pnp"]["frames/00006.png"]
-    monkeypatch.setattr("tokenflow.motion.to_keyframes.both_ways", None)  # not to be called
+    monkeypatch.setattr(
+        "tokenflow.motion.to_keyframes.FlowToKeyframes.measure", None
+    )  # not to be called
     result = run(alone[0], *alone[1], cwd=source)
     assert content((source / last_line(result)).parent) == edited
     assert re.search(r"motion takes up to \d+ MB of disk in \S+/flow$", result.stderr, re.MULTILINE)

@@ -14,7 +14,7 @@ import torch
 
 from tokenflow.config import EditConfig
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
-from tokenflow.motion.averaging import carried
+from tokenflow.motion.averaging import carry
 from tokenflow.motion.fusion import Fusion
 from tokenflow.runtime.frame_array import FrameArray
 
@@ -51,7 +51,7 @@ class Consensus:
         if step not in steps:
             return None
         fusion, stride = make_fusion(), 1 if step == steps[-1] else STRIDE
-        return cls(sd, fusion, steps.index(step) % min(stride, fusion.motion.n_frames), stride)
+        return cls(sd, fusion, steps.index(step) % min(stride, fusion.motion.n_used), stride)
 
     def note(self, frames: torch.Tensor, clean: torch.Tensor) -> None:
         """Take the predicted clean latents (n, 4, h, w) of the frames (n,)."""
@@ -64,14 +64,14 @@ class Consensus:
         motion, processes = self.fusion.motion, self.fusion.processes
         found = FrameArray(self.fusion.pictures.path.with_name("corrections.npy"))
         if processes.is_main:
-            shape = self.sd.latent_shape(motion.n_frames, *motion.pairs.shape[1:3])
+            shape = self.sd.latent_shape(motion.n_used, *motion.shape[:2])
             FrameArray.create(found.path, shape, torch.float32)
         processes.wait()  # until all have noted their predictions, too
-        averaged = torch.arange(self.first, motion.n_frames, self.stride)
+        averaged = torch.arange(self.first, motion.n_used, self.stride)
         for frames in processes.share(averaged.split(size)):
             found[frames] = self._changed(frames)
         processes.wait()
-        for frames in processes.share(torch.arange(motion.n_frames).split(size)):
+        for frames in processes.share(torch.arange(motion.n_used).split(size)):
             yield frames, torch.stack([self._followed(found, frame) for frame in frames.tolist()])
 
     def _averages(self, frames: torch.Tensor | int) -> torch.Tensor | bool:
@@ -84,7 +84,7 @@ class Consensus:
         The VAE's own error cancels out, since both the prediction and the average pass it; without that,
         textures blur.
         """
-        fused, predicted = self.fusion.fused(frames, self.sd.device), self.fusion.pictures[frames]
+        fused, predicted = self.fusion.average(frames, self.sd.device), self.fusion.pictures[frames]
         both = np.concatenate([fused, predicted.numpy()])
         agreed, before = self.sd.encode_frames(both).chunk(2)
         return agreed - before
@@ -94,11 +94,11 @@ class Consensus:
         if self._averages(frame):
             return found[torch.tensor([frame])][0]
         motion = self.fusion.motion
-        around = range(max(0, frame - self.stride + 1), min(frame + self.stride, motion.n_frames))
+        around = range(max(0, frame - self.stride + 1), min(frame + self.stride, motion.n_used))
         near = [other for other in around if self._averages(other)]
-        along = torch.stack([motion.between(frame, other) for other in near])
+        along = torch.stack([motion.read(frame, other) for other in near])
         near = torch.tensor(near)
-        return carried(found[near], along, (near - frame).abs())
+        return carry(found[near], along, (near - frame).abs())
 
 
 def followed_distances(config: EditConfig) -> list[int]:

@@ -268,7 +268,7 @@ class TokenFlowDenoiser(Denoiser):
         if self.source.flow:
             # A keyframe of weight 0 need not be found: the frame itself stands in for it.
             keyframes = torch.where(weights > 0, self._keyframes[t][positions], frames[:, None])
-            flow = self.source.flow(frames, keyframes)
+            flow = self.source.flow.find_between(frames, keyframes)
             levels = range(len(sd.unet.config.block_out_channels))
             along_flow = follow_flow_by_resolution(flow, rows, weights, levels, sd.device)
         self.tokenflow.task = Propagation(

@@ -298,7 +298,7 @@ class EditRun:
         if fusion:
             processes.wait()
             for frames in batches:
-                yield frames, fusion.fused(frames, self.sd.device, FLICKER)
+                yield frames, fusion.average(frames, self.sd.device, FLICKER)
 
     def _write_videos(self) -> None:
         inversion, folder, n_frames = self.inversion, self.folder, self.n_frames

@@ -149,7 +149,7 @@ def write_relevant(
         fusion.put(frames, shown.expand(-1, -1, -1, 3).numpy())
     processes.wait()
     for frame in (frame for frames in batches for frame in frames.split(1)):
-        steady = torch.from_numpy(fusion.fused(frame, device)[0, ..., 0]).to(device) / 255
+        steady = torch.from_numpy(fusion.average(frame, device)[0, ..., 0]).to(device) / 255
         picture = torch.from_numpy(source(frame.item())).to(device).permute(2, 0, 1) / 255
         maps[frame] = (255 * drawn_to_edges(steady, picture, scale)).round().byte()[None, None]
     processes.wait()

@@ -16,8 +16,7 @@ from tokenflow.errors import DamagedError
 from tokenflow.inversion.files import CLEAN, Inversion, noisy
 from tokenflow.inversion.source_features import SourceFeatureFiles
 from tokenflow.motion.dense import DenseMotion
-from tokenflow.motion.pairs import KeptPairs
-from tokenflow.motion.to_keyframes import SourceMotion, dis_between, furthest_keyframe
+from tokenflow.motion.to_keyframes import FlowToKeyframes, find_furthest_keyframe
 from tokenflow.runtime.distributed import Processes
 from tokenflow_utils import KeyframeSchedule
 
@@ -35,7 +34,7 @@ class Source:
     inversion: Inversion
     n_frames: int
     features: SourceFeatureFiles | None = None
-    flow: SourceMotion | None = None
+    flow: FlowToKeyframes | None = None
 
     def latents(self, t: int | None, frames: torch.Tensor) -> torch.Tensor:
         """Latents (n, 4, h, w) of the frames (n,): inverted to timestep `t`, or the clean ones (None)."""
@@ -105,14 +104,20 @@ def _why_unfit(inversion: Inversion, config: EditConfig, keyframes: KeyframeSche
 
 def find_flow(
     inversion: Inversion, config: EditConfig, n_frames: int, processes: Processes
-) -> SourceMotion:
+) -> FlowToKeyframes:
     """The optical flow between the first frames of a video and their keyframes, kept with its inversion."""
-    shape = inversion.latents(CLEAN).shape
-    pairs = KeptPairs(inversion.folder / "flow", shape[0], (2, *shape[2:], 2))
-    apart = range(1, furthest_keyframe(config.interval, n_frames) + 1)
-    pairs.create(apart, n_frames, processes)
-    cell = inversion.manifest.config["H"] // shape[2]
-    return SourceMotion(pairs, dis_between(inversion.source_frame), cell, config.max_displacement)
+    n_all, _, height, width = inversion.latents(CLEAN).shape
+    flow = FlowToKeyframes(
+        inversion.folder / "flow",
+        inversion.source_frame,
+        n_frames=n_all,
+        n_used=n_frames,
+        shape=(height, width, 2),
+        cell=inversion.manifest.config["H"] // height,
+        max_displacement=config.max_displacement,
+    )
+    flow.create(range(1, find_furthest_keyframe(config.interval, n_frames) + 1), processes)
+    return flow
 
 
 def find_motion(
@@ -125,7 +130,12 @@ def find_motion(
     inversion = source.inversion
     folder = inversion.folder if os.access(inversion.folder, os.W_OK) else elsewhere
     manifest = inversion.manifest
-    video = manifest.n_frames, manifest.config["H"], manifest.config["W"]
-    motion = DenseMotion.kept_in(folder / "motion", video, source.picture, source.n_frames)
-    motion.find(distances, processes)
+    motion = DenseMotion(
+        folder / "motion",
+        source.picture,
+        n_frames=manifest.n_frames,
+        n_used=source.n_frames,
+        shape=(manifest.config["H"], manifest.config["W"], 3),
+    )
+    motion.find_all(distances, processes)
     return motion

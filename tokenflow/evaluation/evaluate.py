@@ -28,7 +28,7 @@ from tokenflow.evaluation.networks import load_meters
 from tokenflow.evaluation.report import PAGE, PARTS, Entry, write_measured, write_report
 from tokenflow.evaluation.subject import EDIT, VAE, Subject
 from tokenflow.evaluation.verdict import verdict
-from tokenflow.motion.optical_flow import Flow, dis_flow, raft_flow
+from tokenflow.motion.optical_flow import DenseInverseSearch, OpticalFlow, load_raft
 from tokenflow.runtime.run_folder import lock, stage
 from util import write_video
 
@@ -38,7 +38,7 @@ log = logging.getLogger("tokenflow")
 def evaluate(config: EvaluateConfig, subjects: list[Subject]) -> Path:
     """Measure everything that a configuration names, write the reports, and return the path of the last."""
     device, _ = choose_device(config.device, "float32")
-    flow = raft_flow(device) if config.flow == "raft" else dis_flow()
+    flow = load_raft(device) if config.flow == "raft" else DenseInverseSearch()
     with ExitStack() as held:
         for subject in subjects:
             held.enter_context(lock(subject.folder))
@@ -58,7 +58,7 @@ def evaluate(config: EvaluateConfig, subjects: list[Subject]) -> Path:
 
 
 def evaluate_together(
-    subjects: list[Subject], config: EvaluateConfig, flow: Flow, device: torch.device
+    subjects: list[Subject], config: EvaluateConfig, flow: OpticalFlow, device: torch.device
 ) -> Iterator[tuple[Subject, Entry]]:
     """Measure edits that are compared with the same videos, which pass once for all of them."""
     first = subjects[0]

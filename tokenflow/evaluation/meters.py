@@ -19,7 +19,7 @@ from tokenflow.evaluation.metrics import (
     gradient_energy,
     warp_error,
 )
-from tokenflow.motion.optical_flow import Flow, squared_length, valid_flow
+from tokenflow.motion.optical_flow import OpticalFlow, squared_length
 
 GAPS = (1, 4, 8)  # frames between the two that a warp error compares
 STILL_PIXELS = 0.1  # of flow; what moves less may be called still
@@ -90,7 +90,7 @@ def summarize(curves: Curves, frames_per_second: float) -> Means:
 class AlongFlow:
     """Meter of the warp errors and of the flicker of still regions, along the source's optical flow."""
 
-    def __init__(self, flow: Flow) -> None:
+    def __init__(self, flow: OpticalFlow) -> None:
         self.flow = flow
 
     def measure(self, recent: Moments) -> Values:
@@ -102,7 +102,7 @@ class AlongFlow:
         values, now = {}, recent[-1]
         for gap in (gap for gap in GAPS if gap < len(recent)):
             before = recent[-1 - gap]
-            motion, valid = valid_flow(self.flow, before[0], now[0])
+            motion, valid = self.flow.find_valid(before[0], now[0])
             if valid.any():
                 pairs = zip(before, now, strict=True)
                 values[f"warp_{gap}"] = [1e3 * warp_error(a, b, motion, valid) for a, b in pairs]

@@ -5,7 +5,7 @@ import numpy as np
 import torch
 from kornia.metrics import psnr, ssim
 
-from tokenflow.motion.optical_flow import targets
+from tokenflow.motion.optical_flow import find_targets
 
 CPU = torch.device("cpu")
 SSIM_WINDOW = 11  # pixels; the window of the SSIM paper
@@ -83,7 +83,7 @@ def drift(frame: np.ndarray, later: np.ndarray, flow: np.ndarray, valid: np.ndar
 
 def _change(frame: np.ndarray, later: np.ndarray, flow: np.ndarray) -> np.ndarray:
     """What is added to each pixel of `frame` along the flow, in grey levels: float64 (H, W, 3)."""
-    warped = cv2.remap(later, *targets(flow), cv2.INTER_LINEAR)
+    warped = cv2.remap(later, *find_targets(flow), cv2.INTER_LINEAR)
     return warped.astype(np.float64) - frame
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tokenflow.motion.averaging import agreement, fused, warped
+from tokenflow.motion.averaging import average, find_agreement, warp
 from tokenflow.motion.dense import DenseMotion
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.frame_array import FrameArray
@@ -35,8 +35,8 @@ class Fusion:
     ) -> "Fusion":
         """A fusion along a motion between frames at these distances; pictures go to the file of that path."""
         if processes.is_main:
-            size = motion.pairs.shape[1:3]
-            FrameArray.create(path, (motion.n_frames, *size, 3), torch.uint8)
+            size = motion.shape[:2]
+            FrameArray.create(path, (motion.n_used, *size, 3), torch.uint8)
         processes.wait()
         return cls(FrameArray(path), tuple(distances), motion, processes)
 
@@ -44,29 +44,27 @@ class Fusion:
         """Take the pictures (n, H, W, 3), uint8 RGB, of the frames (n,)."""
         self.pictures[frames] = torch.from_numpy(pictures)
 
-    def fused(
+    def average(
         self, frames: torch.Tensor, device: torch.device, tolerance: float | None = None
     ) -> np.ndarray:
         """The averages (n, H, W, 3), uint8 RGB, for the frames (n,), computed on a device.
 
         tolerance: in grey levels; a neighbour counts the less the more it differs. None: it counts anyway.
         """
-        return np.stack([self._fused(frame, device, tolerance) for frame in frames.tolist()])
+        return np.stack([self._average(frame, device, tolerance) for frame in frames.tolist()])
 
-    def _fused(self, frame: int, device: torch.device, tolerance: float | None) -> np.ndarray:
+    def _average(self, frame: int, device: torch.device, tolerance: float | None) -> np.ndarray:
         offsets = (sign * distance for distance in self.distances for sign in (-1, 1))
-        others = [
-            o for o in (frame + offset for offset in offsets) if 0 <= o < self.motion.n_frames
-        ]
+        others = [o for o in (frame + offset for offset in offsets) if 0 <= o < self.motion.n_used]
         pictures = to_device(self.pictures[torch.tensor([frame, *others])], device)
         if not others:  # in a very short video
             return pictures[0].cpu().numpy()
         pictures = pictures.permute(0, 3, 1, 2).float()
-        motion = torch.stack([self.motion.between(frame, other) for other in others])
+        motion = torch.stack([self.motion.read(frame, other) for other in others])
         motion = to_device(motion, device).float()
         flows, weights = motion[..., :2], motion[..., 2]
-        moved = warped(pictures[1:], flows)
+        moved = warp(pictures[1:], flows)
         if tolerance:
-            weights = weights * agreement(pictures[0], moved, tolerance)
-        mean = fused(pictures[0], moved, weights)
+            weights = weights * find_agreement(pictures[0], moved, tolerance)
+        mean = average(pictures[0], moved, weights)
         return mean.round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()

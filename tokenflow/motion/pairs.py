@@ -1,4 +1,4 @@
-"""What is found about pairs of a video's frames, kept on disk with digests that reveal damage."""
+"""What is measured between pairs of a video's frames, kept on disk with digests that reveal damage."""
 
 import logging
 import math
@@ -17,29 +17,34 @@ from tokenflow.runtime.run_folder import lock
 log = logging.getLogger("tokenflow")
 
 DIGEST_BYTES = 16
-FRAMES_HELD = 32  # in memory while pairs are found, since the next pair is often of one of them
 
 
 @dataclass(frozen=True)
 class KeptPairs:
-    """A tensor of some `shape` for each pair of N frames, found when it is first needed.
+    """Tensors of some `shape` from one frame of a video to another, measured when they are first needed.
 
-    `<d>.npy`: (N, *shape), float16, of each frame and the one `d` frames later. `<d>_digests.npy`: (N, 16),
-    uint8, the digest of each pair. A pair that is not as its digest says has yet to be found, or is damaged
-    and found again.
+    `<d>.npy`: (N, 2, *shape), float16, from each frame to the one `d` frames later, and back.
+    `<d>_digests.npy`: (N, 16), uint8, the digest of each pair. A pair that is not as its digest says has yet
+    to be measured, or is damaged and measured again.
+
+    source: maps the index of one of N frames to the frame, uint8 RGB (H, W, 3). n_used: how many frames of
+    the video are used, from the first.
     """
 
     folder: Path
+    source: Callable[[int], np.ndarray]
     n_frames: int
+    n_used: int
     shape: tuple[int, ...]
 
-    def create(self, distances: Sequence[int], n_frames: int, processes: Processes) -> None:
-        """Create the files for frames so far apart, unless they exist.
+    def measure(self, frame: np.ndarray, other: np.ndarray) -> np.ndarray:
+        """What is kept of two frames, there and back: (2, *shape)."""
+        raise NotImplementedError
 
-        n_frames: logs the space that the pairs of so many frames can take.
-        """
-        n_pairs = sum(max(0, n_frames - apart) for apart in distances)
-        n_bytes = n_pairs * (2 * math.prod(self.shape) + DIGEST_BYTES)
+    def create(self, distances: Sequence[int], processes: Processes) -> None:
+        """Create the files for frames so far apart, unless they exist; log the space they can take."""
+        n_pairs = sum(max(0, self.n_used - apart) for apart in distances)
+        n_bytes = n_pairs * (4 * math.prod(self.shape) + DIGEST_BYTES)
         log.info(
             "the source's motion takes up to %.0f MB of disk in %s", n_bytes / 1e6, self.folder
         )
@@ -47,30 +52,33 @@ class KeptPairs:
             with lock(self.folder, waits=True):
                 for apart in distances:
                     pairs, digests = self._files(apart)
-                    pairs.ensure((self.n_frames, *self.shape), torch.float16)
+                    pairs.ensure((self.n_frames, 2, *self.shape), torch.float16)
                     digests.ensure((self.n_frames, DIGEST_BYTES), torch.uint8)
         processes.wait()
 
-    def get(self, first: int, later: int, find: Callable[[int, int], np.ndarray]) -> torch.Tensor:
-        """The tensor of a pair, (*shape); what `find` returns for it is kept, if nothing sound was."""
+    def find(self, frame: int, other: int) -> torch.Tensor:
+        """What is measured from one frame to another (*shape); it is kept, unless it was before."""
+        first, later = sorted((frame, other))
         (pairs, digests), row = self._files(later - first), torch.tensor([first])
-        known = pairs[row]
-        if torch.equal(digests[row], digest(known)):
-            return known[0]
-        found = torch.from_numpy(find(first, later))[None].half()
-        pairs[row], digests[row] = found, digest(found)
-        return found[0]
+        pair = pairs[row]
+        if not torch.equal(digests[row], compute_digest(pair)):
+            measured = self.measure(self.source(first), self.source(later))
+            pair = torch.from_numpy(measured)[None].half()
+            pairs[row], digests[row] = pair, compute_digest(pair)
+        return pair[0, int(frame > other)]
 
-    def read(self, first: int, later: int) -> torch.Tensor:
-        """The tensor of a pair, (*shape), which `get` has returned before."""
-        return self._files(later - first)[0][torch.tensor([first])][0]
+    def read(self, frame: int, other: int) -> torch.Tensor:
+        """What `find` has returned before: (*shape)."""
+        first, later = sorted((frame, other))
+        pairs, _ = self._files(later - first)
+        return pairs[torch.tensor([first])][0, int(frame > other)]
 
     def _files(self, apart: int) -> tuple[FrameArray, FrameArray]:
         names = f"{apart}.npy", f"{apart}_digests.npy"
         return tuple(FrameArray(self.folder / name) for name in names)
 
 
-def digest(pair: torch.Tensor) -> torch.Tensor:
+def compute_digest(pair: torch.Tensor) -> torch.Tensor:
     """The digest (1, 16), uint8, of the tensor of a pair."""
-    found = bytes.fromhex(digest_of([pair.numpy().tobytes()]))
-    return torch.tensor([list(found)], dtype=torch.uint8)
+    digest = bytes.fromhex(digest_of([pair.numpy().tobytes()]))
+    return torch.tensor([list(digest)], dtype=torch.uint8)
