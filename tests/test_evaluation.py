@@ -1,5 +1,6 @@
 """evaluate.py: its metrics against truths that are known, its verdict, its report, and what it refuses."""
 
+import csv
 import json
 import shutil
 import sys
@@ -24,6 +25,7 @@ from tokenflow.evaluation import meters, networks
 from tokenflow.evaluation.contact_sheet import LABEL_HEIGHT, contact_sheet
 from tokenflow.evaluation.evaluate import joint_folder
 from tokenflow.evaluation.meters import METRICS, AlongFlow, BesideSource, Drift, summarize
+from tokenflow.evaluation.report import write_table
 from tokenflow.evaluation.subject import EDIT, PER_FRAME, RECONSTRUCTION, SOURCE, VAE
 from tokenflow.evaluation.verdict import FAIR, GOOD, POOR, verdict
 from tokenflow.motion.optical_flow import DenseInverseSearch, NetworkFlow, find_consistent
@@ -315,6 +317,32 @@ def test_long_labels_of_a_contact_sheet_are_not_cut_off():
     lines = many[:-32].reshape(n_lines, LABEL_HEIGHT, -1)
     assert (lines < 128).any(axis=(1, 2)).all()  # text in each
     assert (many[:-32, -4:] == 255).all()  # and none at the border
+
+
+def test_no_name_or_prompt_breaks_a_contact_sheet():
+    """Escape sequences, line ends and half of a character are blanks; both ends of endless text are drawn."""
+    frames = np.zeros((8, 32, 32, 3), np.uint8)
+    odd, plain = (contact_sheet({t: frames}) for t in ("a\x1b[1m\n\u2028\udcffb", "a [1m   b"))
+    assert np.array_equal(odd, plain)
+    sheets = [
+        contact_sheet({f"wolf {'w' * n} pnp_attn_t {s}": frames}) for n, s in ((9**5, 1), (9**6, 2))
+    ]
+    assert len(sheets[0]) == len(sheets[1]) == 16 * LABEL_HEIGHT + 32
+    assert not np.array_equal(*sheets)
+
+
+def test_no_cell_of_a_table_is_a_formula(tmp_path):
+    """Numbers stay numbers; text that a spreadsheet would compute gets a quote in front."""
+    prompts = "=cmd|'/c calc'!A0", "+1", "-1+1", "@SUM(A1)", "\t=1", "a = b"
+    options = [{"prompt": prompt, "seed": -i} for i, prompt in enumerate(prompts)]
+    entries = [SimpleNamespace(name="=1+1", metrics={"drift": {EDIT: -1.5}}) for _ in prompts]
+    write_table(tmp_path / "edits.csv", entries, options)
+    with (tmp_path / "edits.csv").open(newline="") as file:
+        head, *rows = csv.reader(file)
+    assert head == ["edit", "prompt", "seed", "drift"]
+    for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        quoted = prompt if prompt == "a = b" else f"'{prompt}"
+        assert row == ["'=1+1", quoted, str(-i), "-1.5"]
 
 
 def test_the_joint_report_is_named_as_the_edits_are(tmp_path, monkeypatch):

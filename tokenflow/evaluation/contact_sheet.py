@@ -8,6 +8,7 @@ import numpy as np
 
 LABEL_HEIGHT, MARGIN = 18, 4  # pixels: of a line of text, and to its left
 THUMBNAIL = 160  # pixels, the longer side of a frame in a report's contact sheet
+MOST_LINES = 16  # of a label
 WHITE = 255
 
 
@@ -41,12 +42,15 @@ def contact_sheet(rows: dict[str, np.ndarray], title: str = "") -> np.ndarray:
 
 
 def _label(text: str, width: int) -> np.ndarray:
-    """Text as a picture, uint8 RGB, `width` pixels wide, with as many lines as it needs."""
+    """Text as a picture, uint8 RGB, `width` pixels wide. Of endless text, the middle is left out."""
+    text = "".join(c if c.isprintable() else " " for c in text)
     font, scale = cv2.FONT_HERSHEY_SIMPLEX, 0.42
     (needed, _), _ = cv2.getTextSize(text, font, scale, 1)
     # Letters differ in width: a tenth is left for lines of wide ones.
     share = min(1.0, 0.9 * (width - 2 * MARGIN) / max(1, needed))
     lines = textwrap.wrap(text, max(1, int(share * len(text)))) if share < 1 else [text]
+    if len(lines) > MOST_LINES:
+        lines = [*lines[: MOST_LINES // 2], "...", *lines[1 - MOST_LINES // 2 :]]
     label = np.full((LABEL_HEIGHT * len(lines), width, 3), WHITE, np.uint8)
     for index, line in enumerate(lines, 1):
         at = (MARGIN, LABEL_HEIGHT * index - 5)

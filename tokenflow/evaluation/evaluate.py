@@ -68,7 +68,7 @@ def evaluate_together(
     meters = [AlongFlow(flow), BesideSource(device), Drift(float(first.fps), first.n_frames)]
     shared = [name for name in first.frames if name != EDIT]  # the source first
     videos = [first.read(name) for name in shared] + [subject.read(EDIT) for subject in subjects]
-    doing = f"Measuring {first.name if len(subjects) == 1 else f'{len(subjects)} edits'}"
+    doing = "Measuring the edit" if len(subjects) == 1 else f"Measuring {len(subjects)} edits"
     videos[0] = tqdm(videos[0], doing, first.n_frames, unit="frame")
     pictures = []
     moving = _stack(videos, moments(first.n_frames), pictures)

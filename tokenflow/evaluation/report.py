@@ -26,7 +26,18 @@ from util import write_image
 PAGE, PARTS = "report.html", "report"  # the page, and the folder of what it shows beside it
 SHEET, TABLE = "edits.png", "edits.csv"  # of several edits, beside their page
 TEMPLATE = Path(__file__).with_name("template")
+# Half of a character, which a file's name may hold, becomes an escape that JSON reads.
+TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}
 DIGITS = 4  # of every number
+FORMULA = (
+    "=",
+    "+",
+    "-",
+    "@",
+    "\t",
+    "\r",
+    "\n",
+)  # what a cell begins with that spreadsheets compute
 
 
 @dataclass(frozen=True)
@@ -81,7 +92,7 @@ def write_report(path: Path, title: str, entries: list[Entry]) -> None:
             | {
                 "settings": {name: format_value(value) for name, value in chosen.items()},
                 "videos": {
-                    name: quote(os.path.relpath(video, path.parent))
+                    name: quote(os.fsencode(os.path.relpath(video, path.parent)))
                     for name, video in videos.items()
                 },
                 "sheet": _as_url(sheet),
@@ -94,14 +105,14 @@ def write_report(path: Path, title: str, entries: list[Entry]) -> None:
     for mark, part in (("/* style */", "page.css"), ("/* script */", "page.js")):
         page = page.replace(mark, (TEMPLATE / part).read_text(encoding="utf-8"))
     with stage(path) as unfinished:
-        unfinished.write_text(page.replace("/* data */", text), encoding="utf-8")
+        unfinished.write_text(page.replace("/* data */", text), **TEXT)
 
 
 def write_measured(folder: Path, entry: Entry) -> None:
     """Write what was measured as JSON, for scripts, to `report/figures.json` in the `folder`."""
     text = json.dumps(entry.as_json(), indent=1, ensure_ascii=False)
     with stage(folder / PARTS / "figures.json") as unfinished:
-        unfinished.write_text(f"{text}\n", encoding="utf-8")
+        unfinished.write_text(f"{text}\n", **TEXT)
 
 
 def discard_report(folder: Path) -> None:
@@ -130,12 +141,19 @@ def write_table(
 ) -> None:
     """Write the edits' metrics as comma-separated values. settings: as for `draw_edits`."""
     keys = [key for key in METRICS if any(EDIT in e.metrics.get(key, {}) for e in entries)]
-    with stage(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
+    with stage(path) as unfinished, unfinished.open("w", newline="", **TEXT) as file:
         table = csv.writer(file)
         table.writerow(["edit", *settings[0], *keys])
         for entry, chosen in zip(entries, settings, strict=True):
             values = [_round(entry.metrics.get(key, {}).get(EDIT)) for key in keys]
-            table.writerow([entry.name, *map(format_value, chosen.values()), *values])
+            table.writerow([_as_cell(entry.name), *map(_as_cell, chosen.values()), *values])
+
+
+def _as_cell(value: Any) -> Any:
+    """An option's value as a cell; a quote in front keeps text from being a formula, as OWASP advises."""
+    text = format_value(value)
+    is_text = not isinstance(value, int | float)
+    return f"'{text}" if is_text and text.startswith(FORMULA) else text
 
 
 def _as_url(picture: np.ndarray) -> str:
