@@ -8,7 +8,10 @@ import pytest
 import torch
 from test_cli import edit_flags, last_line, refusal, run
 
+from tokenflow.config_evaluate import EvaluateConfig
 from tokenflow.editing.checkpoint import EditCheckpoint
+from tokenflow.editing.subjects import find_subjects
+from tokenflow.runtime.digests import seal
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.frame_array import FrameArray
 
@@ -84,6 +87,46 @@ def test_finished_results_are_checked(finished, way):
             refusal(run("run_tokenflow_pnp.py", *edit, cwd=folder), path.name, "--overwrite")
     assert last_line(run("preprocess.py", *invert, cwd=folder)).name == "inverted.mp4"
     assert last_line(run("run_tokenflow_pnp.py", *edit, cwd=folder)).name == "edited.mp4"
+
+
+def test_damage_of_another_inversion_blocks_nothing(finished, monkeypatch):
+    """Neither of one with more frames, nor of another model."""
+    folder, inversion, edited, _, edit = finished
+    model = inversion.parents[2].with_name("sd_another") / inversion.relative_to(
+        inversion.parents[2]
+    )
+    monkeypatch.chdir(folder)
+    for other in (inversion.with_name("nframes_8"), model):
+        shutil.copytree(inversion, other)
+        (other / "manifest.json").write_text("{}")
+    try:
+        again = last_line(run("run_tokenflow_pnp.py", *edit, cwd=folder))
+        assert folder / again.parent == edited
+        (subject,) = find_subjects(EvaluateConfig(edits=(str(edited),)))
+        assert folder / subject.frames["source"] == inversion / "source"
+        with damaged(inversion / "source" / "00002.png", "flipped"):
+            refusal(run("evaluate.py", "--edits", edited, cwd=folder), "00002.png", "preprocess.py")
+    finally:
+        shutil.rmtree(inversion.with_name("nframes_8"))
+        shutil.rmtree(model.parents[2])
+
+
+def test_an_edit_of_another_version_is_not_evaluated(finished):
+    folder, _, edited, _, _ = finished
+    path = edited / "config.yaml"
+    text = path.read_text()
+    for other in (
+        text.replace("data_path", "path_of_data"),
+        text.replace("n_inversion_steps: 5", "n_inversion_steps: five"),
+        text.replace("# of the inversion", "# from the inversion"),
+        "- a list",
+        "a: b: c",
+    ):
+        path.write_text(other)
+        seal(edited)
+        refusal(run("evaluate.py", "--edits", edited, cwd=folder), path, "this version")
+    path.write_text(text)
+    seal(edited)
 
 
 def test_edits_do_without_damaged_source_features(finished):

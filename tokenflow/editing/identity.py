@@ -3,18 +3,22 @@
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from tokenflow.config import HOW, EditConfig
 from tokenflow.config_sweep import differences
+from tokenflow.errors import DamagedError
 from tokenflow.inversion.files import Inversion
 from tokenflow.options import dump
 from tokenflow.runtime.digests import digest_of
 
 # Where things lie, which tells no edits apart: what lies there does.
 PATHS = ("data_path", "latents_path", "output_path", "model", "lora", "control_path")
+# What is read of the options of an edit that is finished.
+READ = {"data_path": str, "latents_path": str, "prompt": str, "n_inversion_steps": int}
 # Comments below the options, so that the file stays one that --config_path accepts.
 INVERSION_NOTE, FILE_NOTE, IDENTITY_NOTE = "# of the inversion ", "# of the file ", "# identity "
 
@@ -57,10 +61,17 @@ class Identity:
         return cls(digest, "".join([text, *notes, f"{IDENTITY_NOTE}{digest}\n"]))
 
 
-def read_identity(text: str) -> tuple[dict[str, Any], dict]:
-    """The options in the `config.yaml` of an edit, and the identity of its inversion."""
-    _, _, notes = text.partition(INVERSION_NOTE)
-    return yaml.safe_load(text), json.loads(notes.partition("\n")[0])
+def read_identity(path: Path) -> tuple[dict[str, Any], dict]:
+    """The options in the `config.yaml` of an edit, and the identity of its inversion. Raises DamagedError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        options, notes = yaml.safe_load(text), text.partition(INVERSION_NOTE)[2]
+        wrong = [name for name, kind in READ.items() if not isinstance(options[name], kind)]
+        if not wrong:
+            return options, json.loads(notes.partition("\n")[0])
+    except (ValueError, LookupError, TypeError, yaml.YAMLError):
+        pass
+    raise DamagedError(f"{path} is not as this version of the code writes it")
 
 
 def without_how(config: EditConfig) -> EditConfig:

@@ -28,20 +28,19 @@ def find_subjects(config: EvaluateConfig) -> list[Subject]:
 
 
 def _find_edit(folder: Path, config: EvaluateConfig) -> Subject:
-    text = folder / "config.yaml"
     if (folder / TABLE).is_file() and not (folder / "frames").exists():
         raise UserError(
             f"edits: {folder} has only a report of several edits; name the edits, which its {TABLE} lists"
         )
-    if not text.is_file():
+    if not (folder / "config.yaml").is_file():
         raise UserError(f"edits: {folder} is not the folder of an edit: it has no config.yaml")
     try:
         check(folder)
+        options, identity = read_identity(folder / "config.yaml")
     except DamagedError as damage:
         raise UserError(
             f"edits: {damage}; finish or recompute the edit with the command that began it"
         ) from damage
-    options, identity = read_identity(text.read_text(encoding="utf-8"))
     inversion = _find_inversion(folder, options, identity, config.latents_path)
     compared = {SOURCE: inversion.source_frames, VAE: inversion.vae}
     if inversion.reconstruction.exists():
@@ -76,7 +75,7 @@ def _find_inversion(
     folder: Path, options: dict[str, Any], identity: dict, latents_path: str | None
 ) -> Inversion:
     """The inversion that an edit was made from; its identity stands in the edit's config.yaml."""
-    latents = Path(latents_path or options["latents_path"])
+    latents, problems = Path(latents_path or options["latents_path"]), []
     video, steps = Path(options["data_path"]).stem, options["n_inversion_steps"]
     for path in latents.glob(f"*/{escape(video)}/steps_{steps}/nframes_*/manifest.json"):
         inversion = Inversion(path.parent)
@@ -84,11 +83,11 @@ def _find_inversion(
             if inversion.manifest.identity == identity:
                 check(path.parent, lambda name: name.endswith(".png"))
                 return inversion
-        except DamagedError as damage:
-            raise UserError(f"{damage}; recompute that inversion with preprocess.py") from damage
+        except DamagedError as damage:  # perhaps of another inversion
+            problems.append(f"{damage}; recompute that inversion with preprocess.py, or ")
     raise UserError(
-        f"edits: the inversion of {folder} is not in {latents}; run this where the edit was run, or give "
-        "--latents_path"
+        f"edits: the inversion of {folder} is not in {latents}; {' '.join(problems)}run this where the edit "
+        "was run, or give --latents_path"
     )
 
 
