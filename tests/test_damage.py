@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+import unittest.mock
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,22 @@ def test_edits_do_without_damaged_source_features(finished):
             result = run("run_tokenflow_pnp.py", *edit, "--output_path", out, cwd=folder)
         assert (folder / last_line(result)).read_bytes() == expected
         assert "warning: " in result.stderr and path.name in result.stderr
+
+
+def test_a_damaged_mask_of_a_stopped_edit_is_found_again(finished, monkeypatch):
+    folder, _, _, _, edit = finished
+    flags = [*edit, "--mask", "auto", "--output_path", "masked"]
+    stops = unittest.mock.Mock(side_effect=KeyboardInterrupt)
+    with monkeypatch.context() as patched:
+        patched.setattr("tokenflow.editing.edit.denoise", stops)
+        assert run("run_tokenflow_pnp.py", *flags, cwd=folder).returncode == 130
+    (mask,) = (folder / "masked" / "pnp_clip" / ".steps").glob("mask_*.npy")
+    sound = mask.read_bytes()
+    mask.write_bytes(flipped(sound))
+    with monkeypatch.context() as patched:
+        patched.setattr("tokenflow.editing.edit.denoise", stops)
+        assert run("run_tokenflow_pnp.py", *flags, cwd=folder).returncode == 130
+    assert mask.read_bytes() == sound
 
 
 @pytest.mark.parametrize("way", WAYS)
