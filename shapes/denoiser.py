@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from shapes.world import VALUES
-from tokenflow.control.detectors import canny
+from tokenflow.control.detectors import detect_canny
 
 OTHER_WORDS = ("a", "on", "background", "behind", "black", "bar")
 TEXT_BATCH = 64
@@ -96,7 +96,7 @@ def unet_loss(
 
 def find_edges(frames: np.ndarray, device: torch.device) -> Tensor:
     """Edges (B, 3, H, W), 0 or 1, of `frames` (B, H, W, 3)."""
-    edges = torch.from_numpy(canny(frames, *CANNY_THRESHOLDS)).permute(0, 3, 1, 2)
+    edges = torch.from_numpy(detect_canny(frames, *CANNY_THRESHOLDS)).permute(0, 3, 1, 2)
     return edges.to(device) / 255
 
 

@@ -1,15 +1,18 @@
 """The world of shapes, and what its trained checkpoint must be able to do."""
 
+import importlib
 import shlex
 
 import numpy as np
 import pytest
+import torch
 from conftest import SHAPES_CHECKPOINT
 
 from benchmarks.clips import SIZE, held_out_clips
 from benchmarks.commands import Commands
 from benchmarks.measures import find_reconstruction_psnr, measure
 from benchmarks.methods import METHODS
+from shapes import fit
 from shapes.judge import Judge
 from shapes.world import BAR, OBJECT, find_flow, find_top_layer, pixel_centers, render, sample_scene
 from tokenflow.evaluation.metrics import frame_psnr, warp_error
@@ -55,6 +58,34 @@ def test_plain_surfaces_are_shaded_without_edges(seed):
     surface = sample_scene(seed).background_surface
     shades = surface.paint(pixel_centers(128), "white", "plain", blur=2.0)[..., 0]
     assert shades.std() > 0.03 and np.abs(np.diff(shades)).max() < 0.03
+
+
+def test_an_interrupted_training_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
+    monkeypatch.setattr(fit, "CHECKPOINT_SECONDS", 0)
+
+    def train(name, n_losses):
+        torch.manual_seed(0)
+        layer, losses = torch.nn.Linear(4, 4), iter(range(n_losses))
+
+        def loss(generator):
+            next(losses)  # raises StopIteration when they are used up
+            return layer(torch.randn(8, 4, generator=generator)).square().mean()
+
+        fit.fit(name, {"layer": layer}, loss, 6, tmp_path, learning_rate=0.1, seed=1)
+        return layer.weight
+
+    whole = train("whole", 6)
+    with pytest.raises(StopIteration):
+        train("interrupted", 4)
+    assert torch.equal(train("interrupted", 2), whole)
+    assert torch.equal(train("interrupted", 0), whole)  # is finished
+
+
+@pytest.mark.parametrize("room", ["benchmarks", "shapes"])
+def test_every_module_can_be_imported(room):
+    """Also those that nothing else here imports, such as `shapes.train`."""
+    for path in sorted((SHAPES_CHECKPOINT.parents[1] / room).glob("*.py")):
+        importlib.import_module(f"{room}.{path.stem}")
 
 
 def test_judge_reads_renderings():
