@@ -12,15 +12,15 @@ from tokenflow.config_evaluate import EvaluateConfig
 
 
 @command
-def main() -> None:
-    """Parse, measure, write, and print where the report is."""
+def main() -> str:
+    """Parse, measure, write, and return where the report is."""
     config = parse(EvaluateConfig, __doc__, "config_evaluate.yaml")
 
     # Slow imports, after the configuration is known to be valid.
     from tokenflow.editing.subjects import find_subjects
     from tokenflow.evaluation.evaluate import evaluate
 
-    print(evaluate(config, find_subjects(config)))
+    return str(evaluate(config, find_subjects(config)))
 
 
 if __name__ == "__main__":

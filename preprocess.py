@@ -11,8 +11,8 @@ from tokenflow.config import PreprocessConfig
 
 
 @command
-def main() -> None:
-    """Parse, open, invert, reconstruct, and print where the result is."""
+def main() -> str:
+    """Parse, open, invert, reconstruct, and return where the result is."""
     config = parse(PreprocessConfig, __doc__)
 
     # Slow imports, after the configuration is known to be valid.
@@ -24,7 +24,7 @@ def main() -> None:
             run.invert()
             run.reconstruct()
             run.finish()
-    print(run.result)
+    return str(run.result)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from tokenflow.config_sweep import parse_sweep
 
 
 @command
-def main() -> None:
-    """Parse, check, edit and write each edit, and print where the result is."""
+def main() -> str:
+    """Parse, check, edit and write each edit, and return where the result is."""
     configs = parse_sweep(ControlNetConfig, __doc__, "config_controlnet.yaml")
 
     # Slow imports, after the options are known to be valid.
@@ -29,7 +29,7 @@ def main() -> None:
                 run.find_control_images()
                 technique = controlnet(run.config, run.schedule, run.source, run.control_images)
                 run.write(run.edit(technique))
-    print(edits.result)
+    return str(edits.result)
 
 
 if __name__ == "__main__":

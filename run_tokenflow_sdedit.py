@@ -14,8 +14,8 @@ from tokenflow.config_sweep import parse_sweep
 
 
 @command
-def main() -> None:
-    """Parse, check, edit and write each edit, and print where the result is."""
+def main() -> str:
+    """Parse, check, edit and write each edit, and return where the result is."""
     configs = parse_sweep(SDEditConfig, __doc__, "config_sdedit.yaml")
 
     # Slow imports, after the options are known to be valid.
@@ -27,7 +27,7 @@ def main() -> None:
             if not run.is_finished:
                 technique = sdedit(run.config, run.schedule, run.source, run.sd.scheduler)
                 run.write(run.edit(technique))
-    print(edits.result)
+    return str(edits.result)
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def test_kept_source_features_equal_the_reference(sd, tmp_path, monkeypatch, tog
     with noting.install():
         noting(source, FIRST, torch.arange(9))
     known = source_of(source, files, Motion())
-    edit = edit_of(sd, known, latents, batch_size=3)
+    edit = edit_of(sd, known, latents, keyframe_interval=3)
     ours = predicted(edit, latents)
     assert_same_noise(ours, edit, source, latents, tolerance=1e-2, motion=flow_between)
 

@@ -1,18 +1,30 @@
 """Options: flags, YAML files and their mistakes, each of which is named in one line."""
 
+import io
+import logging
+import os
 from dataclasses import fields, replace
+from itertools import pairwise
 
 import pytest
 import yaml
 from test_cli import ROOT, TECHNIQUES, refusal, run_process
 
-from tokenflow.cli import parse
+from tokenflow.cli import command, parse
 from tokenflow.config import EditConfig, PnPConfig, PreprocessConfig, SDEditConfig
 from tokenflow.config_evaluate import EvaluateConfig
+from tokenflow.editing.identity import without_how
 from tokenflow.errors import UserError
-from tokenflow.options import build
+from tokenflow.options import build, dump
 
 NEEDED = {"data_path": "a.mp4", "prompt": "a dog"}
+
+
+# 421 bytes that stand for 9 ** 9 values.
+EXPLODING = "a: &a [" + ", ".join(["mask"] * 9) + "]\n"
+EXPLODING += "".join(
+    f"{new}: &{new} [{', '.join(['*' + old] * 9)}]\n" for old, new in pairwise("abcdefghi")
+)
 
 
 def parse_edit(*flags, cls=PnPConfig):
@@ -27,6 +39,10 @@ def parse_edit(*flags, cls=PnPConfig):
         (["--resume", "true", "stray"], "'stray' belongs to no flag; .* in quotes"),
         (["--guidance_scale", "strong"], "guidance_scale: 'strong' is not a number"),
         (["--n_frames", "many"], "n_frames: 'many' is not a whole number"),
+        (["--n_frames", "1_0"], "n_frames: '1_0' is not a whole number"),
+        (["--n_frames", "9" * 5000], "n_frames: '9{100,200} is not a whole number"),
+        (["--n_frames", "9" * 309], "n_frames: 9* is out of range"),
+        (["--pnp_f_t", "9" * 309], "pnp_f_t: 9* is out of range"),
         (["--resume", "maybe"], "resume: 'maybe' is not true or false"),
         (["--pnp_f_t", "1.5"], "pnp_f_t: 1.5 .* between 0 and 1"),
         (["--pnp_f_t", "nan"], "pnp_f_t: nan .* between 0 and 1"),
@@ -50,14 +66,110 @@ def test_mistakes_in_flags(flags, words):
     "text, words",
     [
         ("gidance_scale: 3", "unknown key 'gidance_scale'; did you mean 'guidance_scale'"),
-        ("mask: 2020-13-45", "is not YAML: month"),
         ("- mask", "must hold `key: value` lines"),
+        ("mask: [auto", "cannot be read: while parsing"),
+        ("mask: none\nseed: 2\nmask: auto", "cannot be read: mask is given twice"),
+        ("seed: 1_0", "seed: '1_0' is not a whole number"),
+        ("seed: " + "9" * 5000, "seed: '9{100,200} is not a whole number"),
+        ("output_path: {a: 1}", "output_path: .* is not a string"),
+        (EXPLODING, r"cannot be read: \*a is an alias; write its value out"),
     ],
 )
 def test_mistakes_in_yaml(tmp_path, text, words):
     (tmp_path / "wrong.yaml").write_text(text)
     with pytest.raises(UserError, match=words):
         parse_edit("--config_path", str(tmp_path / "wrong.yaml"))
+
+
+def test_yaml_holds_what_flags_do(tmp_path):
+    """No value is guessed to be another than its text; null is the default, or none where that can be."""
+    text = "prompt: yes\nnegative_prompt: 1_0\nsd_version: 2.0\nmodel: 2020-01-02\noverwrite: yes\n"
+    (tmp_path / "edit.yaml").write_text(
+        text + "fuse: null\nkeyframe_interval: null\ndata_path: a.mp4\n"
+    )
+    config = parse(PnPConfig, "", "config_pnp.yaml", ["--config_path", str(tmp_path / "edit.yaml")])
+    assert (config.prompt, config.negative_prompt, config.overwrite) == ("yes", "1_0", True)
+    assert (config.sd_version, config.model) == ("2.0", "2020-01-02")
+    assert (config.fuse, config.keyframe_interval) == (None, 8)
+    # What an edit writes is read as it was.
+    odd = PnPConfig(
+        data_path="é", prompt="yes", model="2.0", negative_prompt="null", lora=("~", "1_0")
+    )
+    (tmp_path / "config.yaml").write_text(dump(odd), encoding="utf-8")
+    argv = ["--config_path", str(tmp_path / "config.yaml")]
+    assert parse(PnPConfig, "", "config_pnp.yaml", argv) == odd
+
+
+def test_a_pipe_or_a_device_is_no_yaml_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero", tmp_path):
+        with pytest.raises(UserError, match=f"config_path: {path} is no file"):
+            parse_edit("--config_path", str(path))
+
+
+def test_keyframes_do_not_depend_on_the_batch_size():
+    assert [parse_edit("--batch_size", n).keyframe_interval for n in ("4", "auto")] == [8, 8]
+    assert without_how(parse_edit("--batch_size", "4")) == without_how(parse_edit())
+
+
+RUN_OF_TWO = {
+    "RANK": "1",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "2",
+    "MASTER_ADDR": "::1",
+    "MASTER_PORT": "1",
+}
+
+
+@pytest.mark.parametrize(
+    "environment, words",
+    [
+        ({"RANK": ""}, "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR"),
+        (
+            {"RANK": "1"},
+            "environment's WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: not as torchrun",
+        ),
+        ({"WORLD_SIZE": "2"}, "environment's RANK, LOCAL_RANK"),
+        (RUN_OF_TWO | {"RANK": "two"}, "environment's RANK: "),
+        (RUN_OF_TWO | {"RANK": "2"}, "environment's RANK, WORLD_SIZE: "),
+        (RUN_OF_TWO | {"LOCAL_WORLD_SIZE": "x"}, "environment's LOCAL_WORLD_SIZE: "),
+    ],
+)
+def test_what_another_run_left_in_the_environment(monkeypatch, capsys, environment, words):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match="2"):
+        command(lambda: "result")()
+    out, errors = capsys.readouterr()
+    assert out == "" and words in errors and len(errors.splitlines()) == 1
+
+
+def test_only_the_first_process_prints_its_result(monkeypatch, capsys):
+    for rank in "01":
+        for name, value in (RUN_OF_TWO | {"RANK": rank}).items():
+            monkeypatch.setenv(name, value)
+        command(lambda rank=rank: f"result of {rank}")()
+    assert capsys.readouterr().out == "result of 0\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_the_result_is_one_line_that_every_terminal_can_show(monkeypatch, encoding):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr("sys.stdout", stdout)
+    command(lambda: "é\n\x1b[31m\udcff/edited.mp4")()
+    stdout.flush()
+    shown = {"ascii": "\\xe9", "utf-8": "é"}[encoding] + "\\n\\x1b[31m\\udcff/edited.mp4\n"
+    assert stdout.buffer.getvalue().decode(encoding) == shown
+
+
+def test_names_do_not_control_the_terminal(capsys):
+    def main():
+        logging.getLogger("tokenflow").info("%s is edited", "\x1b]0;title\a")
+        raise UserError("no \x1b[2J")
+
+    with pytest.raises(SystemExit, match="2"):
+        command(main)()
+    assert capsys.readouterr().err == "\\x1b]0;title\\x07 is edited\nerror: no \\x1b[2J\n"
 
 
 def test_options_that_do_not_fit_together():

@@ -124,7 +124,7 @@ def edit_of(path):
     [
         ("pnp", {"mask": ["auto"], "fuse": [0, 1], "pnp_f_t": [0.3]}),
         ("pnp", {"lora": [["lora.safetensors"], []]}),
-        ("sdedit", {"prompt": ["a dog", "# a <cat>"]}),
+        ("sdedit", {"prompt": ["a dog", "= # a <cat>"]}),
         ("controlnet", {"control_scale": [[0.2], [1.0]]}),
     ],
 )
@@ -166,6 +166,7 @@ def test_each_edit_is_as_if_made_alone(
     assert len(entries) == len(configs) == math.prod(map(len, sweep.values()))
     names = [f"{technique}_clip", *(f"{technique}_clip_{n}" for n in range(2, len(configs) + 1))]
     rows = list(csv.DictReader((result / "edits.csv").open()))
+    assert not any(text.startswith("=") for row in rows for text in row.values())  # a formula
     for name, config, entry, row in zip(names, configs, entries, rows, strict=True):
         assert entry["name"] == row["edit"] == name
         settings = {

@@ -96,7 +96,7 @@ def predicted(edit, latents):
 @torch.no_grad()
 def test_equals_reference(sd, video, propagation, injects):
     source, latents = video
-    options = {"batch_size": BATCH_SIZE, "propagation": propagation}
+    options = {"keyframe_interval": BATCH_SIZE, "propagation": propagation}
     edit = edit_of(sd, source_of(source), latents, injects, **options)
     assert_same_noise(predicted(edit, latents), edit, source, latents)
 
@@ -197,9 +197,11 @@ def test_two_streams_equal_the_reference(sd, tmp_path, monkeypatch, batch_size, 
 def assert_same_noise(ours, edit, source, latents, tolerance=1e-3, motion=None):
     """Assert the reference's guided noise, except for tokens whose nearest neighbours tie."""
     sd, config, technique = edit.sd, edit.config, edit.technique
-    sizes = {"batch_size": config.interval, "window": config.keyframe_window}
+    sizes = {"batch_size": config.keyframe_interval, "window": config.keyframe_window}
     reference = Predictor(sd.unet, propagation=config.propagation, motion=motion, **sizes)
-    keyframes = KeyframeSchedule(len(source), config.interval, (FIRST,), SEED).draw()[FIRST]
+    keyframes = KeyframeSchedule(len(source), config.keyframe_interval, (FIRST,), SEED).draw()[
+        FIRST
+    ]
     injects = technique.attention_steps > 0, technique.feature_steps > 0
     text = torch.cat([sd.encode_text(prompt).tokens for prompt in PROMPTS])
     passed = source, latents, FIRST, text, keyframes.tolist(), *injects
@@ -292,7 +294,7 @@ def test_single_frame_is_the_untouched_unet(sd, video):
 def test_every_frame_may_be_a_keyframe(sd, video):
     """With intervals of one frame, no frame is left to propagate to."""
     source, latents = video[0][:2], video[1][:2]
-    edit = edit_of(sd, source_of(source), latents, (False, False), batch_size=1)
+    edit = edit_of(sd, source_of(source), latents, (False, False), keyframe_interval=1)
     assert torch.isfinite(predicted(edit, latents)).all()
 
 

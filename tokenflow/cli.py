@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from tokenflow.errors import UserError, is_out_of_memory
+from tokenflow.errors import UserError, is_out_of_memory, make_printable
 from tokenflow.options import build, format_default, is_list, read_help, suggest
 
 C = TypeVar("C")
@@ -82,26 +82,30 @@ def read_options(
     return flags, _read_yaml(Path(flags.pop("config_path"))) if default_yaml else {}
 
 
-def command(main: Callable[[], None]) -> Callable[[], None]:
-    """Make `main` a command, which a user's mistake ends with one line and exit status 2.
+def command(main: Callable[[], str]) -> Callable[[], None]:
+    """Make `main` a command, which prints the line that it returns; a user's mistake ends it with one line.
 
-    If several processes run it, only the first prints and logs; the others print only their errors.
+    If several processes run it, only the first prints and logs; the others print only their errors. The
+    exit status is 2 for a mistake, 1 for what else goes wrong.
     """
 
     @functools.wraps(main)
     def wrapper() -> None:
-        logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
-        rank = int(os.environ.get("RANK", 0))
-        logging.getLogger("tokenflow").setLevel(logging.ERROR if rank else logging.INFO)
-        blame = f"error (process {rank})" if rank else "error"
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_Formatter("%(message)s"))
+        logging.basicConfig(handlers=[handler], force=True)
+        blame = "error"
 
         def end(error: object, status: int) -> typing.NoReturn:
-            print(f"{blame}: {_one_line(str(error))}", file=sys.stderr)
+            print(f"{blame}: {make_printable(str(error))}", file=sys.stderr)
             sys.exit(status)
 
         try:
+            rank = _read_rank()
+            blame = f"error (process {rank})" if rank else "error"
+            logging.getLogger("tokenflow").setLevel(logging.ERROR if rank else logging.INFO)
             with redirect_stdout(io.StringIO()) if rank else nullcontext():
-                main()
+                _print_line(main())
         except UserError as error:
             end(error, 2)
         except (FloatingPointError, ConnectionError) as error:
@@ -122,9 +126,38 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
     return wrapper
 
 
-def _one_line(text: str) -> str:
-    """Escape line ends and other unprintable characters, which paths may hold."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+class _Formatter(logging.Formatter):
+    """Names and prompts in messages cannot control the terminal."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging calls it)
+        return make_printable(super().formatMessage(record))
+
+
+def _print_line(text: str) -> None:
+    """Print one line, in which what stdout cannot show is escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(make_printable(text).encode(encoding, "backslashreplace").decode(encoding))
+
+
+def _read_rank() -> int:
+    """The number of this process in its run, as torchrun and accelerate set it; 0 if it runs alone.
+
+    Raises UserError for variables that some other run left behind, which would make this one wait for others.
+    """
+    needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    given = {name: os.environ[name] for name in (*needed, "LOCAL_WORLD_SIZE") if name in os.environ}
+    if not given:
+        return 0
+    wrong = [name for name in (*needed, "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    wrong += [name for name, number in given.items() if number and not number.isdecimal()]
+    if not wrong and int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
+        wrong = ["RANK", "WORLD_SIZE"]
+    if wrong:
+        raise UserError(
+            f"the environment's {', '.join(wrong)}: not as torchrun and accelerate set them; start several "
+            f"processes with one of these, or a single one without {', '.join(given)}"
+        )
+    return int(os.environ["RANK"])
 
 
 class _Parser(argparse.ArgumentParser):
@@ -146,14 +179,33 @@ def _add_flag(parser: argparse.ArgumentParser, f: Field, help: str, is_swept: bo
     parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar="X", help=help, **takes)
 
 
+class _Loader(yaml.BaseLoader):
+    """Reads texts, as flags are, lists and mappings: no number, date or truth value is made of a text."""
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> str | None:
+        is_null = node.style is None and node.value in ("", "~", "null", "Null", "NULL")
+        return None if is_null else super().construct_scalar(node)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [str(key.value) for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.YAMLError(f"{twice[0]} is given twice; keep one")
+        return super().construct_mapping(node, deep)
+
+    def compose_node(self, *args: Any) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):  # a few of them can stand for billions of values
+            raise yaml.YAMLError(f"*{self.peek_event().anchor} is an alias; write its value out")
+        return super().compose_node(*args)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
+    if not os.path.isfile(path):  # others, such as pipes, may never end
+        raise UserError(f"config_path: {path} is no file")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"config_path: cannot read {path}: {error.strerror}") from error
-    except Exception as error:  # PyYAML lets any error of its constructors through
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         problem = " ".join(str(error).split())
-        raise UserError(f"config_path: {path} is not YAML: {problem}") from error
+        raise UserError(f"config_path: {path} cannot be read: {problem}") from error
     if not isinstance(values, dict):
         raise UserError(f"config_path: {path} must hold `key: value` lines")
     return {str(key): value for key, value in values.items()}

@@ -112,11 +112,10 @@ class EditConfig(ModelConfig):
     n_frames: int = option(40, 0, MAX_FRAMES)
     """Number of frames to edit, from the first. 0: all that were inverted."""
     batch_size: int | None = option(None, 1, MAX_FRAMES, none="auto")
-    """Number of frames in one UNet pass, for memory and speed. auto: 8, or 10 to 16 on a GPU, halved when
-    out of memory."""
-    keyframe_interval: int | None = option(None, 1, MAX_FRAMES)
-    """Number of frames per keyframe, which is drawn at random at each step. None: batch_size, or 8 if that
-    is auto."""
+    """Number of frames in one UNet pass, for memory and speed alone. auto: 8, or 10 to 16 on a GPU, halved
+    when out of memory."""
+    keyframe_interval: int = option(8, 1, MAX_FRAMES)
+    """Number of frames per keyframe, which is drawn at random at each step."""
     # At least four anchors and two neighbouring keyframes.
     keyframe_window: int = option(8, 6, MAX_FRAMES)
     """Largest number of keyframes that are edited jointly. More see more of a long video, take more memory,
@@ -160,11 +159,6 @@ class EditConfig(ModelConfig):
     def lora_scales(self) -> tuple[float, ...]:
         """The strength of each LoRA."""
         return for_each("lora_scale", self.lora_scale, "lora", self.lora)
-
-    @property
-    def interval(self) -> int:
-        """Frames per keyframe."""
-        return self.keyframe_interval or self.frames_at_once
 
     @property
     def mask_path(self) -> Path | None:

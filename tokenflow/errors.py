@@ -23,6 +23,11 @@ def is_text(value: str) -> bool:
     return "\0" not in value and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
+def make_printable(text: str) -> str:
+    """Escape line ends, what controls a terminal, and what else cannot be printed; paths may hold it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a library says that the memory of the device ran out."""
     return any(words in str(error) for words in _OUT_OF_MEMORY)

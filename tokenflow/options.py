@@ -16,6 +16,7 @@ from tokenflow.errors import UserError, is_text
 
 C, N = TypeVar("C"), TypeVar("N")
 
+_TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 
 
@@ -115,39 +116,34 @@ def _convert(f: Field, value: Any) -> Any:
         return ()
     if is_none and types.NoneType in kinds:
         return None
+    if value is None:  # null in YAML
+        return f.default
     converted = tuple(_convert_one(f, kinds[0], item) for item in items)
     return converted if is_list(f) else converted[0]
 
 
 def _convert_one(f: Field, kind: type, value: Any) -> Any:
     """Convert one value of option `f` to `kind`."""
+    text = str(value).lower() if kind is bool else str(value)
+    wrong = UserError(f"{f.name}: {value!r:.200} is not {_KINDS[kind]}")
+    if not isinstance(value, str | int | float) or (kind is bool and text not in _TRUTH):
+        raise wrong
+    if kind is bool:
+        return _TRUTH[text]
+    if kind is str:
+        if not is_text(text):
+            raise UserError(f"{f.name}: {value!r} holds a NUL, or bytes that are no UTF-8")
+        text, choices = f.metadata.get("aliases", {}).get(text, text), f.metadata.get("choices")
+        if choices and text not in choices:
+            raise UserError(f"{f.name}: {text!r} is none of {', '.join(choices)}")
+        return text
     try:
-        converted = _read(kind, value)
-    except (ValueError, OverflowError):
-        raise UserError(f"{f.name}: {value!r} is not {_KINDS[kind]}") from None
-    if kind is str and not is_text(converted):
-        raise UserError(f"{f.name}: {value!r} holds a NUL, or bytes that are no UTF-8")
-    if choices := f.metadata.get("choices"):
-        converted = f.metadata["aliases"].get(converted, converted)
-        if converted not in choices:
-            raise UserError(f"{f.name}: {converted!r} is none of {', '.join(choices)}")
-    if kind in (int, float):
-        low, high = f.metadata["low"], f.metadata["high"]
-        if not low <= converted <= high:
-            raise UserError(
-                f"{f.name}: {value} is out of range; it must be between {low} and {high}"
-            )
-    return converted
-
-
-def _read(kind: type, value: Any) -> Any:
-    """Read a `kind` from a value. Raises ValueError or OverflowError if it is none."""
-    if kind is bool and str(value).lower() in ("true", "false"):
-        return str(value).lower() == "true"
-    # YAML reads 2.1 as a number, so a version or a prompt may arrive as one.
-    if kind is bool or isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError
-    converted = kind(value)
-    if kind is int and isinstance(value, float) and value != converted:
-        raise ValueError
-    return converted
+        number = kind(text)
+    except ValueError:
+        raise wrong from None
+    if "_" in text:  # 1_0 would be 10
+        raise wrong
+    low, high = f.metadata["low"], f.metadata["high"]
+    if not low <= number <= high:
+        raise UserError(f"{f.name}: {text} is out of range; it must be between {low} and {high}")
+    return number

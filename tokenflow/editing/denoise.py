@@ -294,7 +294,7 @@ class TokenFlowDenoiser(Denoiser):
         """The keyframes (k,) of a timestep, and which of them each frame of the video blends."""
         keyframes, frames = self._keyframes[t], torch.arange(self.source.n_frames)
         if self.config.propagation == "previous":
-            return keyframes, previous_blend(frames, self.config.interval)
+            return keyframes, previous_blend(frames, self.config.keyframe_interval)
         return keyframes, flanking_blend(frames, keyframes)
 
     @cached_property
@@ -327,4 +327,4 @@ def keyframe_schedule(
 ) -> KeyframeSchedule:
     """The keyframe schedule of an edit, which includes the steps that a technique skips."""
     timesteps = Schedule.of(scheduler, config.n_timesteps).timesteps
-    return KeyframeSchedule(n_frames, config.interval, timesteps, config.seed)
+    return KeyframeSchedule(n_frames, config.keyframe_interval, timesteps, config.seed)

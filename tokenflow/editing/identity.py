@@ -75,12 +75,5 @@ def read_identity(path: Path) -> tuple[dict[str, Any], dict]:
 
 
 def without_how(config: EditConfig) -> EditConfig:
-    """The configuration that all runs of the same edit share, however they compute it (HOW).
-
-    Without a keyframe_interval, batch_size decides about it, and so about the edit.
-    """
-    shared = {f.name: f.default for f in fields(config) if f.name in (*HOW, "keyframe_interval")}
-    default = replace(config, **shared)
-    if default.interval == config.interval:
-        return default
-    return replace(default, keyframe_interval=config.interval)
+    """The configuration that all runs of the same edit share, however they compute it (HOW)."""
+    return replace(config, **{f.name: f.default for f in fields(config) if f.name in HOW})

@@ -116,7 +116,7 @@ def find_flow(
         cell=inversion.manifest.config["H"] // height,
         max_displacement=config.max_displacement,
     )
-    flow.create(range(1, find_furthest_keyframe(config.interval, n_frames) + 1), processes)
+    flow.create(range(1, find_furthest_keyframe(config.keyframe_interval, n_frames) + 1), processes)
     return flow
 
 

@@ -26,7 +26,7 @@ class Processes:
 
     def __init__(self, device: torch.device) -> None:
         """Raises UserError for more processes on this machine than GPUs."""
-        n_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun and accelerate
+        n_here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # of torchrun and accelerate
         n_gpus = torch.cuda.device_count() if device.index is None else 1  # `cuda:1` is one
         if device.type == "cuda" and n_here > max(1, n_gpus):
             raise UserError(
