@@ -12,10 +12,10 @@ import torch
 from benchmarks import quality
 from benchmarks.clips import held_out_clips
 from benchmarks.kept import keep, kept_path
-from benchmarks.measures import add_sharpness, along_motion, compare, measure, summarize
+from benchmarks.measures import add_sharpness, along_motion, compare, drift, measure, summarize
 from benchmarks.meter import Meter
 from benchmarks.methods import Method, parse_methods
-from tokenflow.evaluation.metrics import drift, gradient_energy, warp_error
+from tokenflow.evaluation.metrics import gradient_energy, warp_error
 
 
 @pytest.fixture(scope="module")

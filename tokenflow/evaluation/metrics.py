@@ -10,7 +10,6 @@ from tokenflow.motion.optical_flow import find_targets
 CPU = torch.device("cpu")
 SSIM_WINDOW = 11  # pixels; the window of the SSIM paper
 LUMINANCE = np.array([0.299, 0.587, 0.114])  # weights of red, green and blue (ITU-R BT.601)
-DRIFT_SIGMA = 8.0  # pixels; one latent is as wide, so that detail and noise are gone
 STILL_LEVELS = 2  # grey levels; what changes less may be called still
 STILL_SHARE = 0.01  # of a frame's pixels; fewer still ones tell nothing
 
@@ -61,30 +60,8 @@ def warp_error(frame: np.ndarray, later: np.ndarray, flow: np.ndarray, valid: np
     (dx, dy) in pixels. valid: bool (H, W), the pixels that are seen in both. The error of a blank video is
     0, so also measure what the video shows.
     """
-    return float(np.square(_change(frame, later, flow)[valid] / 255).mean())
-
-
-def drift(frame: np.ndarray, later: np.ndarray, flow: np.ndarray, valid: np.ndarray) -> float:
-    """How far the colours of whole regions wander between two frames: in grey levels, root mean square.
-
-    Arguments as for `warp_error`. The change along the motion is blurred (a Gaussian of standard deviation
-    `DRIFT_SIGMA`, over valid pixels alone), then squared and averaged over valid pixels and channels. It is
-    the change that is blurred and not the frames, for in blurred frames an object would mix with the
-    background that it moves over, and a perfect video would drift. Detail that flickers cancels out;
-    brightness that rises by 3 grey levels from one frame to the other gives 3.
-    """
-    change = np.where(valid[..., None], _change(frame, later, flow), 0)
-    blurred, weight = (
-        cv2.GaussianBlur(x, (0, 0), DRIFT_SIGMA, borderType=cv2.BORDER_CONSTANT)
-        for x in (change, valid.astype(np.float64))
-    )
-    return float(np.sqrt(np.square(blurred[valid] / weight[valid][:, None]).mean()))
-
-
-def _change(frame: np.ndarray, later: np.ndarray, flow: np.ndarray) -> np.ndarray:
-    """What is added to each pixel of `frame` along the flow, in grey levels: float64 (H, W, 3)."""
     warped = cv2.remap(later, *find_targets(flow), cv2.INTER_LINEAR)
-    return warped.astype(np.float64) - frame
+    return float(np.square((warped.astype(np.float64) - frame)[valid] / 255).mean())
 
 
 def flicker(before: np.ndarray, now: np.ndarray, motionless: np.ndarray) -> np.ndarray:

@@ -35,39 +35,30 @@ class Clip:
     def __init__(self, model_id: str | None, prompt: str | None, device: torch.device) -> None:
         """Without a prompt, only the temporal consistency is measured. Raises UserError."""
         self.network = load(CLIPModel, model_id, "clip").eval().to(device)
+        self.has_prompt = prompt is not None
         self.before: torch.Tensor | None = None  # embeddings of the frames before, (videos, d)
-        self.text = None
-        if prompt is not None:
-            self.text = self._embed_text(load(CLIPTokenizer, model_id, "clip"), prompt)
+        tokenizer = load(CLIPTokenizer, model_id, "clip")
+        length = self.network.config.text_config.max_position_embeddings
+        tokens = tokenizer(prompt or "", truncation=True, max_length=length, return_tensors="pt")
+        self.tokens = tokens.to(device)
 
+    @torch.inference_mode()
     def measure(self, recent: Moments) -> Values:
         """Cosine similarities (x 0.01) of the newest frame's CLIP embedding: with the prompt's, as in
         CLIPScore (Hessel et al., EMNLP 2021) without its factor, and with that of the frame before it, as
         TokenFlow and the papers that it compares itself with measure consistency. Frames are cropped to
         a square in their middle, as CLIP's own preprocessing does.
         """
-        now, values = self._embed_frames(recent[-1]), {}
-        if self.text is not None:
-            values["clip_prompt"] = (100 * now @ self.text).tolist()
+        size, values = self.network.config.vision_config.image_size, {}
+        images = as_images(recent[-1], size, "crop", OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+        output = self.network(pixel_values=images.to(self.network.device), **self.tokens)
+        now, text = output.image_embeds, output.text_embeds[0]  # videos d and d, of length 1
+        if self.has_prompt:
+            values["clip_prompt"] = (100 * now @ text).tolist()
         if self.before is not None:
             values["clip_frames"] = (100 * now * self.before).sum(-1).tolist()
         self.before = now
         return values
-
-    @torch.inference_mode()
-    def _embed_frames(self, frames: np.ndarray) -> torch.Tensor:
-        network, size = self.network, self.network.config.vision_config.image_size
-        images = as_images(frames, size, "crop", OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
-        pooled = network.vision_model(images.to(network.device)).pooler_output
-        return F.normalize(network.visual_projection(pooled), dim=-1)  # videos d
-
-    @torch.inference_mode()
-    def _embed_text(self, tokenizer: CLIPTokenizer, prompt: str) -> torch.Tensor:
-        network = self.network
-        length = network.config.text_config.max_position_embeddings
-        tokens = tokenizer(prompt, truncation=True, max_length=length, return_tensors="pt")
-        pooled = network.text_model(**tokens.to(network.device)).pooler_output
-        return F.normalize(network.text_projection(pooled)[0], dim=-1)  # d
 
 
 class Structure:
