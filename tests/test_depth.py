@@ -29,24 +29,27 @@ def depth_checkpoint(checkpoint, tmp_path_factory):
         config = json.loads((checkpoint / "unet" / "config.json").read_text())
         unet = UNet2DConditionModel.from_config(config | {"in_channels": 5})
         controlnet = build_controlnet(unet, TINY)
-        depth = DPTConfig(
-            hidden_size=32,
-            num_hidden_layers=4,
-            num_attention_heads=2,
-            intermediate_size=64,
-            image_size=32,
-            patch_size=8,
-            backbone_out_indices=[0, 1, 2, 3],
-            neck_hidden_sizes=[8, 8, 8, 8],
-            fusion_hidden_size=8,
-        )
-        estimator = DPTForDepthEstimation(depth)
+        build_depth_model(folder / "depth_estimator", folder / "feature_extractor")
     unet.save_pretrained(folder / "unet")
     controlnet.save_pretrained(folder / "controlnet")
-    estimator.save_pretrained(folder / "depth_estimator")
-    processor = DPTImageProcessorPil(size={"height": 32, "width": 32})
-    processor.save_pretrained(folder / "feature_extractor")
     return folder
+
+
+def build_depth_model(network, processor):
+    """Write a depth model of random weights and its processor to their folders."""
+    config = DPTConfig(
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=8,
+        backbone_out_indices=[0, 1, 2, 3],
+        neck_hidden_sizes=[8, 8, 8, 8],
+        fusion_hidden_size=8,
+    )
+    DPTForDepthEstimation(config).save_pretrained(network)
+    DPTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(processor)
 
 
 @pytest.fixture(scope="module")

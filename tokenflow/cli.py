@@ -19,7 +19,13 @@ from typing import Any, TypeVar
 
 import yaml
 
-from tokenflow.errors import UserError, is_out_of_memory, make_printable
+from tokenflow.errors import (
+    UserError,
+    describe,
+    is_out_of_memory,
+    is_out_of_resources,
+    make_printable,
+)
 from tokenflow.options import build, format_default, is_list, read_help, suggest
 
 C = TypeVar("C")
@@ -111,14 +117,16 @@ def command(main: Callable[[], str]) -> Callable[[], None]:
         except (FloatingPointError, ConnectionError) as error:
             end(error, 1)
         except OSError as error:
+            if is_out_of_resources(error):
+                end(_explain_resources(error), 1)
             where = f"{error.filename}: " if error.filename else ""
             if error.errno in _DISK_FAILED:
                 end(f"{where}{error.strerror}; the same command resumes the run", 1)
             end(f"{where}{error.strerror or error}; check that path, or give another", 2)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
+        except Exception as error:
+            if not is_out_of_resources(error):
                 raise
-            end(_OUT_OF_MEMORY, 1)
+            end(_explain_resources(error), 1)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
@@ -158,6 +166,16 @@ def _read_rank() -> int:
             f"processes with one of these, or a single one without {', '.join(given)}"
         )
     return int(os.environ["RANK"])
+
+
+def _explain_resources(error: Exception) -> str:
+    """What to do about an error for which `is_out_of_resources` holds."""
+    if is_out_of_memory(error):
+        return _OUT_OF_MEMORY
+    return (
+        f"this machine has run out of memory, threads, open files or room for a file ({describe(error)}); "
+        "end other programs or raise the limit (ulimit), and run the same command again"
+    )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -204,6 +222,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        if is_out_of_resources(error):
+            raise
         problem = " ".join(str(error).split())
         raise UserError(f"config_path: {path} cannot be read: {problem}") from error
     if not isinstance(values, dict):

@@ -1,5 +1,7 @@
 """Errors that end a command with one line and no traceback."""
 
+import errno
+
 # How libraries say that memory ran out; cuBLAS and cuDNN need some of their own.
 _OUT_OF_MEMORY = (
     "out of memory",
@@ -7,6 +9,17 @@ _OUT_OF_MEMORY = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_NOT_SUPPORTED",
 )
+# How the system says that it has no more memory, threads, open files or room for one file.
+_OUT_OF_RESOURCES = (
+    "Cannot allocate memory",
+    "Insufficient memory",  # OpenCV
+    "can't start new thread",
+    "Resource temporarily unavailable",
+    "Too many open files",
+    "File too large",
+)
+_RESOURCES = (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.EFBIG)
+MOST_LETTERS = 300  # of what a library says
 
 
 class UserError(Exception):
@@ -28,11 +41,28 @@ def make_printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether a library says that the memory of the device ran out."""
     return any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
+def is_out_of_resources(error: BaseException | None) -> bool:
+    """Whether memory, threads, open files or room for a file ran out, which is the fault of no input.
+
+    To be asked before an error is blamed on a file. Libraries wrap errors, so the causes count too.
+    """
+    while error is not None:
+        if isinstance(error, MemoryError) or is_out_of_memory(error):
+            return True
+        if isinstance(error, OSError) and error.errno in _RESOURCES:
+            return True
+        if any(words in str(error) for words in _OUT_OF_RESOURCES):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def describe(error: Exception) -> str:
-    """The first line of what an error of a library says, or its kind if it says nothing."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    """What an error of a library says, in one line, or its kind if it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= MOST_LETTERS else f"{text[:MOST_LETTERS]} ..."

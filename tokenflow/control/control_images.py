@@ -7,8 +7,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from tokenflow.config import ControlNetConfig, PreprocessConfig
 from tokenflow.config_control import ControlConfig
 from tokenflow.control.detectors import Frames, detect
+from tokenflow.diffusion.identity import identify
 from tokenflow.runtime.frame_array import FrameArray
 from util import fingerprint
 
@@ -53,3 +55,11 @@ def control_identity(config: ControlConfig) -> str | None:
     """The fingerprint of control_path, if there are such frames."""
     path = Path(config.control_path) if config.control_path else None
     return fingerprint(path) if path and path.exists() else None
+
+
+def identify_networks(config: PreprocessConfig | ControlNetConfig) -> list[str]:
+    """What tells the ControlNets from others, and the depth model if it is a folder."""
+    networks = list(config.controlnet_ids)
+    if config.depth_model and Path(config.depth_model).is_dir():
+        networks.append(config.depth_model)
+    return [identify(network) for network in networks]

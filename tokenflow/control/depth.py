@@ -77,8 +77,12 @@ def load_depth_model(
 ) -> DepthModel:
     """A depth model from a hub id or a folder. parts: the subfolders of its network and its processor."""
     option = "depth_model" if parts[0] is None else None
-    network = load_part(AutoModelForDepthEstimation.from_pretrained, model, parts[0], option=option)
-    processor = load_part(AutoImageProcessor.from_pretrained, model, parts[1], option=option)
+    safe = ({"trust_remote_code": False},)  # else transformers asks on standard input
+    of_network, of_processor = parts
+    network = load_part(
+        AutoModelForDepthEstimation.from_pretrained, model, of_network, safe, option
+    )
+    processor = load_part(AutoImageProcessor.from_pretrained, model, of_processor, safe, option)
     return DepthModel(network.float().eval().to(device), processor, device)
 
 

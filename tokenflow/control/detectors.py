@@ -13,7 +13,7 @@ import torch
 
 from tokenflow.config_control import ControlConfig
 from tokenflow.control.depth import DEPTH_MODEL, load_depth_model
-from tokenflow.errors import UserError
+from tokenflow.errors import UserError, is_out_of_resources
 
 # Detectors of controlnet_aux, those whose edges the ControlNets were trained with, and their weights.
 AUX_DETECTORS = {"softedge": "PidiNetDetector", "lineart": "LineartDetector"}
@@ -70,6 +70,8 @@ def detect_with_aux(control: str, frames: Frames, device: torch.device) -> Itera
     try:
         detector = kind.from_pretrained(AUX_WEIGHTS).to(device)
     except Exception as error:  # the hub's client reports a missing network in its own ways
+        if is_out_of_resources(error):
+            raise
         raise UserError(
             f"control: {control}: the weights of {AUX_WEIGHTS} are not in the hub's cache, and cannot be "
             "downloaded; check the network"

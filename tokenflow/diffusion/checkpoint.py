@@ -1,5 +1,7 @@
 """A checkpoint of Stable Diffusion: found once, and loaded onto a device in a precision that suits it."""
 
+import math
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,21 +10,29 @@ from typing import Any, Self
 import torch
 from accelerate import cpu_offload_with_hook
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 from tokenflow.diffusion.controlnets import check_controlnets, use_controlnets
 from tokenflow.diffusion.ddim import PREDICTION_TYPES, Schedule
+from tokenflow.diffusion.identity import identify
 from tokenflow.diffusion.layouts import Layout, find_layout
-from tokenflow.diffusion.parts import load_config, load_network, load_part
+from tokenflow.diffusion.parts import check_layers, load_config, load_network, load_part
 from tokenflow.diffusion.single_file import SingleFile
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
-from tokenflow.errors import UserError
-from util import fingerprint
+from tokenflow.errors import UserError, describe, is_out_of_resources
 
 CHANNELS = (4, 5)  # of the latents, and of those with a depth map
 SMALLEST_SIDE = 512  # pixels; the depth version's configuration says less than it was trained on
 GRAPHS = 64  # compiled from one function, at most
-BYTE_TOKENS = 512  # CLIP's smallest vocabulary: each byte within a word and at its end
+# The files that are read of a folder.
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+PARTS += ("depth_estimator", "feature_extractor")  # of Stable Diffusion 2 depth
+FILES = ("model_index.json", *(f"{part}/*" for part in PARTS))
 
 
 @dataclass(frozen=True)
@@ -57,24 +67,27 @@ class Checkpoint:
                 f"model: {model_id}: its UNet takes {channels} channels, not 4, or 5 with depth; "
                 "checkpoints for inpainting and upscaling cannot be used"
             )
-        return cls(
+        vae = load_config(AutoencoderKL, where, "vae", "block_out_channels")
+        _check_vae(vae, model_id)
+        found = cls(
             model_id=model_id,
             configuration=where,
             unet_config=unet,
-            vae_config=load_config(AutoencoderKL, where, "vae", "block_out_channels"),
+            vae_config=vae,
             layout=layout,
             scheduler=_load_scheduler(model_id, where),
             file=file,
         )
+        for part in ("text_encoder", "text_encoder_2") if found.is_xl else ("text_encoder",):
+            config, _ = load_part(CLIPTextConfig.get_config_dict, where, part)
+            check_layers(config, model_id, part)
+        return found
 
     @property
     def identity(self) -> str:
-        """What tells checkpoints apart: the fingerprint of a file or of a folder's UNet, or a hub id."""
-        if self.file:
-            return self.file.identity
-        weights = sorted((Path(self.model_id) / "unet").glob("*.safetensors"))
-        weights += sorted((Path(self.model_id) / "unet").glob("*.bin"))
-        return fingerprint(weights[0]) if weights else self.model_id
+        """What tells checkpoints apart: a digest of the files that are read, or the hub's revision."""
+        described = identify(self.configuration, FILES)
+        return f"{self.file.identity} {described}" if self.file else described
 
     @property
     def is_xl(self) -> bool:
@@ -191,11 +204,20 @@ class Checkpoint:
 def _load_scheduler(model_id: str, configuration: str) -> DDIMScheduler:
     """The checkpoint's noise schedule, with the steps of DDIM. Raises UserError if it cannot be used."""
     config = load_config(DDIMScheduler, configuration, "scheduler")
+    if not {"beta_start", "beta_end", "beta_schedule", "trained_betas"} & set(config):
+        raise UserError(
+            f"model: {model_id}: its scheduler, {config.get('_class_name')}, has no betas; only checkpoints "
+            "that were trained with the noise of DDPM can be used, not EDM or flow matching"
+        )
     try:
         scheduler = DDIMScheduler.from_config(config)
         Schedule.of(scheduler, 1)  # checks most of the configuration
     except Exception as error:  # each wrong value raises its own
-        raise UserError(f"model: {model_id}: its scheduler cannot be used: {error}") from error
+        if is_out_of_resources(error):
+            raise
+        raise UserError(
+            f"model: {model_id}: its scheduler cannot be used: {describe(error)}"
+        ) from error
     kind = scheduler.config.prediction_type
     if kind not in PREDICTION_TYPES:
         raise UserError(
@@ -203,6 +225,20 @@ def _load_scheduler(model_id: str, configuration: str) -> DDIMScheduler:
             f"none of {', '.join(PREDICTION_TYPES)}"
         )
     return scheduler
+
+
+def _check_vae(config: Mapping[str, Any], model_id: str) -> None:
+    """Raise UserError for a VAE whose latents are scaled in another way than those of Stable Diffusion."""
+    factor = config.get("scaling_factor", 1)  # without one, diffusers takes that of version 1
+    if not (isinstance(factor, int | float) and 0 < factor < math.inf):
+        reason = f"scaling_factor is {factor}, no positive number"
+    elif config.get("latents_mean") or config.get("latents_std"):
+        reason = "it has latents_mean or latents_std, which are not supported"
+    elif (channels := config.get("latent_channels", 4)) != 4:
+        reason = f"its latents have {channels} channels, not 4"
+    else:
+        return
+    raise UserError(f"model: {model_id}: its VAE cannot be used: {reason}; use another checkpoint")
 
 
 def _check_parts(sd: StableDiffusion, model_id: str) -> None:
@@ -230,7 +266,8 @@ def _check_parts(sd: StableDiffusion, model_id: str) -> None:
                 f"model: {model_id}: its tokenizer does not fit its text encoder: {len(tokenizer)} tokens "
                 f"in texts of {length}, not {text.vocab_size} in {text.max_position_embeddings}"
             )
-        if len(tokenizer) < BYTE_TOKENS:  # transformers does not report missing files
+        letters = tokenizer(string.ascii_letters, add_special_tokens=False).input_ids
+        if set(letters) <= {tokenizer.unk_token_id}:  # transformers does not report missing files
             raise UserError(
                 f"model: {model_id}: its tokenizer knows no words; copy or download the checkpoint again"
             )

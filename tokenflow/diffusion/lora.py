@@ -16,10 +16,10 @@ from diffusers.utils import recurse_remove_peft_layers, set_weights_and_activate
 from huggingface_hub import hf_hub_download, model_info
 from torch import nn
 
+from tokenflow.diffusion.identity import digest_files
 from tokenflow.diffusion.parts import find_folder, on_hub
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
-from tokenflow.errors import UserError, describe
-from util import fingerprint
+from tokenflow.errors import UserError, describe, is_out_of_resources
 
 OTHER_FILES = ("scheduler", "optimizer", "checkpoint")  # in the names of what is no LoRA
 
@@ -54,9 +54,9 @@ def check_loras(loras: Sequence[str], unet_config: Mapping[str, Any]) -> None:
         _read(lora, FrozenDict(unet_config))
 
 
-def lora_identity(lora: str) -> str:
-    """What tells LoRAs apart: the fingerprint of the file."""
-    return fingerprint(find_lora(lora))
+def identify_lora(lora: str) -> str:
+    """What tells LoRAs apart: a digest of the file."""
+    return digest_files({"": find_lora(lora)})
 
 
 def find_lora(lora: str) -> Path:
@@ -104,6 +104,8 @@ def _add(networks: Mapping[str, nn.Module], name: str, lora: str) -> None:
                 load = Loader.load_lora_into_text_encoder
                 load(tensors, text_encoder=networks[part], prefix=part, **options)
     except Exception as error:  # peft and torch each report a misfit in their own way
+        if is_out_of_resources(error):
+            raise
         raise UserError(
             f"lora: {lora} does not fit the model, and may be for another version: {describe(error)}"
         ) from error
@@ -131,5 +133,7 @@ def _read(
     try:
         return Loader.lora_state_dict(str(path), unet_config=unet_config, **options)
     except Exception as error:  # each way to fail has its own
+        if is_out_of_resources(error):
+            raise
         reason = describe(error)
         raise UserError(f"lora: {path} is no LoRA in a .safetensors file: {reason}") from error

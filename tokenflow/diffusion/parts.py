@@ -15,9 +15,10 @@ import transformers
 from huggingface_hub import constants, model_info, snapshot_download
 from safetensors import safe_open
 
-from tokenflow.errors import UserError, describe
+from tokenflow.errors import UserError, describe, is_out_of_resources
 
 HUB_TIMEOUT = 10  # seconds
+MOST_LAYERS = 200  # of a network, or of a part of it; with more it would be built for hours
 
 # diffusers passes a retired argument to the hub, which does not concern the user.
 warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks.*")
@@ -36,6 +37,20 @@ def load_config(cls: type, model_id: str, subfolder: str | None, *lists: str) ->
             f"{_option_of(subfolder)}: {model_id}: the configuration of its {subfolder or 'network'} is "
             "broken; copy or download it again"
         )
+    return check_layers(config, model_id, subfolder)
+
+
+def check_layers(config: dict[str, Any], model_id: str, subfolder: str | None) -> dict[str, Any]:
+    """The configuration. Raises UserError if it asks for an impossible number of layers."""
+    for key, value in config.items():
+        counts = value if isinstance(value, list) else [value]
+        if "layers" in key and any(
+            isinstance(n, int) and not 0 <= n <= MOST_LAYERS for n in counts
+        ):
+            raise UserError(
+                f"{_option_of(subfolder)}: {model_id}: the configuration of its {subfolder or 'network'} is "
+                f"broken: {key} is {value}; copy or download it again"
+            )
     return config
 
 
@@ -82,6 +97,11 @@ def load_part(
             if failure is None:
                 return part
     option = option or _option_of(subfolder)
+    if "trust_remote_code" in str(failure):
+        raise UserError(
+            f"{option}: {model_id} needs code of its own, which is never run; use one that is a model of "
+            "transformers"
+        )
     if folder := find_folder(model_id):
         _refuse_broken(option, folder / (subfolder or ""), failure)
     part = f" (its {subfolder})" if subfolder else ""
@@ -103,9 +123,9 @@ def _attempt(
     """
     try:
         return get(model_id, **options), None
-    except MemoryError:
-        raise
     except Exception as error:  # each loader reports a missing file in its own way
+        if is_out_of_resources(error):
+            raise
         return None, error
 
 
@@ -120,7 +140,9 @@ def find_folder(model_id: str) -> Path | None:
         return Path(model_id)
     try:
         return Path(snapshot_download(model_id, local_files_only=True))
-    except (ValueError, OSError):  # not a valid id, or nothing is there
+    except (ValueError, OSError) as error:  # not a valid id, or nothing is there
+        if is_out_of_resources(error):
+            raise
         return None
 
 
@@ -149,6 +171,8 @@ def _find_damage(path: Path) -> str:
         elif path.suffix == ".bin":
             torch.load(path, map_location="meta", weights_only=True)
     except Exception as error:  # each format fails in its own way
+        if is_out_of_resources(error):
+            raise
         return describe(error)
     return ""
 
@@ -160,6 +184,8 @@ def on_hub(model_id: str) -> bool:
         return False
     try:
         model_info(model_id, timeout=HUB_TIMEOUT)
-    except Exception:  # each HTTP client reports a missing network in its own way
+    except Exception as error:  # each HTTP client reports a missing network in its own way
+        if is_out_of_resources(error):
+            raise
         return False
     return True

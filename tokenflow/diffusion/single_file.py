@@ -6,7 +6,6 @@ folder in diffusers layout beside the file, or from the hub's repository of the 
 of, which is on disk once that version was used.
 """
 
-import hashlib
 import pickle
 import zipfile
 from dataclasses import dataclass
@@ -21,11 +20,12 @@ from diffusers.loaders.single_file_utils import (
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from tokenflow.diffusion.parts import check_whole, find_folder, load_part, on_hub
+from tokenflow.diffusion.identity import digest_files
+from tokenflow.diffusion.parts import check_whole, find_folder, load_network, load_part, on_hub
 from tokenflow.diffusion.versions import VERSIONS
-from tokenflow.errors import UserError, describe
+from tokenflow.errors import UserError, describe, is_out_of_resources
 
-SUFFIXES = (".safetensors", ".ckpt")
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
 # How the names of a network's weights begin.
 PREFIXES = {
     "unet": ("model.diffusion_model.",),
@@ -34,7 +34,6 @@ PREFIXES = {
     "text_encoder_2": ("conditioner.embedders.1.",),
 }
 FIRST_LAYER = "model.diffusion_model.input_blocks.0.0.weight"
-SAMPLES, SAMPLE_BYTES = 64, 1 << 14  # of a file, which tell it apart
 
 Weights = dict[str, torch.Tensor]
 
@@ -58,7 +57,7 @@ class SingleFile:
         none lies beside the file. Raises UserError for a file that is missing, broken, or of another layout.
         """
         path = Path(model_id)
-        if path.suffix not in SUFFIXES:
+        if path.suffix.lower() not in SUFFIXES:
             return None
         if not path.is_file():
             raise UserError(f"model: {path}: no such file")
@@ -79,20 +78,19 @@ class SingleFile:
 
     @property
     def identity(self) -> str:
-        """What tells files apart, and how they are understood, without reading them whole."""
-        digest, size = hashlib.blake2b(digest_size=8), self.path.stat().st_size
-        digest.update(str(size).encode())
-        with self.path.open("rb") as file:  # fine-tunes may differ in some layers alone
-            for sample in range(SAMPLES):
-                file.seek(size * sample // SAMPLES)
-                digest.update(file.read(SAMPLE_BYTES))
-        is_beside = Path(self.configuration).is_dir()
-        return digest.hexdigest() + ("" if is_beside else f" as {self.configuration}")
+        """What tells files apart, and how they are understood."""
+        return digest_files({"": self.path})
 
     def load_network(self, cls: type, subfolder: str, dtype: torch.dtype) -> torch.nn.Module:
         """A network, ready to run. Raises UserError if the weights are not of its configuration."""
         if not any(name.startswith(PREFIXES[subfolder]) for name in self.weights):
-            raise UserError(f"model: {self.path} holds no weights of a {subfolder}")
+            beside = Path(self.configuration, subfolder)
+            if any(beside.glob("*.safetensors")) or any(beside.glob("*.bin")):
+                return load_network(cls, self.configuration, subfolder, dtype)
+            raise UserError(
+                f"model: {self.path} holds no weights of a {subfolder}; put a folder in diffusers layout "
+                f"that has them beside the file, named {self.path.stem}"
+            )
         is_text_encoder = issubclass(cls, PreTrainedModel)
         read_config = cls.config_class.from_pretrained if is_text_encoder else cls.load_config
         load_part(read_config, self.configuration, subfolder)  # from now on it is on disk
@@ -104,9 +102,9 @@ class SingleFile:
                 )
             else:
                 network = cls.from_single_file(self.weights, torch_dtype=dtype, **where)
-        except MemoryError:
-            raise
         except Exception as error:  # weights of another configuration fail in many ways
+            if is_out_of_resources(error):
+                raise
             is_part = isinstance(error, NotImplementedError)  # of moving what has no data
             reason = "some weights are missing" if is_part else describe(error)
             raise UserError(
@@ -119,30 +117,29 @@ class SingleFile:
 def _read_weights(path: Path) -> Weights:
     """The weights in a file, by name. Raises UserError."""
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             return load_file(path)
         is_mapped = zipfile.is_zipfile(path)
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
-        while "state_dict" in weights:
-            weights = weights["state_dict"]
-        return weights
-    except MemoryError:
-        raise
+        weights = weights.get("state_dict", weights)
+        return {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}
     except pickle.UnpicklingError as error:
         raise UserError(
             f"model: {path} holds more than weights, and reading it could run any program; "
             "use a .safetensors file of the same checkpoint"
         ) from error
     except Exception as error:  # each format fails in its own way
+        if is_out_of_resources(error):
+            raise
         reason = describe(error)
         raise UserError(f"model: {path} is broken: {reason}; copy or download it again") from error
 
 
 def _find_versions(path: Path, weights: Weights) -> list[str]:
     """The names of the versions that have weights of this layout. Raises UserError if there are none."""
-    if FIRST_LAYER not in weights:
+    if FIRST_LAYER not in weights or weights[FIRST_LAYER].ndim != 4:
         raise UserError(
-            f"model: {path} is no checkpoint of Stable Diffusion: it lacks {FIRST_LAYER} "
+            f"model: {path} is no checkpoint of Stable Diffusion: it lacks a convolution {FIRST_LAYER} "
             "(a LoRA or a part of a checkpoint cannot stand for the whole)"
         )
     layout, channels = infer_diffusers_model_type(weights), weights[FIRST_LAYER].shape[1]

@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from tokenflow.config import ControlNetConfig, EditConfig
-from tokenflow.control.control_images import control_identity
+from tokenflow.control.control_images import control_identity, identify_networks
 from tokenflow.control.detectors import check_detectors
 from tokenflow.diffusion.checkpoint import Checkpoint
 from tokenflow.diffusion.controlnets import check_controlnets
 from tokenflow.diffusion.ddim import Schedule
 from tokenflow.diffusion.device import choose_device
-from tokenflow.diffusion.lora import check_loras, lora_identity
+from tokenflow.diffusion.lora import check_loras, identify_lora
 from tokenflow.editing.edit import EditRun
 from tokenflow.editing.find_inversion import conditions_of, find_inversion, preprocess_command
 from tokenflow.editing.identity import Identity
@@ -42,7 +42,7 @@ def check_edit(config: EditConfig, technique: str, shared: Shared) -> EditRun:
     device, dtype = choose_device(config.device, config.dtype)
     choice = FrameChoice.of(inversion.manifest.config)
     check_loras(config.lora, checkpoint.unet_config)
-    files = [lora_identity(lora) for lora in config.lora]
+    files = [identify_lora(lora) for lora in config.lora]
     if isinstance(config, ControlNetConfig):
         check_controlnets(config.controlnet_ids)
         check_detectors(config)
@@ -51,6 +51,7 @@ def check_edit(config: EditConfig, technique: str, shared: Shared) -> EditRun:
             conditions,
             lambda: check_control_frames(config, choice, n_frames),
         )
+        files += identify_networks(config)
         files += [control_identity(config)] if config.control_path else []
     if config.mask_path:
         shared.get(

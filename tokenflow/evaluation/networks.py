@@ -14,7 +14,7 @@ from transformers.image_utils import (
 )
 
 from tokenflow.diffusion.parts import load_part
-from tokenflow.errors import UserError
+from tokenflow.errors import UserError, is_out_of_resources
 from tokenflow.evaluation.meters import Meter, Moments, Values
 from util import fit_frame
 
@@ -101,8 +101,12 @@ class Lpips:
 
             self.network = LPIPS(net="alex", verbose=False).eval().to(device)
         except (ImportError, RuntimeError) as error:  # the latter: torchvision is for another torch
+            if is_out_of_resources(error):
+                raise
             raise UserError(f"the package lpips cannot be used ({error})") from error
         except OSError as error:
+            if is_out_of_resources(error):
+                raise
             raise UserError(f"lpips cannot download its weights ({error})") from error
 
     @torch.inference_mode()

@@ -6,7 +6,7 @@ from pathlib import Path
 from diffusers import DDIMScheduler
 
 from tokenflow.config import PreprocessConfig
-from tokenflow.control.control_images import control_identity
+from tokenflow.control.control_images import control_identity, identify_networks
 from tokenflow.diffusion.checkpoint import Checkpoint
 from tokenflow.diffusion.ddim import Schedule
 from tokenflow.diffusion.layouts import as_json
@@ -46,6 +46,7 @@ def make_manifest(
     options = {key: as_json(value) for key, value in asdict(config).items()}
     options["conditioned"] = bool(config.controlnet_ids)
     options["control_frames"] = control_identity(config)
+    options["networks"] = identify_networks(config)
     return Manifest(
         config=options,
         source=fingerprint(video),

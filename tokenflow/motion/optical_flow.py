@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import torch
 
-from tokenflow.errors import UserError
+from tokenflow.errors import UserError, is_out_of_resources
 
 RAFT_SMALLEST, RAFT_MULTIPLE = 128, 8  # pixels; the frame sizes that RAFT takes
 SMALL = 256  # pixels; dense inverse search takes frames whose shorter side is no longer in full resolution
@@ -73,12 +73,16 @@ def load_raft(device: torch.device) -> NetworkFlow:
     try:
         from torchvision.models.optical_flow import Raft_Large_Weights, raft_large
     except (ImportError, RuntimeError) as error:  # RuntimeError: it was built for another torch
+        if is_out_of_resources(error):
+            raise
         raise UserError(
             f"flow: raft needs torchvision ({error}); install it for this torch, or use --flow dis"
         ) from error
     try:
         network = raft_large(weights=Raft_Large_Weights.DEFAULT)
     except OSError as error:
+        if is_out_of_resources(error):
+            raise
         raise UserError(
             f"flow: the weights of raft cannot be downloaded ({error}); use --flow dis"
         ) from error

@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tokenflow.errors import is_out_of_resources
+
 
 class FrameArray:
     """A `.npy` file, indexed by frame indices (n,) as a tensor is.
@@ -28,7 +30,9 @@ class FrameArray:
         """Create the file, unless a killed run left one of that shape."""
         try:
             fits = self.shape == tuple(shape)
-        except (OSError, ValueError, EOFError):
+        except (OSError, ValueError, EOFError) as error:
+            if is_out_of_resources(error):
+                raise
             fits = False
         if not fits:
             FrameArray.create(self.path, shape, dtype)
