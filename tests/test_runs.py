@@ -364,37 +364,6 @@ def test_a_second_run_into_the_same_folder_is_refused(source, checkpoint, whole)
     assert content(edit) == whole["pnp"]
 
 
-def test_a_lock_dies_with_its_process(tmp_path):
-    code = (
-        f"import sys, os, pathlib; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from tokenflow.runtime import run_folder\n"
-        "with run_folder.lock(pathlib.Path('edit')): os.kill(os.getpid(), 9)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path).returncode == -9
-    assert (tmp_path / ".lock-edit").exists()
-    edit, refused = tmp_path / "edit", pytest.raises(UserError, match="at work")
-    with run_folder.lock(edit), refused, run_folder.lock(edit):
-        pass
-    assert not list(tmp_path.iterdir())
-
-
-def test_what_another_configuration_left_is_not_resumed(tmp_path):
-    def found(identity, resume=True):
-        with (
-            contextlib.suppress(KeyboardInterrupt),
-            run_folder.resume_folder(tmp_path / "x", identity, resume) as f,
-        ):
-            names = sorted(path.name for path in f.iterdir() if path.name != ".run.json")
-            (f / identity).touch()
-            raise KeyboardInterrupt
-        return names
-
-    assert [found("a"), found("a"), found("b"), found("b", False)] == [[], ["a"], [], []]
-    with pytest.raises(UserError), run_folder.resume_folder(tmp_path / "x", "b", True):
-        raise UserError
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize(
     "error",
     [
@@ -432,15 +401,6 @@ def test_a_size_that_failed_is_remembered(tmp_path):
         assert Batches(8, adapts=False, limits=known, kind="joint").size == 8  # as asked for
     (tmp_path / "progress" / "at_once_joint").write_text("?")
     assert Batches(8, limits=Limits(tmp_path / "progress"), kind="joint").size == 8
-
-
-def test_what_a_killed_run_was_replacing_goes(tmp_path):
-    """It had put the old folder aside, and not yet the new one in its place."""
-    (tmp_path / ".replaced-frames" / "old").mkdir(parents=True)
-    for _ in range(2):
-        with run_folder.stage(tmp_path / "frames") as partial:
-            partial.mkdir()
-        assert [path.name for path in tmp_path.iterdir()] == ["frames"]
 
 
 def test_what_did_not_fit_is_known_to_a_resumed_run(source, checkpoint, monkeypatch):

@@ -10,7 +10,6 @@ import pytest
 import util
 from tokenflow.control.detectors import detect_canny
 from tokenflow.errors import UserError
-from tokenflow.runtime.run_folder import open_run_folder, stage
 
 
 def mean_error(a, b):
@@ -121,32 +120,6 @@ def test_sources_that_are_no_video(tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             list(util.decode_frames(path))
-
-
-def test_staged_files_appear_whole_or_not_at_all(tmp_path):
-    target = tmp_path / "new" / "folder"
-    with pytest.raises(KeyError), stage(target) as unfinished:
-        unfinished.mkdir()
-        (unfinished / "file").write_text("half")
-        raise KeyError
-    assert not list(tmp_path.iterdir())
-    for content in ("first", "second"):
-        with stage(target) as unfinished:
-            unfinished.mkdir()
-            (unfinished / content).write_text(content)
-    assert [path.name for path in target.parent.rglob("*")] == ["folder", "second"]
-
-
-def test_run_folders_are_shared_by_equal_runs_only(tmp_path):
-    def folder_of(config):
-        with open_run_folder(tmp_path / "out", "pnp_clip", config) as folder:
-            return folder.name
-
-    names = [folder_of(config) for config in ("a", "b", "a", "c", "b")]
-    assert names == ["pnp_clip", "pnp_clip_2", "pnp_clip", "pnp_clip_3", "pnp_clip_2"]
-    with pytest.raises(UserError), open_run_folder(tmp_path / "out", "pnp_clip", "d"):
-        raise UserError
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(set(names))
 
 
 def test_canny_finds_the_outline(clip_frames):

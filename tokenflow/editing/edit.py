@@ -39,7 +39,7 @@ from tokenflow.runtime.batching import Batches
 from tokenflow.runtime.digests import check, digest_of, seal
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.frame_array import FrameArray
-from tokenflow.runtime.run_folder import lock, open_run_folder, remove, stage
+from tokenflow.runtime.run_folder import open_run_folder, remove, stage
 from util import (
     load_frames,
     read_frames,
@@ -83,7 +83,9 @@ class EditRun:
         config, processes = self.config, self.processes
         with ExitStack() as held:
             with processes.main_first():
-                claimed = open_run_folder(Path(config.output_path), self.name, self.identity.text)
+                claimed = open_run_folder(
+                    Path(config.output_path), self.name, self.identity.text, processes.is_main
+                )
                 folder = held.enter_context(claimed)
             run = replace(self, folder=folder, scratch=scratch or folder / STEPS)
             if run.video.exists() and not run.steps.exists() and not config.overwrite:
@@ -95,7 +97,6 @@ class EditRun:
                 yield replace(run, is_finished=True)
                 return
             if processes.is_main:
-                held.enter_context(lock(folder))
                 if config.overwrite or not config.resume:
                     remove(run.steps)
                 run.steps.mkdir(exist_ok=True)

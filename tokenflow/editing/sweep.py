@@ -18,7 +18,7 @@ from tokenflow.editing.subjects import find_subjects
 from tokenflow.errors import UserError
 from tokenflow.evaluation.evaluate import evaluate
 from tokenflow.evaluation.report import PAGE, discard_report
-from tokenflow.runtime.run_folder import lock, open_run_folder, remove
+from tokenflow.runtime.run_folder import open_run_folder, remove
 
 log = logging.getLogger("tokenflow")
 
@@ -63,10 +63,8 @@ def _open_sweep(edits: Sequence[EditRun]) -> Iterator[Path]:
     parent, name = Path(first.config.output_path), f"{first.name}_sweep"
     with ExitStack() as held:
         with first.processes.main_first():
-            claimed = open_run_folder(parent, name, identity.text)
-            folder = held.enter_context(claimed)
-        if first.processes.is_main:
-            held.enter_context(lock(folder))
+            is_main = first.processes.is_main
+            folder = held.enter_context(open_run_folder(parent, name, identity.text, is_main))
         yield folder
         if first.processes.is_main:
             remove(folder / STEPS)

@@ -1,11 +1,12 @@
 """Folders of runs: complete or absent, used by one run at a time, and resumed after a kill."""
 
+import fcntl
 import itertools
 import os
 import shutil
 import socket
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -45,21 +46,19 @@ def stage(path: Path, is_main: bool = True) -> Iterator[Path]:
 def resume_folder(path: Path, identity: str, resume: bool) -> Iterator[Path]:
     """As `stage` for a folder, which may already hold what a killed run of the same `identity` wrote.
 
-    If the block raises UserError or FloatingPointError, the folder is removed. If anything else ends the
-    block, the folder stays for the next run. Without `resume` the block starts with an empty folder.
+    If the block raises UserError or FloatingPointError, a folder that is new is removed. What an earlier run
+    wrote stays, whatever ends the block. Without `resume` the block starts with an empty folder.
     """
     unfinished = unfinished_path(path)
     note = unfinished / ".run.json"
     with _create_folder(path.parent):
-        if not (resume and note.is_file() and note.read_bytes() == identity.encode()):
+        is_new = not (resume and note.is_file() and note.read_bytes() == identity.encode())
+        if is_new:
             remove(unfinished)
             unfinished.mkdir()
             note.write_bytes(identity.encode())
-        try:
+        with _remove_after_mistake(unfinished, is_new):
             yield unfinished
-        except (UserError, FloatingPointError):
-            remove(unfinished)
-            raise
         _replace(unfinished, path)
         (path / note.name).unlink()
 
@@ -92,49 +91,111 @@ def _digest(written: Iterable[bytes]) -> bytes:
 
 @contextmanager
 def lock(folder: Path, waits: bool = False) -> Iterator[None]:
-    """Keep other runs from `folder` during the block. If one is there, wait, or raise UserError with its pid.
+    """Keep other runs from `folder` during the block, and readers that `share` it.
 
-    The system releases the lock of a process that dies.
+    If some are there, wait, or raise UserError. The system releases the lock of a process that dies.
     """
-    path = folder.with_name(f".lock-{folder.name}")
-    with _create_folder(path.parent):
+    path = _lock_file(folder)
+    with _create_folder(path.parent), ExitStack() as held:
         try:
-            acquired = FileLock(path).acquire(timeout=-1 if waits else 0)
+            held.enter_context(FileLock(path).acquire(timeout=-1 if waits else 0))
         except Timeout:
-            holder = path.read_text(errors="replace") if path.exists() else "that has just ended"
-            raise UserError(
-                f"{folder}: process {holder} is at work there; let that process finish, or end it"
-            ) from None
-        with acquired:
-            path.write_text(f"{os.getpid()} on {socket.gethostname()}")
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
+            raise _busy(folder) from None
+        held.callback(path.unlink, missing_ok=True)
+        if folder.is_dir():
+            held.enter_context(_lock_itself(folder, fcntl.LOCK_EX))
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        yield
 
 
 @contextmanager
-def open_run_folder(parent: Path, name: str, config: str) -> Iterator[Path]:
+def share(folder: Path) -> Iterator[None]:
+    """Keep `folder` as it is during the block, in which others may read it too.
+
+    Raises UserError if a run is about to replace it. The lock is on the folder itself and needs no file, so
+    that it works where one cannot write, and the system releases the lock of a process that dies.
+    """
+    with _lock_itself(folder, fcntl.LOCK_SH):
+        yield
+
+
+@contextmanager
+def _lock_itself(folder: Path, operation: int) -> Iterator[None]:
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(file, operation | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _busy(folder) from None
+        except OSError:  # the file system has no locks
+            pass
+        if not os.path.samestat(os.fstat(file), folder.stat()):  # replaced since it was opened
+            raise _busy(folder)
+        yield
+    finally:
+        os.close(file)
+
+
+def _busy(folder: Path) -> UserError:
+    holder = "another process, such as an edit that reads it,"
+    with suppress(OSError):  # it has no file, or has just ended
+        holder = _lock_file(folder).read_text(errors="replace") or holder
+    return UserError(f"{folder}: {holder} is at work there; let that process finish, or end it")
+
+
+def _lock_file(folder: Path) -> Path:
+    return folder.with_name(f".lock-{folder.name}")
+
+
+@contextmanager
+def open_run_folder(parent: Path, name: str, config: str, is_main: bool = True) -> Iterator[Path]:
     """The folder `parent/name` for the run with this `config` text, which it stores as `config.yaml`.
 
     A text with the same last line, which says what the run makes, gets the same folder again; another one
-    gets `name_2`, `name_3`, ...
-    If the block raises UserError or FloatingPointError, a new folder is removed. If anything else ends the
-    block, it stays for the next run.
+    gets `name_2`, `name_3`, ... While the block lasts, no other run can work there. If the block raises
+    UserError or FloatingPointError, a folder that is new is removed. If anything else ends the block, it
+    stays for the next run.
+    is_main: False in the other processes of a run, which open the folder after the main process has.
     """
-    with _create_folder(parent):
-        folder, new = _claim_folder(parent, name, config)
-        try:
-            yield folder
-        except (UserError, FloatingPointError):
-            if new:
-                remove(folder)
-            raise
+    if not is_main:
+        yield _find_folder(parent, name, config)[0]
+        return
+    with _create_folder(parent), ExitStack() as held:
+        with lock(parent / f"{name}.claim", waits=True):  # one run at a time looks for its folder
+            folder, is_new = _find_folder(parent, name, config)
+            if is_new:
+                with stage(folder) as unfinished:
+                    unfinished.mkdir()
+                    (unfinished / "config.yaml").write_bytes(config.encode())
+            held.enter_context(lock(folder))
+        held.enter_context(_remove_after_mistake(folder, is_new))
+        yield folder
+
+
+def _find_folder(parent: Path, name: str, config: str) -> tuple[Path, bool]:
+    """The folder of a run, and whether it is new."""
+    for number in itertools.count(1):
+        folder = parent / (name if number == 1 else f"{name}_{number}")
+        if not os.path.lexists(folder):
+            return folder, True
+        stored = folder / "config.yaml"
+        if stored.is_file() and _last_line(stored.read_bytes()) == _last_line(config.encode()):
+            return folder, False
+
+
+@contextmanager
+def _remove_after_mistake(folder: Path, is_new: bool) -> Iterator[None]:
+    try:
+        yield
+    except (UserError, FloatingPointError):
+        if is_new:
+            remove(folder)
+        raise
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder, if it is there."""
-    if path.is_dir():
+    """Delete a file, link or folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -143,7 +204,7 @@ def remove(path: Path) -> None:
 def _replace(unfinished: Path, path: Path) -> None:
     replaced = path.with_name(f".replaced-{path.name}")
     remove(replaced)  # of a run that was killed right here
-    if path.is_dir():  # a folder cannot be renamed over one that has files
+    if path.is_dir() or path.is_symlink():  # a folder cannot be renamed over either
         path.rename(replaced)
     unfinished.replace(path)
     remove(replaced)
@@ -163,25 +224,5 @@ def _create_folder(folder: Path) -> Iterator[None]:
         raise
 
 
-def _claim_folder(parent: Path, name: str, config: str) -> tuple[Path, bool]:
-    """The folder of `config`, and whether it is new; it is claimed atomically, as runs may be concurrent."""
-    claim = parent / f".claim-{name}-{os.getpid()}"
-    claim.mkdir()
-    (claim / "config.yaml").write_bytes(config.encode())
-    try:
-        for number in itertools.count(1):
-            folder = parent / (name if number == 1 else f"{name}_{number}")
-            with suppress(OSError):  # renaming is atomic, and fails if the target has files
-                claim.rename(folder)
-                return folder, True
-            existing = folder / "config.yaml"
-            if existing.is_file() and _last_line(existing.read_bytes()) == _last_line(
-                config.encode()
-            ):
-                return folder, False
-    finally:
-        remove(claim)
-
-
 def _last_line(text: bytes) -> bytes:
-    return text.rstrip().rpartition(b"\n")[-1]
+    return text.rstrip(b"\n").rpartition(b"\n")[2]
