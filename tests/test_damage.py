@@ -1,6 +1,7 @@
 """Files that have changed since a run wrote them lead to no traceback and no silent wrong result."""
 
 import contextlib
+import json
 import shutil
 import unittest.mock
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from test_cli import edit_flags, last_line, refusal, run
 
 from tokenflow.config_evaluate import EvaluateConfig
+from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.checkpoint import EditCheckpoint
 from tokenflow.editing.subjects import find_subjects
 from tokenflow.runtime.digests import seal
@@ -110,6 +112,66 @@ def test_damage_of_another_inversion_blocks_nothing(finished, monkeypatch):
     finally:
         shutil.rmtree(inversion.with_name("nframes_8"))
         shutil.rmtree(model.parents[2])
+
+
+@pytest.mark.parametrize("has_locks", [True, False])
+def test_an_inversion_is_not_replaced_under_an_edit(finished, monkeypatch, tmp_path, has_locks):
+    """Where the file system has locks, preprocess.py is refused; where it has none, the edit notices."""
+    folder, inversion, _, invert, edit = finished
+    shutil.copytree(folder / "latents", tmp_path / "latents")
+    invert = [*invert, "--save_dir", tmp_path / "latents", "--inversion_prompt", "a cat"]
+    edit = [*edit, "--latents_path", tmp_path / "latents", "--output_path", tmp_path / "edits"]
+    predict_noise, replaced = StableDiffusion.predict_noise, []
+
+    def replaces(*args):
+        if not replaced:
+            replaced.append(None)  # since this calls itself
+            replaced.append(run("preprocess.py", *invert, "--overwrite", cwd=folder))
+        return predict_noise(*args)
+
+    monkeypatch.setattr(StableDiffusion, "predict_noise", replaces)
+    if not has_locks:
+        monkeypatch.setattr("tokenflow.editing.sweep.share", contextlib.nullcontext)
+    result = run("run_tokenflow_pnp.py", *edit, cwd=folder)
+    if has_locks:
+        refusal(replaced[1], inversion.name, "at work there")
+        assert last_line(result).is_file()
+    else:
+        last_line(replaced[1])
+        refusal(result, inversion.name, "was replaced")
+        assert not list(tmp_path.glob("edits/*"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest.pop("timesteps"),
+        lambda manifest: manifest.pop("keyframes"),
+        lambda manifest: manifest.update(added=1),
+        lambda manifest: manifest.update(n_frames="seven"),
+        lambda manifest: manifest["keyframes"].pop("interval"),
+        lambda manifest: manifest["config"].pop("H"),
+        lambda manifest: manifest["config"].pop("conditioned"),
+        lambda manifest: manifest["config"].update(stride="two"),
+        lambda manifest: manifest.update(config=[]),
+    ],
+)
+def test_an_inversion_of_another_version_is_refused(finished, change):
+    """By edits, sweeps and evaluate.py, in one line that says how to compute it again."""
+    folder, inversion, edited, _, edit = finished
+    path, digests = inversion / "manifest.json", (inversion / "digests.json").read_bytes()
+    text = path.read_text()
+    change(manifest := json.loads(text))
+    path.write_text(json.dumps(manifest))
+    seal(inversion)
+    try:
+        for flags in (edit, [*edit, "--seed", 1, 2]):
+            result = run("run_tokenflow_pnp.py", *flags, cwd=folder)
+            refusal(result, path.relative_to(folder), "this version", "python preprocess.py")
+        refusal(run("evaluate.py", "--edits", edited, cwd=folder), path.name, "preprocess.py")
+    finally:
+        path.write_text(text)
+        (inversion / "digests.json").write_bytes(digests)
 
 
 def test_an_edit_of_another_version_is_not_evaluated(finished):

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -102,6 +102,16 @@ class EditRun:
                 run.steps.mkdir(exist_ok=True)
             processes.wait()
             yield run
+
+    def check_inversion(self) -> None:
+        """Raise UserError if the inversion is no longer the one that was found; what was read of it goes."""
+        folder = self.inversion.folder
+        with suppress(DamagedError):
+            if Inversion(folder).manifest == self.inversion.manifest:
+                return
+        if self.folder:
+            remove(self.steps)
+        raise UserError(f"{folder}: it was replaced while this edit read it; repeat the command")
 
     @property
     def video(self) -> Path:
@@ -281,6 +291,7 @@ class EditRun:
             processes.wait()
         if processes.is_main:
             self._write_videos()
+            self.check_inversion()
             discard_report(self.folder)  # evaluate.py wrote it for an earlier run's frames
             seal(self.folder)
             remove(self.steps)

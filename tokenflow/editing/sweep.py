@@ -18,7 +18,7 @@ from tokenflow.editing.subjects import find_subjects
 from tokenflow.errors import UserError
 from tokenflow.evaluation.evaluate import evaluate
 from tokenflow.evaluation.report import PAGE, discard_report
-from tokenflow.runtime.run_folder import open_run_folder, remove
+from tokenflow.runtime.run_folder import open_run_folder, remove, share
 
 log = logging.getLogger("tokenflow")
 
@@ -36,6 +36,8 @@ def open_edits(configs: Sequence[EditConfig], technique: str) -> Iterator["Edits
         edits.setdefault(edit.identity.digest, (edit, settings))
     first, _ = next(iter(edits.values()))
     with ExitStack() as held:
+        held.enter_context(share(first.inversion.folder))
+        first.check_inversion()
         folder = None
         if len(edits) > 1:
             folder = held.enter_context(_open_sweep([edit for edit, _ in edits.values()]))

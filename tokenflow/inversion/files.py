@@ -19,7 +19,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
@@ -28,8 +28,9 @@ import numpy as np
 import torch
 
 from tokenflow.config import HOW, PreprocessConfig, inversion_name
+from tokenflow.errors import DamagedError, UserError
 from tokenflow.inversion.source_features import SourceFeatureFiles
-from tokenflow.options import for_each
+from tokenflow.options import build, for_each
 from tokenflow.runtime.digests import check
 from tokenflow.runtime.frame_array import FrameArray
 from tokenflow_utils import KeyframeSchedule
@@ -53,6 +54,22 @@ class Manifest:
     inverted: str  # name of the latents that the inversion ended with
     inverted_timestep: int  # timestep of those latents
     keyframes: KeyframeSchedule | None = None  # of the kept source features
+
+    @classmethod
+    def read(cls, text: str) -> "Manifest":
+        """From JSON. Raises LookupError, TypeError, ValueError or UserError for one of another version."""
+        stored = json.loads(text)
+        if kept := stored["keyframes"]:
+            stored["keyframes"] = KeyframeSchedule(**kept | {"timesteps": tuple(kept["timesteps"])})
+        manifest = cls(**stored | {"timesteps": tuple(stored["timesteps"])})
+        for field in fields(cls):
+            if field.type in (str, int, dict) and type(stored[field.name]) is not field.type:
+                raise TypeError(field.name)
+        build(PreprocessConfig, {f.name: manifest.config[f.name] for f in fields(PreprocessConfig)})
+        if not {"conditioned", "control_frames"} <= set(manifest.config):
+            raise KeyError(manifest.config)
+        Fraction(manifest.fps)
+        return manifest
 
     @property
     def identity(self) -> dict:
@@ -116,13 +133,13 @@ class Inversion:
 
     @cached_property
     def manifest(self) -> Manifest:
-        """What the inversion was computed from. Raises DamagedError."""
+        """What the inversion was computed from. Raises DamagedError, also for one of another version."""
         check(self.folder, lambda name: name == "manifest.json")
-        stored = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
-        if kept := stored.get("keyframes"):
-            kept["timesteps"] = tuple(kept["timesteps"])
-            stored["keyframes"] = KeyframeSchedule(**kept)
-        return Manifest(**stored)
+        path = self.folder / "manifest.json"
+        try:
+            return Manifest.read(path.read_text(encoding="utf-8"))
+        except (LookupError, TypeError, ValueError, UserError) as error:
+            raise DamagedError(f"{path} is not as this version of the code writes it") from error
 
     @property
     def prompt(self) -> str:
