@@ -156,7 +156,7 @@ def test_a_vae_without_scaling_factor_has_that_of_version_1(checkpoint, tmp_path
 def test_schedulers_without_betas_are_refused(checkpoint, tmp_path, scheduler):
     folder = copy(checkpoint, tmp_path / "mine")
     scheduler().save_pretrained(folder / "scheduler")
-    with pytest.raises(UserError, match=f"{scheduler.__name__}, has no betas"):
+    with pytest.raises(UserError, match=f"{scheduler.__name__} has no betas"):
         Checkpoint.find(str(folder))
 
 

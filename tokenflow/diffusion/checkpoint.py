@@ -17,17 +17,18 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from tokenflow.diffusion.controlnets import check_controlnets, use_controlnets
+from tokenflow.diffusion.controlnets import use_controlnets
 from tokenflow.diffusion.ddim import PREDICTION_TYPES, Schedule
 from tokenflow.diffusion.identity import identify
 from tokenflow.diffusion.layouts import Layout, find_layout
-from tokenflow.diffusion.parts import check_layers, load_config, load_network, load_part
+from tokenflow.diffusion.parts import check_config, load_config, load_network, load_part
 from tokenflow.diffusion.single_file import SingleFile
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.errors import UserError, describe, is_out_of_resources
 
 CHANNELS = (4, 5)  # of the latents, and of those with a depth map
 SMALLEST_SIDE = 512  # pixels; the depth version's configuration says less than it was trained on
+BETAS = {"beta_start", "beta_end", "beta_schedule", "trained_betas"}  # one of which DDPM needs
 GRAPHS = 64  # compiled from one function, at most
 # The files that are read of a folder.
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
@@ -64,8 +65,8 @@ class Checkpoint:
         layout = find_layout(unet)
         if (channels := unet.get("in_channels")) not in CHANNELS:
             raise UserError(
-                f"model: {model_id}: its UNet takes {channels} channels, not 4, or 5 with depth; "
-                "checkpoints for inpainting and upscaling cannot be used"
+                f"model: {model_id}: its UNet takes {channels} channels, not 4, or 5 with depth; checkpoints "
+                "for inpainting and upscaling cannot be used"
             )
         vae = load_config(AutoencoderKL, where, "vae", "block_out_channels")
         _check_vae(vae, model_id)
@@ -80,7 +81,7 @@ class Checkpoint:
         )
         for part in ("text_encoder", "text_encoder_2") if found.is_xl else ("text_encoder",):
             config, _ = load_part(CLIPTextConfig.get_config_dict, where, part)
-            check_layers(config, model_id, part)
+            check_config(config, model_id, part)
         return found
 
     @property
@@ -138,7 +139,6 @@ class Checkpoint:
         cpu_offload: only one of the VAE, the text encoders and the UNet is on the device at a time.
         compiled: the UNet is compiled, in its first passes. clip_skip: see `StableDiffusion`.
         """
-        check_controlnets(controlnets)
         sd = StableDiffusion(
             vae=self._load_network(AutoencoderKL, "vae", self._vae_dtype(dtype)),
             tokenizer=self._load_tokenizer("tokenizer"),
@@ -157,7 +157,7 @@ class Checkpoint:
                 sd,
                 tokenizer_2=self._load_tokenizer("tokenizer_2"),
                 text_encoder_2=second,
-                zero_if_empty=self._zero_if_empty,
+                zero_if_empty=self._is_zero_if_empty(),
             )
         _check_parts(sd, self.model_id)
         networks = [part for part in (sd.vae, sd.text_encoder, sd.text_encoder_2, sd.unet) if part]
@@ -191,8 +191,7 @@ class Checkpoint:
         upcast = dtype == torch.float16 and self.vae_config.get("force_upcast", True)
         return torch.float32 if self.is_xl and upcast else dtype
 
-    @property
-    def _zero_if_empty(self) -> bool:
+    def _is_zero_if_empty(self) -> bool:
         """Whether XL's empty prompt is embedded as zeros: it was trained so, and diffusers assumes it."""
         where = self.configuration
         if Path(where).is_dir() and not (Path(where) / DiffusionPipeline.config_name).exists():
@@ -204,26 +203,20 @@ class Checkpoint:
 def _load_scheduler(model_id: str, configuration: str) -> DDIMScheduler:
     """The checkpoint's noise schedule, with the steps of DDIM. Raises UserError if it cannot be used."""
     config = load_config(DDIMScheduler, configuration, "scheduler")
-    if not {"beta_start", "beta_end", "beta_schedule", "trained_betas"} & set(config):
-        raise UserError(
-            f"model: {model_id}: its scheduler, {config.get('_class_name')}, has no betas; only checkpoints "
-            "that were trained with the noise of DDPM can be used, not EDM or flow matching"
-        )
     try:
+        if not BETAS & set(config):
+            raise ValueError(f"{config.get('_class_name')} has no betas, as DDPM has")
         scheduler = DDIMScheduler.from_config(config)
         Schedule.of(scheduler, 1)  # checks most of the configuration
+        if (kind := scheduler.config.prediction_type) not in PREDICTION_TYPES:
+            raise ValueError(
+                f"its prediction_type is {kind}, none of {', '.join(PREDICTION_TYPES)}"
+            )
     except Exception as error:  # each wrong value raises its own
         if is_out_of_resources(error):
             raise
-        raise UserError(
-            f"model: {model_id}: its scheduler cannot be used: {describe(error)}"
-        ) from error
-    kind = scheduler.config.prediction_type
-    if kind not in PREDICTION_TYPES:
-        raise UserError(
-            f"model: {model_id}: its scheduler's prediction_type is {kind}, "
-            f"none of {', '.join(PREDICTION_TYPES)}"
-        )
+        reason = describe(error)
+        raise UserError(f"model: {model_id}: its scheduler cannot be used: {reason}") from error
     return scheduler
 
 
@@ -243,31 +236,26 @@ def _check_vae(config: Mapping[str, Any], model_id: str) -> None:
 
 def _check_parts(sd: StableDiffusion, model_id: str) -> None:
     """Raise UserError for parts that do not fit each other."""
-    unet, texts = sd.unet.config, {sd.tokenizer: sd.text_encoder.config}
+    unet, misfits = sd.unet.config, []
+    texts = {sd.tokenizer: sd.text_encoder.config}
     if sd.text_encoder_2:
         texts[sd.tokenizer_2] = sd.text_encoder_2.config
-    width = sum(text.hidden_size for text in texts.values())
-    sizes = {"a width of its text encoder": (width, unet.cross_attention_dim)}
-    if sd.text_encoder_2:
         # Beside the embedding of the prompt, the UNet takes six sizes and places.
         pooled = sd.text_encoder_2.config.projection_dim + 6 * unet.addition_time_embed_dim
-        takes = sd.unet.add_embedding.linear_1.in_features
-        sizes["an embedding by its second text encoder"] = pooled, takes
-    for what, (size, expected) in sizes.items():
-        if size != expected:
-            raise UserError(
-                f"model: {model_id}: {what} of {size} does not fit its UNet, which takes {expected}; they "
-                "belong to different checkpoints"
-            )
+        if pooled != (takes := sd.unet.add_embedding.linear_1.in_features):
+            misfits.append(f"a pooled embedding of {pooled}, but a UNet that takes {takes}")
+    width = sum(text.hidden_size for text in texts.values())
+    if width != (takes := unet.cross_attention_dim):
+        misfits.append(f"text encoders of width {width}, but a UNet that takes {takes}")
     for tokenizer, text in texts.items():
-        length = tokenizer.model_max_length
-        if length > text.max_position_embeddings or len(tokenizer) > text.vocab_size:
-            raise UserError(
-                f"model: {model_id}: its tokenizer does not fit its text encoder: {len(tokenizer)} tokens "
-                f"in texts of {length}, not {text.vocab_size} in {text.max_position_embeddings}"
-            )
+        size = len(tokenizer), tokenizer.model_max_length
+        if size[0] > text.vocab_size or size[1] > text.max_position_embeddings:
+            takes = text.vocab_size, text.max_position_embeddings
+            misfits.append(f"a tokenizer of size {size}, but a text encoder that takes {takes}")
         letters = tokenizer(string.ascii_letters, add_special_tokens=False).input_ids
         if set(letters) <= {tokenizer.unk_token_id}:  # transformers does not report missing files
             raise UserError(
                 f"model: {model_id}: its tokenizer knows no words; copy or download the checkpoint again"
             )
+    if misfits:
+        raise UserError(f"model: {model_id}: its parts are of different checkpoints: {misfits[0]}")

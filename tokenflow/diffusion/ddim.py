@@ -1,10 +1,8 @@
 """DDIM in both directions: noise schedules, one step, inversion and sampling."""
 
 import math
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from diffusers import DDIMScheduler
@@ -16,7 +14,6 @@ FIXED_POINT_TOLERANCE = 3e-3  # root mean square of a latent's last movement
 FIXED_POINT_ITERATIONS = 5  # at most, for a frame in a step
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
-T = TypeVar("T")
 # Latents (n, 4, h, w), a timestep and the indices (n,) of their frames give the noise (n, 4, h, w), as
 # `ddim_step` takes it.
 NoisePredictor = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
@@ -154,11 +151,6 @@ def sample(
         latents = ddim_step(latents, noise, schedule.alphas[step], schedule.alphas[step + 1])
         check_finite(latents, f"the sampled latents at timestep {t} (step {step + 1})")
         yield latents
-
-
-def last(trajectory: Iterable[T]) -> T:
-    """Run a trajectory to its end and return its last element."""
-    return deque(trajectory, maxlen=1).pop()
 
 
 def check_finite(values: torch.Tensor, what: str) -> None:

@@ -32,25 +32,23 @@ transformers.utils.logging.disable_progress_bar()
 def load_config(cls: type, model_id: str, subfolder: str | None, *lists: str) -> dict[str, Any]:
     """The configuration of a checkpoint's part, in which the keys `lists` must hold lists."""
     config = load_part(cls.load_config, model_id, subfolder)
-    if not (isinstance(config, dict) and all(isinstance(config.get(key), list) for key in lists)):
+    return check_config(config, model_id, subfolder, *lists)
+
+
+def check_config(config: Any, model_id: str, subfolder: str | None, *lists: str) -> dict[str, Any]:
+    """The configuration. Raises UserError if it is broken, or asks for an impossible number of layers."""
+    config = config if isinstance(config, dict) else {}
+    wrong = [key for key in lists if not isinstance(config.get(key), list)]
+    for key in (key for key in config if "layers" in key):
+        counts = config[key] if isinstance(config[key], list) else [config[key]]
+        if not all(0 <= n <= MOST_LAYERS for n in counts if isinstance(n, int)):
+            wrong.append(key)
+    if wrong or not config:
+        reason = f"{wrong[0]} is {config.get(wrong[0])}" if wrong else "it is empty"
         raise UserError(
             f"{_option_of(subfolder)}: {model_id}: the configuration of its {subfolder or 'network'} is "
-            "broken; copy or download it again"
+            f"broken: {reason}; copy or download it again"
         )
-    return check_layers(config, model_id, subfolder)
-
-
-def check_layers(config: dict[str, Any], model_id: str, subfolder: str | None) -> dict[str, Any]:
-    """The configuration. Raises UserError if it asks for an impossible number of layers."""
-    for key, value in config.items():
-        counts = value if isinstance(value, list) else [value]
-        if "layers" in key and any(
-            isinstance(n, int) and not 0 <= n <= MOST_LAYERS for n in counts
-        ):
-            raise UserError(
-                f"{_option_of(subfolder)}: {model_id}: the configuration of its {subfolder or 'network'} is "
-                f"broken: {key} is {value}; copy or download it again"
-            )
     return config
 
 

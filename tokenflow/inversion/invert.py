@@ -20,6 +20,7 @@ from tokenflow.control.control_images import ControlImages
 from tokenflow.control.depth import DEPTH_VIDEO, load_depth_model, write_depth_video
 from tokenflow.control.detectors import check_detectors
 from tokenflow.diffusion.checkpoint import Checkpoint
+from tokenflow.diffusion.controlnets import check_controlnets
 from tokenflow.diffusion.ddim import Schedule, invert, sample
 from tokenflow.diffusion.device import choose_device
 from tokenflow.diffusion.stable_diffusion import Control, StableDiffusion
@@ -56,6 +57,7 @@ def open_inversion(config: PreprocessConfig) -> Iterator["InversionRun"]:
     checkpoint.check_size(config.H, config.W)
     schedule, editing = make_schedules(config, checkpoint.scheduler)
     device, dtype = choose_device(config.device, config.dtype)
+    check_controlnets(config.controlnet_ids)
     manifest = make_manifest(config, checkpoint, schedule, editing)
     if config.controlnet_ids:
         check_detectors(config)
