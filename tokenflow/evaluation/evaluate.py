@@ -47,7 +47,9 @@ def evaluate(config: EvaluateConfig, subjects: list[Subject]) -> Path:
             for subject, entry in evaluate_together(list(members), config, flow, device):
                 write_measured(subject.folder, entry)
                 write_report(subject.folder / PAGE, entry.name, [entry])
-                _log_findings(entry)
+                log.info("%s:", entry.name)
+                for found in entry.findings:
+                    log.info("%s: %s", found.level, f"{found.text} {found.advice}".strip())
                 entries.append(entry)
         for line in dict.fromkeys(line for entry in entries for line in entry.skipped):
             log.info("Not measured: %s", line)
@@ -132,9 +134,3 @@ def joint_folder(subjects: Sequence[Subject], config: EvaluateConfig) -> Path:
     folders = [subject.folder for subject in subjects]
     shared = os.path.commonpath([os.path.abspath(folder) for folder in folders])
     return Path(shared if all(f.is_absolute() for f in folders) else os.path.relpath(shared))
-
-
-def _log_findings(entry: Entry) -> None:
-    log.info("%s:", entry.name)
-    for finding in entry.findings:
-        log.info("%s: %s", finding.level, f"{finding.text} {finding.advice}".strip())

@@ -8,26 +8,19 @@ let player;
 let plots = [];
 
 /** How metrics are shown: title, unit, which values are better, and what they mean. */
-const along = "along the source's optical flow; pixel values are between 0 and 1.";
 const METRICS = {
-  warp_1: ["warp error, gap 1", "x 1e-3", "lower", `Mean squared difference from the frame before, ${along} A blank or ` +
-    "blurred video has a low warp error, so read it beside the sharpness."],
-  warp_4: ["warp error, gap 4", "x 1e-3", "lower", `Mean squared difference from 4 frames before, ${along}`],
-  warp_8: ["warp error, gap 8", "x 1e-3", "lower", `Mean squared difference from 8 frames before, ${along}`],
-  sharpness: ["sharpness", "of the source's", "near 1", "Mean squared gradient of the luminance, divided by the " +
-    "source's. Blur lowers it, and noise raises it."],
-  drift: ["colour drift", "grey levels", "lower", "Distance of the frame's mean colour from that of the first second, as " +
-    "a mean over the last second. Motion changes it too, so compare it with the source's."],
-  flicker: ["flicker of still regions", "grey levels", "lower", "Root mean squared difference between neighbouring " +
-    "frames where the source stands still."],
-  clip_prompt: ["CLIP score", "x 0.01", "higher", "Cosine similarity of the CLIP embeddings of frame and prompt."],
-  clip_frames: ["temporal consistency", "x 0.01", "higher", "Cosine similarity of the CLIP embeddings of neighbouring " +
-    "frames."],
-  structure: ["structure distance", "x 1e-3", "lower", "Mean squared difference between the self-similarities of the " +
-    "frame and of the source's (DINO)."],
+  warp_1: ["warp error, gap 1", "x 1e-3", "lower", "Change from the frame before, squared, along the source's motion."],
+  warp_4: ["warp error, gap 4", "x 1e-3", "lower", "The same, from 4 frames before. Blurred videos have little."],
+  warp_8: ["warp error, gap 8", "x 1e-3", "lower", "The same, from 8 frames before. Blurred videos have little."],
+  sharpness: ["sharpness", "of the source's", "near 1", "Squared gradient. Blur lowers it, and noise raises it."],
+  drift: ["colour drift", "grey levels", "lower", "From the first second to the last. Motion changes colours, too."],
+  flicker: ["flicker", "grey levels", "lower", "Change from the frame before where the source stands still."],
+  clip_prompt: ["CLIP score", "x 0.01", "higher", "Similarity of the frame and the prompt."],
+  clip_frames: ["temporal consistency", "x 0.01", "higher", "CLIP similarity of the frame and the one before."],
+  structure: ["structure distance", "x 1e-3", "lower", "Distance of the layout from the source's (DINO)."],
   psnr: ["PSNR", "dB", "higher", "Of the frame against the source's, over all pixels."],
   ssim: ["SSIM", "", "higher", "Of the frame against the source's, over all pixels."],
-  lpips: ["LPIPS", "", "lower", "Perceptual distance of the frame from the source's, over all pixels."],
+  lpips: ["LPIPS", "", "lower", "Perceptual distance of the frame from the source's."],
 };
 
 /** An element with these properties and children, which are elements or text. */
