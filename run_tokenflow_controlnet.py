@@ -21,13 +21,13 @@ def main() -> str:
 
     # Slow imports, after the options are known to be valid.
     from tokenflow.editing.sweep import open_edits
-    from tokenflow.editing.techniques import controlnet
+    from tokenflow.editing.techniques import ControlNet
 
     with open_edits(configs, "controlnet") as edits:
         for run in edits:
             if not run.is_finished:
                 run.find_control_images()
-                technique = controlnet(run.config, run.schedule, run.source, run.control_images)
+                technique = ControlNet(run.config, run.schedule, run.source, run.control_images)
                 run.write(run.edit(technique))
     return str(edits.result)
 

@@ -20,12 +20,12 @@ def main() -> str:
 
     # Slow imports, after the options are known to be valid.
     from tokenflow.editing.sweep import open_edits
-    from tokenflow.editing.techniques import plug_and_play
+    from tokenflow.editing.techniques import PlugAndPlay
 
     with open_edits(configs, "pnp") as edits:
         for run in edits:
             if not run.is_finished:
-                technique = plug_and_play(run.config, run.schedule, run.source)
+                technique = PlugAndPlay(run.config, run.schedule, run.source)
                 run.write(run.edit(technique))
     return str(edits.result)
 

@@ -20,12 +20,12 @@ def main() -> str:
 
     # Slow imports, after the options are known to be valid.
     from tokenflow.editing.sweep import open_edits
-    from tokenflow.editing.techniques import sdedit
+    from tokenflow.editing.techniques import SDEdit
 
     with open_edits(configs, "sdedit") as edits:
         for run in edits:
             if not run.is_finished:
-                technique = sdedit(run.config, run.schedule, run.source, run.sd.scheduler)
+                technique = SDEdit(run.config, run.schedule, run.source, run.sd.scheduler)
                 run.write(run.edit(technique))
     return str(edits.result)
 

@@ -13,7 +13,7 @@ class FrameByFrame(Denoiser):
 
     extended = False
 
-    def noise(
+    def predict(
         self, latents: Latents, t: int, chunks: list[torch.Tensor]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """For the `chunks`, one by one: frames (n,) and their guided noise (n, 4, h, w)."""
@@ -25,7 +25,7 @@ class FrameByFrame(Denoiser):
                 inject_features=t in self.feature_timesteps,
                 extended=self.extended,
             )
-            yield frames, self.guided_noise(latents, t, frames)
+            yield frames, self.predict_guided_noise(latents, t, frames)
 
 
 class ExtendedAttention(FrameByFrame):
@@ -33,6 +33,6 @@ class ExtendedAttention(FrameByFrame):
 
     extended = True
 
-    def chunks(self, t: int) -> list[torch.Tensor]:
+    def plan(self, t: int) -> list[torch.Tensor]:
         """All frames together, since they attend to each other."""
         return [torch.arange(self.source.n_frames)]

@@ -15,7 +15,7 @@ from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.denoise import Denoiser, TokenFlowDenoiser
 from tokenflow.editing.edit import EditRun
 from tokenflow.editing.sweep import open_edits
-from tokenflow.editing.techniques import Technique, controlnet, plug_and_play, sdedit
+from tokenflow.editing.techniques import ControlNet, PlugAndPlay, SDEdit, Technique
 from tokenflow.inversion.invert import open_inversion
 from util import load_frames, save_frames
 
@@ -144,8 +144,8 @@ class Commands:
 def build_technique(run: EditRun, name: str) -> Technique:
     """What the command of that technique gives to the run of an edit."""
     if name == "pnp":
-        return plug_and_play(run.config, run.schedule, run.source)
+        return PlugAndPlay(run.config, run.schedule, run.source)
     if name == "sdedit":
-        return sdedit(run.config, run.schedule, run.source, run.sd.scheduler)
+        return SDEdit(run.config, run.schedule, run.source, run.sd.scheduler)
     run.find_control_images()
-    return controlnet(run.config, run.schedule, run.source, run.control_images)
+    return ControlNet(run.config, run.schedule, run.source, run.control_images)

@@ -12,11 +12,10 @@ import torch
 from reference import average_by_hand, carry_by_hand
 from test_tokenflow import edit_of, source_of, video_of
 
-from tokenflow.config import PnPConfig
 from tokenflow.editing.checkpoint import EditCheckpoint
-from tokenflow.editing.consensus import DISTANCES, Consensus, consensus_steps, followed_distances
+from tokenflow.editing.consensus import DISTANCES, Consensus, choose_steps
 from tokenflow.editing.denoise import TokenFlowDenoiser, denoise
-from tokenflow.editing.source import Source, find_motion
+from tokenflow.editing.source import Source, open_motion
 from tokenflow.motion.averaging import average, carry, find_reliability, warp
 from tokenflow.motion.dense import DenseMotion
 from tokenflow.motion.fusion import FLICKER, Fusion
@@ -39,8 +38,9 @@ def fusion_of(source: np.ndarray, distances: tuple[int, ...], folder: Path) -> F
     """A fusion along the motion of a source, uint8 RGB (N, H, W, 3), with its files in a folder."""
     n_frames, shape = len(source), (*source.shape[1:3], 3)
     motion = DenseMotion(folder / "motion", source.__getitem__, n_frames, n_frames, shape)
-    motion.find_all(distances, Processes(CPU))
-    return Fusion.along(motion, distances, folder / "pictures.npy", Processes(CPU))
+    fusion = Fusion(motion, distances, folder / "pictures.npy", Processes(CPU))
+    fusion.begin()
+    return fusion
 
 
 def test_the_average_equals_the_reference():
@@ -152,7 +152,7 @@ def test_motion_of_a_read_only_inversion_is_kept_elsewhere(moving, monkeypatch, 
     for writable, parent in ((True, "inversion"), (False, "edit")):
         monkeypatch.setattr(os, "access", lambda *_, writable=writable: writable)
         source, elsewhere = Source(inversion, 5), tmp_path / "edit"
-        pairs = find_motion(source, (1,), Processes(CPU), elsewhere)
+        pairs = open_motion(source, elsewhere)
         assert pairs.folder == tmp_path / parent / "motion"
         assert (pairs.n_frames, pairs.n_used, pairs.shape) == (9, 5, (64, 64, 3))
 
@@ -164,11 +164,11 @@ def test_pictures_without_neighbours_stay(moving, tmp_path):
 
 
 def test_consensus_comes_late():
-    assert consensus_steps(20, 3) == [12, 15, 18]
-    assert consensus_steps(50, 3) == [30, 39, 48]
-    assert consensus_steps(50, 1) == [48]
-    assert consensus_steps(50, 0) == []
-    assert consensus_steps(3, 10) == [1]
+    assert choose_steps(20, 3) == [12, 15, 18]
+    assert choose_steps(50, 3) == [30, 39, 48]
+    assert choose_steps(50, 1) == [48]
+    assert choose_steps(50, 0) == []
+    assert choose_steps(3, 10) == [1]
 
 
 class Blocks:
@@ -193,45 +193,46 @@ class Blocks:
 
 def test_frames_between_those_that_agree_go_along(moving, tmp_path):
     """Six grey frames, of which the first and the fourth agree on the middle between the two."""
-    followed = followed_distances(PnPConfig(data_path="", prompt="x"))
-    assert followed == [1, 2, 3, 6, 9, 12]
-    blocks, fusion = Blocks(), fusion_of(moving, followed, tmp_path)
-    fusion = replace(fusion, distances=DISTANCES)
+    blocks, fusion = Blocks(), fusion_of(moving, DISTANCES, tmp_path)
+    every = Consensus(blocks, fusion, [5, 7, 9])
     grey = torch.tensor([60.0, 110, 50, 120, 100, 90])
 
-    def moved_by(steps, step):
-        consensus = Consensus.after(blocks, lambda: fusion, steps, step)
+    def moved_by(step):
+        consensus = every.at(step)
         for frames in torch.arange(6).split(4):
             clean = grey[frames].view(-1, 1, 1, 1).expand(-1, 4, 8, 8)
             consensus.note(frames, clean)
         moved = torch.zeros(6, 4, 8, 8)
-        for frames, correction in consensus.corrections(4):
+        for frames, correction in consensus.find_corrections(4):
             moved[frames] = correction
         return moved[:, :3, 2:-2, 2:-2].mean((1, 2, 3))
 
     expected = torch.tensor([30.0, 10, -10, -30, -30, -30])  # none is known beyond the fourth
-    torch.testing.assert_close(moved_by([5, 7, 9], 5), expected, rtol=0, atol=1)
+    torch.testing.assert_close(moved_by(5), expected, rtol=0, atol=1)
     assert blocks.decoded == 2
     expected = torch.tensor(
         [-5.0, -5, -5 / 3, 5 / 3, 5, 5]
     )  # the next one asks the second and the fifth
-    torch.testing.assert_close(moved_by([5, 7, 9], 7), expected, rtol=0, atol=1)
+    torch.testing.assert_close(moved_by(7), expected, rtol=0, atol=1)
     expected = torch.tensor([30.0, -5, 20, -30, 5, -20])  # and the last one asks all
-    torch.testing.assert_close(moved_by([5, 7, 9], 9), expected, rtol=0, atol=1)
+    torch.testing.assert_close(moved_by(9), expected, rtol=0, atol=1)
     assert blocks.decoded == 2 + 2 + 6
-    assert Consensus.after(blocks, lambda: fusion, [5, 7, 9], 6) is None
+    assert every.at(6) is None
 
 
 class Nudge:
-    """In place of a `Consensus`: moves all clean latents by one half."""
+    """In place of a `Consensus`: moves all clean latents by one half after the last of ten steps."""
 
     def __init__(self):
         self.noted = torch.empty(7, 4, 16, 16)
 
+    def at(self, step):
+        return self if step == 9 else None
+
     def note(self, frames, clean):
         self.noted[frames] = clean
 
-    def corrections(self, size):
+    def find_corrections(self, size):
         for frames in torch.arange(7).split(size):
             yield frames, torch.full((len(frames), 4, 16, 16), 0.5)
 
@@ -242,9 +243,9 @@ def test_a_consensus_moves_the_clean_latents(sd, tmp_path):
     edit, nudge = edit_of(sd, source_of(source), latents), Nudge()
     before, plain, moved = (torch.empty(7, 4, 16, 16) for _ in range(3))
     for consensus, result in ((None, plain), (nudge, moved)):
-        folder, at_last = tmp_path / str(consensus is None), {9: consensus}
+        folder = tmp_path / str(consensus is None)
         checkpoint = EditCheckpoint(folder, latents.shape, Processes(CPU))
-        with TokenFlowDenoiser.installed(replace(edit, consensus=at_last.get)) as denoiser:
+        with TokenFlowDenoiser.install(replace(edit, consensus=consensus)) as denoiser:
             for done in denoise(denoiser, checkpoint):
                 if done == 9:
                     before[:] = checkpoint.latents(9)[torch.arange(7)]

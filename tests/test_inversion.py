@@ -13,7 +13,7 @@ from test_cli import last_line, run
 from shapes.checkpoint import build_scheduler
 from tokenflow.config import PreprocessConfig, SDEditConfig
 from tokenflow.diffusion.ddim import Schedule, check_finite, ddim_step, invert, sample
-from tokenflow.editing.techniques import sdedit
+from tokenflow.editing.techniques import SDEdit
 from tokenflow.errors import UserError
 from tokenflow.inversion.check import make_schedules
 from tokenflow.inversion.predictor import VideoNoisePredictor
@@ -140,10 +140,10 @@ def test_what_sdedit_starts_from_pure_noise():
     clean, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     scheduler = zero_terminal_snr()
     config = SDEditConfig(data_path="a.mp4", prompt="a dog", n_timesteps=10, start=1)
-    technique = sdedit(
+    technique = SDEdit(
         config, Schedule.of(scheduler, 10), inverted_to(999, clean, noise), scheduler
     )
-    torch.testing.assert_close(technique.initial(torch.arange(3)), noise)
+    torch.testing.assert_close(technique.start(torch.arange(3)), noise)
 
 
 def test_what_sdedit_starts_from(sd):
@@ -156,9 +156,9 @@ def test_what_sdedit_starts_from(sd):
     def noise_of(use_ddim_noise):
         needed = {"data_path": "a.mp4", "prompt": "a dog", "n_timesteps": 10, "start": 0.5}
         config = SDEditConfig(**needed, use_ddim_noise=use_ddim_noise)
-        technique = sdedit(config, schedule, source, sd.scheduler)
+        technique = SDEdit(config, schedule, source, sd.scheduler)
         assert technique.schedule.timesteps == (401, 301, 201, 101, 1)
-        started = torch.cat([technique.initial(torch.tensor(f)) for f in ([0, 1], [2])])
+        started = torch.cat([technique.start(torch.tensor(f)) for f in ([0, 1], [2])])
         return (started - alphas[401].sqrt() * clean) / (1 - alphas[401]).sqrt()
 
     torch.testing.assert_close(noise_of(True), noise, atol=1e-4, rtol=1e-4)

@@ -2,21 +2,15 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from test_consensus import fusion_of
+from test_consensus import CPU, fusion_of
 from test_util import write_phone_video
 
-from tokenflow.editing.mask import (
-    Mask,
-    check_mask,
-    drawn_to_edges,
-    given,
-    relevance,
-    write_relevant,
-)
+from tokenflow.editing.mask import Mask, PromptDifference, check_mask, draw_to_edges, read_mask
 from tokenflow.errors import UserError
 from tokenflow.inversion.frames import FrameChoice
 from tokenflow.runtime.frame_array import FrameArray
@@ -37,7 +31,7 @@ def masks(folder: Path, n_frames: int) -> Path:
 
 
 def test_a_given_mask_is_read_as_the_source_was(tmp_path):
-    found = list(given(masks(tmp_path / "masks", 6), CHOICE, 3))
+    found = list(read_mask(masks(tmp_path / "masks", 6), CHOICE, 3))
     for index, mask in enumerate(found):
         left = 8 * (1 + 2 * index)
         expected = torch.zeros(64, 64, dtype=torch.bool)
@@ -57,7 +51,7 @@ def test_too_short_a_mask_is_refused(tmp_path):
 def test_a_mask_that_a_phone_turned(tmp_path, clip_frames):
     write_phone_video(tmp_path / "phone.mov", clip_frames[:, :48])
     choice = FrameChoice(H=48, W=64, resize="crop", start_frame=0, stride=1)
-    assert len(list(given(tmp_path / "phone.mov", choice, 7))) == 7
+    assert len(list(read_mask(tmp_path / "phone.mov", choice, 7))) == 7
     assert all(
         torch.from_numpy(f).shape == (48, 64, 3) for f in choice.fitted(tmp_path / "phone.mov", 7)
     )
@@ -69,11 +63,13 @@ def test_relevance_is_where_prompts_differ():
     extra = torch.zeros(3, 4, 8, 8)
     extra[..., :2, :2] = torch.tensor([1.0, 2.0, 1.0])[:, None, None, None]
     prompts = (lambda latents, t, frames: latents), (lambda latents, t, frames: latents + extra)
-    found = relevance(lambda t, frames: latents[frames], (5, 3), prompts, FRAMES)
+    source = SimpleNamespace(latents=lambda t, frames: latents[frames])
+    difference = PromptDifference(source, (5, 3), prompts, fusion=None, device=CPU)
+    found = difference.measure(FRAMES)
     assert (found[:, :2, :2] == 1).all() and found[:, 2:].max() == 0 == found[:, :, 2:].max()
     extra[1, 0, 5, 5] = math.inf  # as float16 overflows
     with pytest.raises(FloatingPointError, match="mask compares at timestep 5"):
-        relevance(lambda t, frames: latents[frames], (5, 3), prompts, FRAMES)
+        difference.measure(FRAMES)
 
 
 def test_relevance_ends_where_the_picture_has_an_edge():
@@ -81,22 +77,24 @@ def test_relevance_ends_where_the_picture_has_an_edge():
     bright = (torch.arange(128) >= 52).float().expand(128, 128)
     blurred = (torch.arange(128) - 36).div(32).clamp(0, 1).expand(128, 128)
     noise = torch.rand(3, 128, 128, generator=torch.Generator().manual_seed(0)) / 50
-    drawn = drawn_to_edges(blurred, bright + noise, 8)
+    drawn = draw_to_edges(blurred, bright + noise, 8)
     assert torch.equal((drawn >= 0.5).float(), bright)
     assert (blurred[:, 51] > 0.45).all() and drawn[:, 51].max() < 0.35
 
 
-def test_a_flickering_mask_is_steadied(tmp_path):
+def test_a_flickering_mask_is_steadied(tmp_path, monkeypatch):
     """Of nine still frames one misses the place, which its neighbours know, and an edge ends."""
     source = np.random.default_rng(0).integers(0, 60, (64, 64, 3), np.uint8)
     source[16:40, 16:40] += 190
-    cpu = torch.device("cpu")
     fusion = fusion_of(source[None].repeat(9, 0), (1, 2), tmp_path)
     maps = torch.full((9, 8, 8), 0.1)
     maps[:, 2:5, 2:5] = 1
     maps[4] = 0.1
     inside = FrameArray.create(tmp_path / "mask.npy", (9, 1, 64, 64), torch.uint8)
-    write_relevant(inside, fusion, maps.__getitem__, 8, lambda index: source, cpu)
+    video = SimpleNamespace(latents=lambda t, frames: maps[frames, None], picture=lambda _: source)
+    difference = PromptDifference(video, (), predictors=None, fusion=fusion, device=CPU)
+    monkeypatch.setattr(PromptDifference, "measure", lambda self, frames: maps[frames])
+    difference.write(inside)
     expected = torch.zeros(64, 64, dtype=torch.uint8)
     expected[16:40, 16:40] = 1
     assert all(torch.equal(mask[0], expected) for mask in inside[torch.arange(9)])
@@ -110,15 +108,16 @@ def test_outside_stays_the_source(tmp_path):
     inside[FRAMES] = shape
     source = np.full((16, 24, 3), 7, np.uint8)
 
-    def noisy(t: int, frames: torch.Tensor) -> torch.Tensor:
-        return torch.full((len(frames), 4, 2, 3), float(t))
-
-    mask = Mask(inside, noisy, lambda index: source + index)
-    confined = mask.confined(torch.ones(3, 4, 2, 3), 7, FRAMES)
+    video = SimpleNamespace(
+        latents=lambda t, frames: torch.full((len(frames), 4, 2, 3), float(t)),
+        picture=lambda frame: source + frame,
+    )
+    mask = Mask(inside, video)
+    confined = mask.confine(torch.ones(3, 4, 2, 3), 7, FRAMES)
     expected = torch.tensor([[1.0, 7.0, 7.0], [1.0, 7.0, 7.0]]).expand(3, 4, 2, 3)
     assert torch.equal(confined, expected)
 
-    pictures = mask.composed(np.full((2, 16, 24, 3), 207, np.uint8), torch.tensor([2, 0]))
+    pictures = mask.compose(np.full((2, 16, 24, 3), 207, np.uint8), torch.tensor([2, 0]))
     for picture, outside in zip(pictures, (9, 7), strict=True):
         assert (picture[2:9, :7] == 207).all()
         assert (picture[11:] == outside).all() and (picture[:, 9:] == outside).all()

@@ -17,7 +17,12 @@ from tokenflow.diffusion.ddim import Schedule
 from tokenflow.editing.denoise import Edit, TokenFlowDenoiser
 from tokenflow.editing.source import Source
 from tokenflow.editing.techniques import Technique
-from tokenflow.editing.windows import anchors, joint_passes, seen_by_all, windows
+from tokenflow.editing.windows import (
+    choose_anchors,
+    divide_into_windows,
+    find_shared,
+    plan_joint_edits,
+)
 from tokenflow.errors import UserError
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles, bytes_needed
@@ -81,14 +86,23 @@ def edit_of(sd, source, latents, injects=(True, True), **changes):
     """An edit that starts from the latents and injects into its first step or not."""
     config = PnPConfig(data_path="", prompt="x", seed=SEED, n_timesteps=10, **changes)
     schedule = Schedule.of(sd.scheduler, 10)
-    technique = Technique(latents.__getitem__, schedule, *map(int, injects))
+    technique = Technique(schedule, source)
+    technique.attention_steps, technique.feature_steps = map(int, injects)
     return Edit(sd, technique, source, PROMPTS, config)
 
 
 def predicted(edit, latents):
     """TokenFlow's guided noise of all frames at the first step."""
-    with TokenFlowDenoiser.installed(edit) as denoiser:
-        return denoiser.predict_noise(latents, FIRST)
+    with TokenFlowDenoiser.install(edit) as denoiser:
+        return predict_all(denoiser, latents)
+
+
+def predict_all(denoiser, latents):
+    """The guided noise of all frames at the first step."""
+    noise = torch.empty(latents.shape)
+    for frames, predicted in denoiser.predict(latents, FIRST, denoiser.plan(FIRST)):
+        noise[frames] = predicted
+    return noise
 
 
 @pytest.mark.parametrize("propagation", ["flanking", "previous"])
@@ -117,12 +131,12 @@ def test_windows_equal_the_reference(sd, monkeypatch, propagation, window, toget
     source, latents = video_of(21)
     sizes = {"batch_size": 3, "keyframe_interval": 2, "keyframe_window": window}
     edit = edit_of(sd, source_of(source), latents, propagation=propagation, **sizes)
-    with TokenFlowDenoiser.installed(edit) as denoiser:
-        ours = denoiser.predict_noise(latents, FIRST)
+    with TokenFlowDenoiser.install(edit) as denoiser:
+        ours = predict_all(denoiser, latents)
         # The noise is the same however processes divide the chunks.
-        chunks = denoiser.chunks(FIRST)
+        chunks = denoiser.plan(FIRST)
         for part in (chunks[: len(chunks) // 2], chunks[len(chunks) // 2 :]):
-            for frames, noise in denoiser.noise(latents, FIRST, part):
+            for frames, noise in denoiser.predict(latents, FIRST, part):
                 assert torch.equal(noise, ours[frames])
     assert_same_noise(ours, edit, source, latents)
 
@@ -157,9 +171,9 @@ def test_a_joint_edit_that_does_not_fit_is_divided(sd, monkeypatch, most=4):
 def test_windows_share_one_keyframe_each(n_keyframes, size):
     keyframes = torch.arange(n_keyframes) * 4 + 1
     blend = flanking_blend(torch.arange(4 * n_keyframes), keyframes)
-    found = windows(blend, n_keyframes, size)
+    found = divide_into_windows(blend, n_keyframes, size)
     assert torch.equal(torch.cat([w.frames for w in found]), torch.arange(4 * n_keyframes))
-    attending = [{*w.positions, *anchors(n_keyframes)} for w in found]
+    attending = [{*w.positions, *choose_anchors(n_keyframes)} for w in found]
     assert all(len(positions) <= size for positions in attending)
     for one, following in zip(found[:-1], found[1:], strict=True):
         assert one.positions[-1] == following.positions[0]
@@ -395,13 +409,13 @@ def test_joint_passes_are_the_references(sd, n_keyframes, size):
         for group, attended in reference._groups(n_keyframes)
         for position in group
     }
-    all_windows = windows(blend, n_keyframes, size)
+    all_windows = divide_into_windows(blend, n_keyframes, size)
     for first in range(len(all_windows)):
         cache, seen_together = KeyframeCache(), {}
         for window in all_windows[first:]:
-            seen = seen_by_all(window, n_keyframes)
+            seen = find_shared(window, n_keyframes)
             cache.keep([position for position in cache.positions if position in seen])
-            for joint in joint_passes(window, n_keyframes, cache.positions):
+            for joint in plan_joint_edits(window, n_keyframes, cache.positions):
                 assert set(joint.attended) <= set(cache.positions)
                 assert not set(joint.edited) & set(cache.positions)
                 together = {*joint.edited, *joint.attended}

@@ -20,13 +20,13 @@ from tokenflow.diffusion.ddim import Schedule
 from tokenflow.diffusion.lora import use_loras
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.checkpoint import EditCheckpoint, KeptArray
-from tokenflow.editing.consensus import DISTANCES, Consensus, consensus_steps, followed_distances
-from tokenflow.editing.denoise import Denoiser, Edit, TokenFlowDenoiser, denoise, keyframe_schedule
+from tokenflow.editing.consensus import DISTANCES, Consensus, choose_steps
+from tokenflow.editing.denoise import Denoiser, Edit, TokenFlowDenoiser, denoise, plan_keyframes
 from tokenflow.editing.find_inversion import conditions_of
 from tokenflow.editing.identity import Identity
-from tokenflow.editing.mask import Mask, given, relevance, write_relevant
+from tokenflow.editing.mask import Mask, PromptDifference, read_mask
 from tokenflow.editing.shared import Shared
-from tokenflow.editing.source import Source, find_features, find_flow, find_motion
+from tokenflow.editing.source import Source, find_features, find_flow, open_motion
 from tokenflow.editing.techniques import Technique
 from tokenflow.errors import DamagedError, UserError
 from tokenflow.evaluation.contact_sheet import contact_sheet, moments
@@ -200,16 +200,13 @@ class EditRun:
             source=self._find_source(),
             prompts=(self.inversion.prompt, config.negative_prompt, config.prompt),
             config=config,
-            consensus=partial(
-                Consensus.after,
-                self.sd,
-                lambda: self._consensus_fusion,
-                consensus_steps(total, config.consensus_count),
+            consensus=Consensus(
+                self.sd, self._consensus_fusion, choose_steps(total, config.consensus_count)
             ),
             mask=self._mask,
         )
         hidden = not self.processes.is_main
-        with denoiser.installed(edit) as installed:
+        with denoiser.install(edit) as installed:
             steps = denoise(installed, checkpoint)
             if done := next(steps):
                 log.info("resumed after step %d", done)
@@ -220,7 +217,7 @@ class EditRun:
     def _find_source(self) -> Source:
         """The source with its features, if they were kept for this edit, and the optical flow it follows."""
         config, inversion, n_frames = self.config, self.inversion, self.n_frames
-        keyframes = keyframe_schedule(config, self.sd.scheduler, n_frames)
+        keyframes = plan_keyframes(config, self.sd.scheduler, n_frames)
         flow = None
         if config.correspondences == "flow":
             flow = find_flow(inversion, config, n_frames, self.processes)
@@ -237,7 +234,7 @@ class EditRun:
         path = self.scratch / f"mask_{digest_of([repr(key).encode()])}.npy"
         kept = KeptArray(path, self.processes)
         inside = self.shared.get("mask", key, lambda: kept.find() or self._find_mask(kept))
-        return Mask(inside, self.source.latents, self.source.picture)
+        return Mask(inside, self.source)
 
     def _find_mask(self, kept: KeptArray) -> FrameArray:
         config, source, choice = self.config, self.source, self._choice
@@ -249,33 +246,23 @@ class EditRun:
                     VideoNoisePredictor(self.sd, prompt, batches, depth=source.depth)
                     for prompt in (self.inversion.prompt, config.prompt)
                 )
-                write_relevant(
-                    inside,
-                    self._consensus_fusion,
-                    partial(relevance, source.latents, self.schedule.timesteps, noises),
-                    choice.H // self.inversion.latents(CLEAN).shape[2],
-                    source.picture,
-                    self.sd.device,
-                )
+                timesteps, fusion = self.schedule.timesteps, self._consensus_fusion
+                difference = PromptDifference(source, timesteps, noises, fusion, self.sd.device)
+                difference.write(inside)
             elif self.processes.is_main:
-                masks = given(config.mask_path, choice, self.n_frames)
+                masks = read_mask(config.mask_path, choice, self.n_frames)
                 for index, mask in enumerate(masks):
                     inside[torch.tensor([index])] = mask[None, None]
         return FrameArray(kept.path)
 
-    @cached_property
+    @property
     def _consensus_fusion(self) -> Fusion:
         """Averages frames with others near and far, in a consensus and in an automatic mask."""
         return self._fusion("consensus", DISTANCES)
 
     def _fusion(self, name: str, distances: Sequence[int]) -> Fusion:
-        followed, path = followed_distances(self.config), self.scratch / name / "pictures.npy"
-        motion = self.shared.get(
-            "motion",
-            tuple(followed),
-            lambda: find_motion(self.source, followed, self.processes, self.scratch),
-        )
-        return Fusion.along(motion, distances, path, self.processes)
+        motion = self.shared.get("motion", None, lambda: open_motion(self.source, self.scratch))
+        return Fusion(motion, distances, self.scratch / name / "pictures.npy", self.processes)
 
     def write(self, edited: FrameArray) -> None:
         """Decode the edited latents; write frames, comparisons and, last of all, the edited video."""
@@ -286,7 +273,7 @@ class EditRun:
             processes.wait()
             for frames, pictures in self._decode(edited):
                 if self._mask:
-                    pictures = self._mask.composed(pictures, frames)
+                    pictures = self._mask.compose(pictures, frames)
                 save_frames(unfinished, frames[0].item(), pictures)
             processes.wait()
         if processes.is_main:
@@ -300,6 +287,8 @@ class EditRun:
         """Yield frames (n,) and their pictures, uint8 RGB (n, H, W, 3), averaged if the edit fuses them."""
         reach, processes = self.config.fuse_distance, self.processes
         fusion = self._fusion("fuse", range(1, reach + 1)) if reach else None
+        if fusion:
+            fusion.begin()
         batches = processes.share(torch.arange(self.n_frames).split(DECODE_BATCH))
         for frames in tqdm(batches, "Decoding", unit="batch", disable=not processes.is_main):
             pictures = self.sd.decode_latents(edited[frames])
@@ -325,7 +314,7 @@ class EditRun:
         write_image(sheet, contact_sheet(rows))
         write_video_from_folders(folder / "vae_reconstruction.mp4", [inversion.vae], n_frames, fps)
         if self._mask:
-            write_video(folder / "mask.mp4", self._mask.shown(), fps)
+            write_video(folder / "mask.mp4", self._mask.show(), fps)
         if depth := inversion.depth:
             size = self._choice.H, self._choice.W
             write_depth_video(folder / DEPTH_VIDEO, depth, n_frames, size, fps)

@@ -2,7 +2,6 @@
 
 import logging
 import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -120,22 +119,15 @@ def find_flow(
     return flow
 
 
-def find_motion(
-    source: Source, distances: Sequence[int], processes: Processes, elsewhere: Path
-) -> DenseMotion:
-    """The motion between all frames so far apart, kept with the inversion.
-
-    elsewhere: the folder that keeps it if the inversion is read-only.
-    """
+def open_motion(source: Source, elsewhere: Path) -> DenseMotion:
+    """The motion between all frames, kept with the inversion, or `elsewhere` if that is read-only."""
     inversion = source.inversion
     folder = inversion.folder if os.access(inversion.folder, os.W_OK) else elsewhere
     manifest = inversion.manifest
-    motion = DenseMotion(
+    return DenseMotion(
         folder / "motion",
         source.picture,
         n_frames=manifest.n_frames,
         n_used=source.n_frames,
         shape=(manifest.config["H"], manifest.config["W"], 3),
     )
-    motion.find_all(distances, processes)
-    return motion

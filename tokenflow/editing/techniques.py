@@ -1,8 +1,6 @@
 """Plug-and-Play, SDEdit and ControlNet, each reduced to what the denoiser needs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 
 import torch
 from diffusers import DDIMScheduler
@@ -13,70 +11,77 @@ from tokenflow.diffusion.stable_diffusion import Control
 from tokenflow.editing.source import Source
 
 
-@dataclass(frozen=True)
 class Technique:
-    """What makes an edit Plug-and-Play, SDEdit or ControlNet.
+    """Where an edit starts, what it takes over from the source on its way, and what conditions it.
 
-    initial: maps frame indices (n,) to latents (n, 4, h, w) at the schedule's first timestep.
-    attention_steps, feature_steps: how many steps, from the first, inject the source's attention
-    and features.
-    control: maps frame indices (n,) to the conditions of the ControlNets, one for each stream.
+    attention_steps, feature_steps: how many steps, from the first, inject the source's attention or features.
     """
 
-    initial: Callable[[torch.Tensor], torch.Tensor]
-    schedule: Schedule
-    attention_steps: int = 0
-    feature_steps: int = 0
-    control: Callable[[torch.Tensor], tuple[Control, Control, Control]] | None = None
+    attention_steps = feature_steps = 0
+
+    def __init__(self, schedule: Schedule, source: Source) -> None:
+        self.schedule, self.source = schedule, source
+
+    def start(self, frames: torch.Tensor) -> torch.Tensor:
+        """Latents (n, 4, h, w) of the frames (n,) at the schedule's first timestep: the inverted ones."""
+        return self.source.latents(self.schedule.timesteps[0], frames)
+
+    def control(self, frames: torch.Tensor) -> tuple[Control, Control, Control] | None:
+        """What conditions the frames (n,), for each stream; None without ControlNets."""
+        return None
 
 
-def plug_and_play(config: PnPConfig, schedule: Schedule, source: Source) -> Technique:
+class PlugAndPlay(Technique):
     """Tumanyan et al., arXiv 2211.12572: the first steps take over the source's attention and features."""
-    return Technique(
-        partial(source.latents, schedule.timesteps[0]),
-        schedule,
-        attention_steps=int(config.n_timesteps * config.pnp_attn_t),
-        feature_steps=int(config.n_timesteps * config.pnp_f_t),
-    )
+
+    def __init__(self, config: PnPConfig, schedule: Schedule, source: Source) -> None:
+        super().__init__(schedule, source)
+        self.attention_steps = int(config.n_timesteps * config.pnp_attn_t)
+        self.feature_steps = int(config.n_timesteps * config.pnp_f_t)
 
 
-def sdedit(
-    config: SDEditConfig, schedule: Schedule, source: Source, scheduler: DDIMScheduler
-) -> Technique:
+class SDEdit(Technique):
     """Meng et al., arXiv 2108.01073: the source is noised part of the way, and denoised from there."""
-    schedule = schedule.last(int(config.n_timesteps * config.start))
-    first = torch.tensor(schedule.timesteps[0])
-    alpha = scheduler.alphas_cumprod[source.noisiest_timestep]
 
-    def noised(frames: torch.Tensor) -> torch.Tensor:
-        latents = source.latents(None, frames)
-        if config.use_ddim_noise:  # the noise in the inverted latents
-            noise = (source.noisiest_latents(frames) - alpha.sqrt() * latents) / (1 - alpha).sqrt()
+    def __init__(
+        self, config: SDEditConfig, schedule: Schedule, source: Source, scheduler: DDIMScheduler
+    ) -> None:
+        super().__init__(schedule.last(int(config.n_timesteps * config.start)), source)
+        self.config, self.scheduler = config, scheduler
+
+    def start(self, frames: torch.Tensor) -> torch.Tensor:
+        """Latents (n, 4, h, w) of the frames (n,), noised to the schedule's first timestep."""
+        clean = self.source.latents(None, frames)
+        if self.config.use_ddim_noise:  # the noise in the inverted latents
+            noisiest, t = self.source.noisiest_latents(frames), self.source.noisiest_timestep
+            alpha = self.scheduler.alphas_cumprod[t]
+            noise = (noisiest - alpha.sqrt() * clean) / (1 - alpha).sqrt()
         else:  # the same for all frames, so that it does not flicker
-            generator = torch.Generator().manual_seed(config.seed)
-            noise = torch.randn(latents[:1].shape, generator=generator).expand_as(latents)
-        return scheduler.add_noise(latents, noise, first)
-
-    return Technique(noised, schedule)
+            generator = torch.Generator().manual_seed(self.config.seed)
+            noise = torch.randn(clean[:1].shape, generator=generator).expand_as(clean)
+        return self.scheduler.add_noise(clean, noise, torch.tensor(self.schedule.timesteps[0]))
 
 
-def controlnet(
-    config: ControlNetConfig,
-    schedule: Schedule,
-    source: Source,
-    images: Callable[[torch.Tensor], torch.Tensor],
-) -> Technique:
-    """Zhang et al., arXiv 2302.05543: images of each frame condition m ControlNets.
+class ControlNet(Technique):
+    """Zhang et al., arXiv 2302.05543: control images of each frame condition m ControlNets.
 
-    images: maps frame indices (n,) to the control images (m, n, 3, H, W) in [0, 1].
+    images: maps frames (n,) to their control images (m, n, 3, H, W) in [0, 1].
     """
-    edit_scales = config.control_scales
-    # The source stream is denoised as it was inverted, which may have been without ControlNets.
-    source_scales = source.control_scales or [0.0] * len(edit_scales)
 
-    def control(frames: torch.Tensor) -> tuple[Control, Control, Control]:
-        shown = images(frames)
-        source, edited = (Control.of(shown, scales) for scales in (source_scales, edit_scales))
+    def __init__(
+        self,
+        config: ControlNetConfig,
+        schedule: Schedule,
+        source: Source,
+        images: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        super().__init__(schedule, source)
+        self.images, self.scales = images, config.control_scales
+        # The source stream is denoised as it was inverted, which may have been without ControlNets.
+        self.source_scales = source.control_scales or [0.0] * len(self.scales)
+
+    def control(self, frames: torch.Tensor) -> tuple[Control, Control, Control]:
+        """What conditions the frames (n,), for each stream."""
+        images = self.images(frames)
+        source, edited = (Control.of(images, s) for s in (self.source_scales, self.scales))
         return source, edited, edited
-
-    return Technique(partial(source.latents, schedule.timesteps[0]), schedule, control=control)

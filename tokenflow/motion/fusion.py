@@ -1,6 +1,6 @@
 """Frames of an edit averaged with their neighbours along the motion of the source, through files."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,28 +21,29 @@ FLICKER = 25.0
 class Fusion:
     """Averages each of N pictures with those at some `distances` before and after it.
 
-    pictures: (N, H, W, 3), uint8 RGB, what is to be averaged. Processes divide the frames.
+    path: of a file (N, H, W, 3), uint8 RGB, of what is to be averaged. Processes divide the frames.
     """
 
-    pictures: FrameArray
-    distances: tuple[int, ...]
     motion: DenseMotion
+    distances: Sequence[int]
+    path: Path
     processes: Processes
 
-    @classmethod
-    def along(
-        cls, motion: DenseMotion, distances: Iterable[int], path: Path, processes: Processes
-    ) -> "Fusion":
-        """A fusion along a motion between frames at these distances; pictures go to the file of that path."""
-        if processes.is_main:
-            size = motion.shape[:2]
-            FrameArray.create(path, (motion.n_used, *size, 3), torch.uint8)
-        processes.wait()
-        return cls(FrameArray(path), tuple(distances), motion, processes)
+    def begin(self, also: Iterable[int] = ()) -> None:
+        """Find the motion between frames so far apart, and `also` between others; make room for pictures."""
+        self.motion.find_all(sorted({*self.distances, *also}), self.processes)
+        if self.processes.is_main:
+            size = self.motion.shape[:2]
+            FrameArray.create(self.path, (self.motion.n_used, *size, 3), torch.uint8)
+        self.processes.wait()
 
     def put(self, frames: torch.Tensor, pictures: np.ndarray) -> None:
         """Take the pictures (n, H, W, 3), uint8 RGB, of the frames (n,)."""
-        self.pictures[frames] = torch.from_numpy(pictures)
+        FrameArray(self.path)[frames] = torch.from_numpy(pictures)
+
+    def read(self, frames: torch.Tensor) -> np.ndarray:
+        """The pictures (n, H, W, 3), uint8 RGB, of the frames (n,)."""
+        return FrameArray(self.path)[frames].numpy()
 
     def average(
         self, frames: torch.Tensor, device: torch.device, tolerance: float | None = None
@@ -56,7 +57,8 @@ class Fusion:
     def _average(self, frame: int, device: torch.device, tolerance: float | None) -> np.ndarray:
         offsets = (sign * distance for distance in self.distances for sign in (-1, 1))
         others = [o for o in (frame + offset for offset in offsets) if 0 <= o < self.motion.n_used]
-        pictures = to_device(self.pictures[torch.tensor([frame, *others])], device)
+        pictures = torch.from_numpy(self.read(torch.tensor([frame, *others])))
+        pictures = to_device(pictures, device)
         if not others:  # in a very short video
             return pictures[0].cpu().numpy()
         pictures = pictures.permute(0, 3, 1, 2).float()
