@@ -261,8 +261,9 @@ class EditRun:
         return self._fusion("consensus", DISTANCES)
 
     def _fusion(self, name: str, distances: Sequence[int]) -> Fusion:
-        motion = self.shared.get("motion", None, lambda: open_motion(self.source, self.scratch))
-        return Fusion(motion, distances, self.scratch / name / "pictures.npy", self.processes)
+        source, scratch = self.source, self.scratch
+        motion = self.shared.get("motion", source.n_frames, lambda: open_motion(source, scratch))
+        return Fusion(motion, distances, scratch / name / "pictures.npy", self.processes)
 
     def write(self, edited: FrameArray) -> None:
         """Decode the edited latents; write frames, comparisons and, last of all, the edited video."""
