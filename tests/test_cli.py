@@ -309,7 +309,7 @@ def test_folder_input_with_stride(tmp_path, checkpoint, clip_frames):
         (["--steps", 7], ["steps: 7", "these do: 5, 10"]),
         (["--model", "nobody/nothing"], ["nobody/nothing", "huggingface", "--model"]),
         (["--model", "empty"], ["empty", "no such checkpoint"]),
-        (["--model", "xl"], ["xl", "none of Stable Diffusion 1 or 2", "up_block_types"]),
+        (["--model", "xl"], ["model: ", "none of Stable Diffusion 1 or 2", "up_block_types"]),
         (["--model", "-"], ["model: -", "neither a folder"]),
         (["--controlnet", "tiny/unet"], ["controlnet: tiny/unet", "its weights lack"]),
         (["--device", "cuda:256"], ["device: cuda:256", "this machine"]),

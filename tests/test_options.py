@@ -1,8 +1,10 @@
 """Options: flags, YAML files and their mistakes, each of which is named in one line."""
 
+import errno
 import io
 import logging
 import os
+import re
 from dataclasses import fields, replace
 from itertools import pairwise
 
@@ -170,6 +172,46 @@ def test_names_do_not_control_the_terminal(capsys):
     with pytest.raises(SystemExit, match="2"):
         command(main)()
     assert capsys.readouterr().err == "\\x1b]0;title\\x07 is edited\nerror: no \\x1b[2J\n"
+
+
+@pytest.mark.parametrize(
+    "error, status, words",
+    [
+        (UserError("mask: wrong"), 2, "error: mask: wrong"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "out"),
+            2,
+            "out: Permission denied; check",
+        ),
+        (
+            OSError(errno.ENOSPC, "No space left", "out"),
+            1,
+            "out: No space left; the same command resumes",
+        ),
+        (OSError(errno.EMFILE, "Too many open files", "out"), 1, "Too many open files: .out"),
+        (OSError(errno.EFBIG, "File too large"), 1, "this machine has run out of"),
+        (MemoryError(), 1, "this machine has run out of"),
+        (RuntimeError("can't start new thread"), 1, "can.t start new thread"),
+        (
+            RuntimeError("CUDA out of memory."),
+            1,
+            "the device is out of memory: use --batch_size auto",
+        ),
+    ],
+)
+def test_what_ends_a_command(capsys, error, status, words):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit, match=str(status)):
+        command(main)()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(words, line)
+
+
+def test_errors_of_the_code_itself_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError):
+        command(lambda: str(1 / 0))()
 
 
 def test_options_that_do_not_fit_together():

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import typing
+from collections import Counter
 from collections.abc import Callable, Collection
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import MISSING, Field, fields
@@ -27,6 +28,7 @@ from tokenflow.errors import (
     make_printable,
 )
 from tokenflow.options import build, format_default, is_list, read_help, suggest
+from tokenflow.runtime.launch import read_rank
 
 C = TypeVar("C")
 
@@ -37,6 +39,10 @@ _DISK_FAILED = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 _OUT_OF_MEMORY = (
     "the device is out of memory: use --batch_size auto, --cpu_offload, smaller frames or, in an edit, a "
     "smaller --keyframe_window"
+)
+_OUT_OF_RESOURCES = (
+    "this machine has run out of memory, threads, open files or room for a file ({}); end other programs or "
+    "raise the limit (ulimit), and run the same command again"
 )
 
 
@@ -91,47 +97,47 @@ def read_options(
 def command(main: Callable[[], str]) -> Callable[[], None]:
     """Make `main` a command, which prints the line that it returns; a user's mistake ends it with one line.
 
-    If several processes run it, only the first prints and logs; the others print only their errors. The
-    exit status is 2 for a mistake, 1 for what else goes wrong.
+    If several processes run it, only the first prints and logs; the others print only their errors.
     """
 
     @functools.wraps(main)
     def wrapper() -> None:
-        handler = logging.StreamHandler(sys.stderr)
+        handler, blame = logging.StreamHandler(sys.stderr), "error"
         handler.setFormatter(_Formatter("%(message)s"))
         logging.basicConfig(handlers=[handler], force=True)
-        blame = "error"
-
-        def end(error: object, status: int) -> typing.NoReturn:
-            print(f"{blame}: {make_printable(str(error))}", file=sys.stderr)
-            sys.exit(status)
-
         try:
-            rank = _read_rank()
-            blame = f"error (process {rank})" if rank else "error"
+            if rank := read_rank():
+                blame = f"error (process {rank})"
             logging.getLogger("tokenflow").setLevel(logging.ERROR if rank else logging.INFO)
             with redirect_stdout(io.StringIO()) if rank else nullcontext():
                 _print_line(main())
-        except UserError as error:
-            end(error, 2)
-        except (FloatingPointError, ConnectionError) as error:
-            end(error, 1)
-        except OSError as error:
-            if is_out_of_resources(error):
-                end(_explain_resources(error), 1)
-            where = f"{error.filename}: " if error.filename else ""
-            if error.errno in _DISK_FAILED:
-                end(f"{where}{error.strerror}; the same command resumes the run", 1)
-            end(f"{where}{error.strerror or error}; check that path, or give another", 2)
-        except Exception as error:
-            if not is_out_of_resources(error):
-                raise
-            end(_explain_resources(error), 1)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
+        except Exception as error:
+            text, status = _explain(error)
+            print(f"{blame}: {make_printable(text)}", file=sys.stderr)
+            sys.exit(status)
 
     return wrapper
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """What to say about an error, and the exit status: 2 for a mistake. Raises other errors again."""
+    if isinstance(error, UserError):
+        return str(error), 2
+    if is_out_of_memory(error):
+        return _OUT_OF_MEMORY, 1
+    if is_out_of_resources(error):
+        return _OUT_OF_RESOURCES.format(describe(error)), 1
+    if isinstance(error, FloatingPointError | ConnectionError):
+        return str(error), 1
+    if not isinstance(error, OSError):
+        raise error
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno in _DISK_FAILED:
+        return f"{where}{error.strerror}; the same command resumes the run", 1
+    return f"{where}{error.strerror or error}; check that path, or give another", 2
 
 
 class _Formatter(logging.Formatter):
@@ -145,37 +151,6 @@ def _print_line(text: str) -> None:
     """Print one line, in which what stdout cannot show is escaped."""
     encoding = sys.stdout.encoding or "utf-8"
     print(make_printable(text).encode(encoding, "backslashreplace").decode(encoding))
-
-
-def _read_rank() -> int:
-    """The number of this process in its run, as torchrun and accelerate set it; 0 if it runs alone.
-
-    Raises UserError for variables that some other run left behind, which would make this one wait for others.
-    """
-    needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    given = {name: os.environ[name] for name in (*needed, "LOCAL_WORLD_SIZE") if name in os.environ}
-    if not given:
-        return 0
-    wrong = [name for name in (*needed, "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    wrong += [name for name, number in given.items() if number and not number.isdecimal()]
-    if not wrong and int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
-        wrong = ["RANK", "WORLD_SIZE"]
-    if wrong:
-        raise UserError(
-            f"the environment's {', '.join(wrong)}: not as torchrun and accelerate set them; start several "
-            f"processes with one of these, or a single one without {', '.join(given)}"
-        )
-    return int(os.environ["RANK"])
-
-
-def _explain_resources(error: Exception) -> str:
-    """What to do about an error for which `is_out_of_resources` holds."""
-    if is_out_of_memory(error):
-        return _OUT_OF_MEMORY
-    return (
-        f"this machine has run out of memory, threads, open files or room for a file ({describe(error)}); "
-        "end other programs or raise the limit (ulimit), and run the same command again"
-    )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -205,9 +180,9 @@ class _Loader(yaml.BaseLoader):
         return None if is_null else super().construct_scalar(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [str(key.value) for key, _ in node.value]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.YAMLError(f"{twice[0]} is given twice; keep one")
+        for key, times in Counter(str(key.value) for key, _ in node.value).items():
+            if times > 1:
+                raise yaml.YAMLError(f"{key} is given twice; keep one")
         return super().construct_mapping(node, deep)
 
     def compose_node(self, *args: Any) -> yaml.Node:
