@@ -186,17 +186,32 @@ def test_each_edit_is_as_if_made_alone(
         assert texts[0] == texts[1].replace(f"alone_{out}", out)
 
 
-def test_where_things_lie_tells_no_edits_apart(work, checkpoint, factors, monkeypatch, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("technique", ["pnp", "controlnet"])
+def test_where_things_lie_tells_no_edits_apart(
+    work,
+    checkpoint,
+    factors,  # noqa: F811
+    monkeypatch,
+    tmp_path,
+    technique,
+):
     folder, flags = work
     write(folder / "lora.safetensors", kohya(factors))
     options = ["--lora", "lora.safetensors", "--mask", "clip.mp4", "--output_path", "places"]
-    edited = folder / last_line(run("run_tokenflow_pnp.py", *flags, *options, cwd=folder))
-    monkeypatch.setattr(StableDiffusion, "predict_noise", None)  # not to be called
-    shutil.copy(folder / "lora.safetensors", tmp_path / "same.safetensors")
     elsewhere = ["--data_path", folder / "clip.mp4", "--mask", folder / "clip.mp4"]
     elsewhere += ["--lora", "same.safetensors", "--latents_path", folder / "latents"]
     elsewhere += ["--output_path", folder / "places", "--model", f"{checkpoint.parent}/./tiny"]
-    again = run("run_tokenflow_pnp.py", *flags, *elsewhere, cwd=tmp_path)
+    if technique == "controlnet":
+        options += ["--controlnet", checkpoint / "controlnet", "--control", "path"]
+        options += ["--control_path", "clip.mp4"]
+        shutil.copytree(checkpoint / "controlnet", tmp_path / "network")
+        elsewhere += ["--controlnet", "network", "--control", "path"]
+        elsewhere += ["--control_path", folder / "clip.mp4"]
+    script = f"run_tokenflow_{technique}.py"
+    edited = folder / last_line(run(script, *flags, *options, cwd=folder))
+    monkeypatch.setattr(StableDiffusion, "predict_noise", None)  # not to be called
+    shutil.copy(folder / "lora.safetensors", tmp_path / "same.safetensors")
+    again = run(script, *flags, *elsewhere, cwd=tmp_path)
     assert last_line(again) == edited and "exists already" in again.stderr
     flags = ["--edits", edited.parent, "--latents_path", folder / "latents"]
     last_line(run("evaluate.py", *flags, "--clip", "None", "--dino", "None", cwd=tmp_path))

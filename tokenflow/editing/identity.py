@@ -16,7 +16,7 @@ from tokenflow.options import dump
 from tokenflow.runtime.digests import digest_of
 
 # Where things lie, which tells no edits apart: what lies there does.
-PATHS = ("data_path", "latents_path", "output_path", "model", "lora", "control_path")
+PATHS = ("data_path", "latents_path", "output_path", "model", "lora", "controlnet", "control_path")
 # What is read of the options of an edit that is finished.
 READ = {"data_path": str, "latents_path": str, "prompt": str, "n_inversion_steps": int}
 # Comments below the options, so that the file stays one that --config_path accepts.
@@ -38,7 +38,9 @@ class Identity:
         """The identity of an edit of an inversion. files: identities of all other files that it reads."""
         config, inverted = without_how(config), json.dumps(inversion.manifest.identity)
         options = {key: value for key, value in asdict(config).items() if key not in PATHS}
-        options |= {"mask": "file"} if config.mask_path else {}
+        for key in ("mask", "depth_model"):  # which may also be words, or a hub id
+            if options.get(key) and Path(options[key]).exists():
+                options[key] = "of the user"
         notes = [f"{INVERSION_NOTE}{inverted}\n", *(f"{FILE_NOTE}{name}\n" for name in files)]
         digest = digest_of([json.dumps(options, sort_keys=True).encode(), *map(str.encode, notes)])
         return cls(digest, "".join([dump(config), *notes, f"{IDENTITY_NOTE}{digest}\n"]))

@@ -1,6 +1,5 @@
 """What `evaluate.py` compares: finished edits with their inversions, or any two videos."""
 
-from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -74,19 +73,19 @@ def _find_videos(config: EvaluateConfig) -> Subject:
 def _find_inversion(
     folder: Path, options: dict[str, Any], identity: dict, latents_path: str | None
 ) -> Inversion:
-    """The inversion that an edit was made from; its identity stands in the edit's config.yaml."""
-    latents, problems = Path(latents_path or options["latents_path"]), []
-    video, steps = Path(options["data_path"]).stem, options["n_inversion_steps"]
-    for path in latents.glob(f"*/{escape(video)}/steps_{steps}/nframes_*/manifest.json"):
+    """The inversion that an edit was made from, by its identity in the edit's config.yaml."""
+    latents, problem = Path(latents_path or options["latents_path"]), ""
+    # Of all videos, since the name of this one may have been that of a folder that has moved.
+    for path in latents.glob(f"*/*/steps_{options['n_inversion_steps']}/nframes_*/manifest.json"):
         inversion = Inversion(path.parent)
         try:
             if inversion.manifest.identity == identity:
                 check(path.parent, lambda name: name.endswith(".png"))
                 return inversion
         except DamagedError as damage:  # perhaps of another inversion
-            problems.append(f"{damage}; recompute that inversion with preprocess.py, or ")
+            problem += f"{damage}; recompute that inversion with preprocess.py, or "
     raise UserError(
-        f"edits: the inversion of {folder} is not in {latents}; {' '.join(problems)}run this where the edit "
+        f"edits: the inversion of {folder} is not in {latents}; {problem}run this where the edit "
         "was run, or give --latents_path"
     )
 
