@@ -7,6 +7,7 @@ from functools import cached_property
 import numpy as np
 
 from shapes.world import (
+    BACKGROUND,
     OBJECT,
     VALUES,
     Scene,
@@ -83,9 +84,20 @@ class Clip:
         names = [name for name in VALUES if (name in self.changes) == edited]
         return {name: getattr(attributes, name) for name in names}
 
+    @property
+    def plain_layers(self) -> list[int]:
+        """Those of BACKGROUND and OBJECT that are plain in the source, which does not show how they move."""
+        attributes = self.scene.attributes
+        textures = {BACKGROUND: attributes.background_texture, OBJECT: attributes.texture}
+        return [layer for layer, texture in textures.items() if texture == "plain"]
+
+    def find_layers(self, time: int) -> np.ndarray:
+        """Which layer is seen at each pixel of a frame (H, W)."""
+        return find_top_layer(self.scene, time, pixel_centers(SIZE))
+
     def stays(self, time: int) -> np.ndarray:
         """Pixels (H, W), bool, of the layers that the edit does not name."""
-        is_object = find_top_layer(self.scene, time, pixel_centers(SIZE)) == OBJECT
+        is_object = self.find_layers(time) == OBJECT
         background_changes = any(name.startswith("background") for name in self.changes)
         object_changes = any(not name.startswith("background") for name in self.changes)
         return (is_object & (not object_changes)) | (~is_object & (not background_changes))

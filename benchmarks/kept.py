@@ -12,16 +12,18 @@ ROOT = Path(__file__).parent.parent
 # What edits and their measures are made by. How methods are defined goes into the name of what they made,
 # and reports change nothing that is measured.
 CODE = ("*.py", "configs/*.yaml", "tokenflow/**/*.py", "shapes/*.py")
+JUDGE = "judge.safetensors"
 MODULES = ("baselines", "clips", "commands", "measures")
 
 
-def digest_of_run(args: argparse.Namespace) -> str:
-    """The digest of what decides all measurements of a run: code, checkpoint, where it runs, and steps."""
+def digest_of_run(args: argparse.Namespace, model: Path) -> str:
+    """The digest of what decides the measurements of a checkpoint: code, weights, judge, device and steps."""
     patterns = (*CODE, *(f"benchmarks/{name}.py" for name in MODULES))
     code = [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
-    checkpoint = [path for path in sorted(args.model.rglob("*")) if path.is_file()]
+    checkpoint = [path for path in sorted(model.rglob("*")) if path.is_file()]
     options = repr((choose_device(args.device, args.dtype), args.steps)).encode()
-    return digest_of([options, *(path.read_bytes() for path in code + checkpoint)])
+    files = [*code, *checkpoint, args.model / JUDGE]
+    return digest_of([options, *(path.read_bytes() for path in files)])
 
 
 def kept_path(folder: Path, name: str, *decides) -> Path:

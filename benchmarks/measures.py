@@ -25,21 +25,26 @@ Row = dict[str, float | None]
 def measure(clip: Clip, frames: np.ndarray, judge: Judge) -> Row:
     """Steadiness, detail, content and faithfulness of an edited clip; frames: uint8 (N, H, W, 3).
 
-    `warp_<gap>`: warp error x 1e-3, and `drift`: low-frequency drift in grey levels, both means over all
-    pairs of frames so far apart, and only where the clip is long enough. `gradient`: gradient energy in
-    (grey levels / pixel)^2, and `gradient_inside`: that without the outermost pixel, where a small VAE draws
-    a line. `colour_drift`: of a long clip. `edited_right`, `kept_right`: share of attributes. `kept_psnr`:
-    PSNR in dB of what should stay the same; None where the edit names everything.
+    Means over all pairs of frames so far apart, where the clip is long enough: `warp_<gap>` and
+    `visible_<gap>`, `warp_error` and `visible_error` x 1e-3; `drift`, in grey levels. `gradient`: gradient
+    energy in (grey levels / pixel)^2, `gradient_inside`: that without the outermost pixel, where a small VAE
+    draws a line, and `gradient_by_spread`: see that function. `colour_drift`: of a long clip. `edited_right`,
+    `kept_right`: share of attributes. `kept_psnr`: PSNR in dB of what should stay the same; None where the
+    edit names everything.
     """
-    row = {
-        f"warp_{gap}": 1e3 * float(along_motion(warp_error, clip, frames, gap).mean())
-        for gap in GAPS
-        if gap < clip.n_frames
-    }
+    row, gaps = {}, [gap for gap in GAPS if gap < clip.n_frames]
+    for gap in gaps:
+        row[f"warp_{gap}"] = 1e3 * float(along_motion(warp_error, clip, frames, gap).mean())
+    for gap in gaps:
+        pairs = [(i, i + gap) for i in range(clip.n_frames - gap)]
+        row[f"visible_{gap}"] = 1e3 * float(
+            np.mean([visible_error(clip, frames, *p) for p in pairs])
+        )
     if clip.n_frames > DRIFT_GAP:
         row["drift"] = float(along_motion(drift, clip, frames, DRIFT_GAP).mean())
     row["gradient"] = gradient_energy(frames)
     row["gradient_inside"] = gradient_energy(frames[:, 1:-1, 1:-1])
+    row["gradient_by_spread"] = gradient_by_spread(frames)
     answers = judge.read(frames)
     for name, edited in (("edited_right", True), ("kept_right", False)):
         right = [
@@ -74,6 +79,36 @@ def drift(frame: np.ndarray, later: np.ndarray, flow: np.ndarray, valid: np.ndar
         for x in (change, valid.astype(np.float64))
     )
     return float(np.sqrt(np.square(blurred[valid] / weight[valid][:, None]).mean()))
+
+
+def visible_error(clip: Clip, frames: np.ndarray, i: int, j: int) -> float:
+    """The warp error of frames i and j, as far as the source shows how it moves.
+
+    What an edit puts on a surface that is plain in the source may move with it or stand still: no one can
+    tell which is right. There the error is the lesser of the one along the motion and the one without any.
+    """
+    motion, seen = clip.find_flow(i, j)
+    layers, later = clip.find_layers(i), clip.find_layers(j)
+    total = 0.0
+    for layer in np.unique(layers[seen]):
+        here = seen & (layers == layer)
+        error = warp_error(frames[i], frames[j], motion, here)
+        stands = (layers == layer) & (later == layer)
+        if layer in clip.plain_layers and stands.any():
+            error = min(error, warp_error(frames[i], frames[j], np.zeros_like(motion), stands))
+        total += error * here.sum()
+    return total / seen.sum()
+
+
+def gradient_by_spread(frames: np.ndarray) -> float:
+    """Gradient energy over the variance of colours within frames: in 1 / pixel^2, means over channels.
+
+    It tells detail from contrast: more contrast or saturation raises both alike, blur lowers the gradients
+    alone. frames: uint8 (N, H, W, 3).
+    """
+    gradients = (np.gradient(frame.astype(np.float32), axis=(0, 1)) for frame in frames)
+    energy = np.mean([np.mean(np.square(dy) + np.square(dx)) for dy, dx in gradients])
+    return float(energy / np.var(frames, axis=(1, 2)).mean())
 
 
 def colour_drift(clip: Clip, frames: np.ndarray) -> float:

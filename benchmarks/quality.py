@@ -25,7 +25,7 @@ from tqdm import tqdm
 from benchmarks.arguments import benchmark_parser
 from benchmarks.clips import SIZE, Clip, held_out_clips
 from benchmarks.commands import Commands
-from benchmarks.kept import digest_of_run, keep, kept_path
+from benchmarks.kept import JUDGE, digest_of_run, keep, kept_path
 from benchmarks.measures import (
     Row,
     add_sharpness,
@@ -42,6 +42,7 @@ from util import read_image, write_image
 
 FULL = {"clips": 12, "frames": 24, "steps": 50}
 QUICK = {"clips": 4, "frames": 20, "steps": 20}
+OTHER = ", other checkpoint"  # in names of rows
 TABLES = {
     "rows": "method",
     "differences": f"more than `{BASE}`",
@@ -54,6 +55,11 @@ def parse_arguments() -> argparse.Namespace:
     """Arguments of the command line."""
     parser = benchmark_parser(__doc__, "runs/quality")
     parser.add_argument("--quick", action="store_true", help=f"other defaults: {QUICK}")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        help="another checkpoint, on which nothing was tuned, whose rows stand below those of --model",
+    )
     parser.add_argument("--clips", type=int, help="number of clips; more than 3 hold plain ones")
     parser.add_argument("--frames", type=int, help="of each clip")
     parser.add_argument("--steps", type=int, help="of the inversions and of the edits")
@@ -74,23 +80,29 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Edit every clip with every method, measure, and write the report."""
     args = parse_arguments()
-    clips, run = held_out_clips(args.clips, args.frames), digest_of_run(args)
-    folder = args.output / "edits"
+    clips, folder = held_out_clips(args.clips, args.frames), args.output / "edits"
     folder.mkdir(parents=True, exist_ok=True)
-    kept = [
-        {
-            name: kept_path(folder, f"clip_{index:02d}", run, clip, method)
-            for name, method in args.methods.items()
-        }
-        for index, clip in enumerate(clips)
-    ]
+    models = {"": args.model} | ({OTHER: args.checkpoint} if args.checkpoint else {})
+    runs = {suffix: digest_of_run(args, model) for suffix, model in models.items()}
+    kept = {
+        suffix: [
+            {
+                name: kept_path(folder, f"clip_{index:02d}", run, clip, method)
+                for name, method in args.methods.items()
+            }
+            for index, clip in enumerate(clips)
+        ]
+        for suffix, run in runs.items()
+    }
+    done = {}
     with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
-        edited = pool.map(partial(edit_clip, args), clips, kept)
-        done = list(tqdm(edited, "Editing", len(clips), unit="clip"))
-    report = summarize_clips(clips, done)
+        for suffix, model in models.items():
+            edited = pool.map(partial(edit_clip, args, model), clips, kept[suffix])
+            done[suffix] = list(tqdm(edited, f"Editing{suffix}", len(clips), unit="clip"))
+    report = summarize_clips(clips, interleave(done))
     tables = format_tables(report)
     write_report(args.output, "quality", tables, report)
-    for index, (clip, paths) in enumerate(zip(clips, kept, strict=True)):
+    for index, (clip, paths) in enumerate(zip(clips, interleave(kept), strict=True)):
         shown = {name: read_image(path.with_suffix(".png"))[None] for name, path in paths.items()}
         shown = {"source": np.concatenate(clip.frames[moments(clip.n_frames)], 1)[None]} | shown
         sheet = contact_sheet(shown, f"{clip.source_prompt} -> {clip.prompt}")
@@ -98,11 +110,22 @@ def main() -> None:
     print(tables)
 
 
-def edit_clip(args: argparse.Namespace, clip: Clip, kept: dict[str, Path]) -> dict[str, Row]:
+def interleave(by_suffix: dict[str, list[dict]]) -> list[dict]:
+    """One dictionary for each clip, in which names have the suffix of their checkpoint, and take turns."""
+    merged = []
+    for of_clip in zip(*by_suffix.values(), strict=True):
+        sides = dict(zip(by_suffix, of_clip, strict=True))
+        merged.append({n + suffix: of[n] for n in of_clip[0] for suffix, of in sides.items()})
+    return merged
+
+
+def edit_clip(
+    args: argparse.Namespace, model: Path, clip: Clip, kept: dict[str, Path]
+) -> dict[str, Row]:
     """By method, the measures of a clip's edits, of which those that are not `kept` yet are made."""
     missing = {name: path for name, path in kept.items() if not path.exists()}
     if missing:
-        make_edits(args, clip, missing)
+        make_edits(args, model, clip, missing)
     rows = {name: json.loads(path.read_text()) for name, path in kept.items()}
     return {
         name: add_sharpness(row, rows[FRAME_BY_FRAME[args.methods[name].inversion]])
@@ -110,21 +133,24 @@ def edit_clip(args: argparse.Namespace, clip: Clip, kept: dict[str, Path]) -> di
     }
 
 
-def make_edits(args: argparse.Namespace, clip: Clip, kept: dict[str, Path]) -> None:
-    """Edit a clip with each method, and keep the measures, and some of the frames beside them."""
+def make_edits(args: argparse.Namespace, model: Path, clip: Clip, kept: dict[str, Path]) -> None:
+    """Edit a clip with each method, and keep the measures, and some of the frames beside them.
+
+    All checkpoints have the same judge, that of --model.
+    """
     # The process takes its share of the machine's cores, and no more than it may.
     torch.set_num_threads(max(1, min(torch.get_num_threads(), os.cpu_count() // args.workers)))
-    judge = Judge.load(args.model / "judge.safetensors")
+    judge = Judge.load(args.model / JUDGE)
     options = ["--device", args.device, "--dtype", args.dtype]
     with tempfile.TemporaryDirectory() as folder:
-        commands = Commands(Path(folder), clip, SIZE, args.steps, args.model, options)
+        commands = Commands(Path(folder), clip, SIZE, args.steps, model, options)
         for name, path in kept.items():
             method = args.methods[name]
             frames, stages = commands.edit(method), commands.meter.stages
             row = measure(clip, frames, judge)
             row["reconstruction_psnr"] = find_reconstruction_psnr(commands.invert(method.inversion))
-            if "edit" in stages:
-                row["seconds_per_frame"] = stages["edit"].seconds / clip.n_frames
+            if cost := stages.pop("edit", None):
+                row["seconds_per_frame"] = cost.seconds / clip.n_frames
             write_image(path.with_suffix(".png"), np.concatenate(frames[moments(len(frames))], 1))
             keep(path, row)
 
@@ -139,13 +165,14 @@ def summarize_clips(clips: list[Clip], done: list[dict[str, Row]]) -> dict[str, 
     def of_kind(plain: bool) -> list[dict]:
         return rows([of for clip, of in zip(clips, done, strict=True) if clip.is_plain == plain])
 
-    base = [of[BASE] for of in done]
+    def compare_with_base(name: str) -> dict:
+        base = BASE + (OTHER if name.endswith(OTHER) else "")
+        return {"method": name} | compare([of[name] for of in done], [of[base] for of in done])
+
     return {
         "rows": rows(done),
         "differences": [
-            {"method": name} | compare([of[name] for of in done], base)
-            for name in done[0]
-            if name != BASE
+            compare_with_base(name) for name in done[0] if name not in (BASE, BASE + OTHER)
         ],
         "textured": of_kind(plain=False),
         "plain": of_kind(plain=True),

@@ -2,6 +2,7 @@
 
 from argparse import ArgumentTypeError
 from collections import defaultdict
+from dataclasses import replace
 from types import SimpleNamespace
 
 import cv2
@@ -12,7 +13,16 @@ import torch
 from benchmarks import quality
 from benchmarks.clips import held_out_clips
 from benchmarks.kept import keep, kept_path
-from benchmarks.measures import add_sharpness, along_motion, compare, drift, measure, summarize
+from benchmarks.measures import (
+    add_sharpness,
+    along_motion,
+    compare,
+    drift,
+    gradient_by_spread,
+    measure,
+    summarize,
+    visible_error,
+)
 from benchmarks.meter import Meter
 from benchmarks.methods import Method, parse_methods
 from tokenflow.evaluation.metrics import gradient_energy, warp_error
@@ -59,6 +69,42 @@ def test_drift_is_the_rise_of_brightness_and_not_detail_that_flickers(moving):
     assert errors[0] > 0.25 * errors[1]
 
 
+@pytest.mark.parametrize("shows_motion", [False, True])
+def test_what_stands_on_a_surface_that_does_not_show_its_motion_is_steady(shows_motion):
+    """And what moves with it is, too; but neither what flickers nor what stands on a textured surface."""
+    _, plain = held_out_clips(2, 9)
+    scene = plain.scene.with_attributes(texture="striped", background_texture="dotted")
+    textured = replace(plain, scene=scene)
+    clip = textured if shows_motion else plain
+    moves = textured.frames
+    stands = moves[:1].repeat(9, 0)
+    sign = np.random.default_rng(0).choice([-16, 16], (9, 128, 128, 1))
+    flickers = (stands * 0.8 + 20 + sign).astype(np.uint8)
+
+    def errors(metric):
+        return [1e3 * metric(frames) for frames in (moves, stands, flickers)]
+
+    along = errors(lambda frames: warp_error(frames[0], frames[8], *clip.find_flow(0, 8)))
+    visible = errors(lambda frames: visible_error(clip, frames, 0, 8))
+    assert along[0] < 1 and along[1] > 3 and along[2] > 3
+    assert visible[0] < 1 and visible[2] > 3
+    assert visible[1] == pytest.approx(along[1]) if shows_motion else visible[1] < 1
+
+
+def test_sharpness_by_spread_is_blind_to_contrast_and_saturation(moving):
+    sharp, grey = gradient_by_spread(moving.frames), moving.frames.mean(-1, keepdims=True)
+    duller = (moving.frames * 0.5 + 60).astype(np.uint8)
+    assert gradient_energy(duller) < 0.3 * gradient_energy(moving.frames)
+    assert gradient_by_spread(duller) == pytest.approx(sharp, rel=0.02)
+    paler = (grey + 0.7 * (moving.frames - grey)).astype(np.uint8)
+    assert gradient_by_spread(paler) == pytest.approx(sharp, rel=0.15)
+    blurred = np.stack([cv2.GaussianBlur(frame, (0, 0), 2) for frame in moving.frames])
+    assert gradient_by_spread(blurred) < 0.8 * sharp
+    flickering = (moving.frames * 0.8).astype(np.uint8)
+    flickering[::2] += 25
+    assert gradient_by_spread(flickering) == pytest.approx(sharp, rel=0.02)
+
+
 def test_gaps_longer_than_a_clip_are_left_out():
     (clip,) = held_out_clips(1, 9)
     judge = SimpleNamespace(
@@ -95,7 +141,7 @@ def test_only_edits_that_are_not_kept_are_made(tmp_path, monkeypatch):
     """And a kept one is another's as soon as anything that decides it is."""
     made = []
 
-    def make_edits(args, clip, kept):
+    def make_edits(args, model, clip, kept):
         made.append(list(kept))
         for index, path in enumerate(kept.values()):
             keep(path, {"gradient": float(index + 1)})
@@ -107,7 +153,7 @@ def test_only_edits_that_are_not_kept_are_made(tmp_path, monkeypatch):
 
     def rows(clip, run, methods):
         paths = {name: kept_path(tmp_path, name, run, clip, of) for name, of in methods.items()}
-        return quality.edit_clip(SimpleNamespace(methods=methods), clip, paths)
+        return quality.edit_clip(SimpleNamespace(methods=methods), None, clip, paths)
 
     first = rows(clips[0], "run", methods)
     # Each is relative to the frame by frame edit of its own inversion.
@@ -121,6 +167,20 @@ def test_only_edits_that_are_not_kept_are_made(tmp_path, monkeypatch):
         ArgumentTypeError, match="'defaults' is neither flags nor one of source, vae"
     ):
         parse_methods("published,defaults")
+
+
+def test_rows_of_another_checkpoint_stand_below_the_first_ones():
+    """And are compared with its own default."""
+    first, other = (
+        {"default": {"warp_1": a}, "sdedit": {"warp_1": b}} for a, b in [(1, 2), (5, 8)]
+    )
+    clips, done = held_out_clips(1, 9), quality.interleave({"": [first], quality.OTHER: [other]})
+    report = quality.summarize_clips(clips, done)
+    names = ["default", "default, other checkpoint", "sdedit", "sdedit, other checkpoint"]
+    assert [row["method"] for row in report["rows"]] == names
+    assert [row["warp_1"] for row in report["rows"]] == [1, 5, 2, 8]
+    differences = {row["method"]: row["warp_1"] for row in report["differences"]}
+    assert differences == {"sdedit": 1, "sdedit, other checkpoint": 3}
 
 
 def test_a_meter_counts_what_stages_take():
