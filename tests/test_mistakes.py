@@ -22,6 +22,7 @@ from test_cli import TECHNIQUES, edit_flags, last_line, refusal, run
 
 from tokenflow.config import PreprocessConfig
 from tokenflow.config_sweep import MOST, SHARED
+from tokenflow.options import TRUTH_VALUES
 
 COUNT = int(os.environ.get("MISTAKES", 0))
 COMMANDS = {"preprocess.py": PreprocessConfig}
@@ -29,7 +30,7 @@ COMMANDS |= {f"run_tokenflow_{name}.py": cls for name, cls in TECHNIQUES.items()
 LONG = ("n" * 300, "n/" * 3000 + "n")
 
 # fmt: off
-NO_NUMBERS = ["nan", "inf", "-inf", "1e400", "0x1g", "1,5", "1 2", "5\n5", "--", "9" * 5000, "٩" * 30]
+NO_NUMBERS = ["nan", "inf", "-inf", "1e400", "1,5", "5\n5", "1_0", "--", "9" * 5000, "9" * 309, "٩" * 30]
 NO_DEVICES = ["cuda:", "auto:1", "cuda:-1", "cuda:٣", "cuda:999", "cpu:7", "mps:9", ""]
 NO_SOURCES = ["none.mp4", "", ".", "/", "/dev/null", "clip.mp4/x", "~", "bad", "tiny", "a\nb", "http://x/y"]
 NO_SOURCES += [f"bad/{name}" for name in ("text.mp4", "zeroed.mp4", "cut.mp4", "pictures", "folders")]
@@ -69,9 +70,7 @@ class Mistake:
     options: dict[str, str | None] = field(default_factory=dict)
     more: list[str] = field(default_factory=list)
     yaml: bytes | None = None
-    damage: tuple[str, bytes | dict] | None = (
-        None  # a file of the checkpoint, and its content or changes
-    )
+    damage: tuple[str, bytes | dict] | None = None  # a file of the checkpoint, and what it holds
 
 
 def is_number(text: str) -> bool:
@@ -85,11 +84,11 @@ def wrong_values(f) -> st.SearchStrategy[str]:
     if f.name in WRONG_PATHS:
         return st.sampled_from([*WRONG_PATHS[f.name], *LONG])
     if f.type is bool:
-        return st.text().filter(lambda text: text.lower() not in ("true", "false", "yes", "no"))
+        return st.text().filter(lambda text: text.lower() not in TRUTH_VALUES)
     if choices := f.metadata.get("choices"):
         return st.text().filter(lambda text: text not in (*choices, *f.metadata["aliases"]))
-    if "low" in f.metadata and f.metadata["low"] is not None:
-        low, high = f.metadata["low"], f.metadata["high"]
+    low, high = f.metadata.get("low"), f.metadata.get("high")
+    if low is not None:
         outside = st.integers(max_value=low - 1) | st.integers(min_value=high + 1)
         words = st.sampled_from(NO_NUMBERS) | st.text().filter(lambda text: not is_number(text))
         return outside.map(str) | words

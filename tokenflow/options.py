@@ -16,7 +16,7 @@ from tokenflow.errors import UserError, is_text
 
 C, N = TypeVar("C"), TypeVar("N")
 
-_TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+TRUTH_VALUES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 
 
@@ -44,10 +44,8 @@ def read_help(cls: type) -> dict[str, str]:
         body = ast.parse(inspect.getsource(owner)).body[0].body
         for line, below in itertools.pairwise(body):
             match line, below:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(
-                    value=ast.Constant(value=str(text))
-                ):
-                    texts[name] = " ".join(text.split())
+                case ast.AnnAssign(target=target), ast.Expr(value=ast.Constant(value=str(text))):
+                    texts[target.id] = " ".join(text.split())
     return texts
 
 
@@ -126,10 +124,10 @@ def _convert_one(f: Field, kind: type, value: Any) -> Any:
     """Convert one value of option `f` to `kind`."""
     text = str(value).lower() if kind is bool else str(value)
     wrong = UserError(f"{f.name}: {value!r:.200} is not {_KINDS[kind]}")
-    if not isinstance(value, str | int | float) or (kind is bool and text not in _TRUTH):
+    if not isinstance(value, str | int | float) or (kind is bool and text not in TRUTH_VALUES):
         raise wrong
     if kind is bool:
-        return _TRUTH[text]
+        return TRUTH_VALUES[text]
     if kind is str:
         if not is_text(text):
             raise UserError(f"{f.name}: {value!r} holds a NUL, or bytes that are no UTF-8")
