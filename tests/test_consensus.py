@@ -12,10 +12,11 @@ import torch
 from reference import average_by_hand, carry_by_hand
 from test_tokenflow import edit_of, source_of, video_of
 
+from tokenflow.config import PnPConfig
 from tokenflow.editing.checkpoint import EditCheckpoint
 from tokenflow.editing.consensus import DISTANCES, Consensus, choose_steps
 from tokenflow.editing.denoise import TokenFlowDenoiser, denoise
-from tokenflow.editing.source import Source, open_motion
+from tokenflow.editing.source import Source, find_flow, open_motion
 from tokenflow.motion.averaging import average, carry, find_reliability, warp
 from tokenflow.motion.dense import DenseMotion
 from tokenflow.motion.fusion import FLICKER, Fusion
@@ -148,10 +149,13 @@ def test_motion_of_a_read_only_inversion_is_kept_elsewhere(moving, monkeypatch, 
         folder=tmp_path / "inversion",
         manifest=SimpleNamespace(n_frames=9, config={"H": 64, "W": 64}),
         source_frame=moving.__getitem__,
+        latents=lambda name: torch.empty(9, 4, 8, 8),
     )
     for writable, parent in ((True, "inversion"), (False, "edit")):
         monkeypatch.setattr(os, "access", lambda *_, writable=writable: writable)
         source, elsewhere = Source(inversion, 5), tmp_path / "edit"
+        flow = find_flow(source, PnPConfig(data_path="", prompt="x"), Processes(CPU), elsewhere)
+        assert flow.folder == tmp_path / parent / "flow" and (flow.folder / "1.npy").is_file()
         pairs = open_motion(source, elsewhere)
         assert pairs.folder == tmp_path / parent / "motion"
         assert (pairs.n_frames, pairs.n_used, pairs.shape) == (9, 5, (64, 64, 3))

@@ -216,12 +216,11 @@ class EditRun:
 
     def _find_source(self) -> Source:
         """The source with its features, if they were kept for this edit, and the optical flow it follows."""
-        config, inversion, n_frames = self.config, self.inversion, self.n_frames
-        keyframes = plan_keyframes(config, self.sd.scheduler, n_frames)
-        flow = None
+        config, flow = self.config, None
         if config.correspondences == "flow":
-            flow = find_flow(inversion, config, n_frames, self.processes)
-        features = find_features(inversion, config, keyframes, self.shared)
+            flow = find_flow(self.source, config, self.processes, self.scratch)
+        keyframes = plan_keyframes(config, self.sd.scheduler, self.n_frames)
+        features = find_features(self.inversion, config, keyframes, self.shared)
         return replace(self.source, features=features, flow=flow)
 
     @cached_property

@@ -102,32 +102,36 @@ def _why_unfit(inversion: Inversion, config: EditConfig, keyframes: KeyframeSche
 
 
 def find_flow(
-    inversion: Inversion, config: EditConfig, n_frames: int, processes: Processes
+    source: Source, config: EditConfig, processes: Processes, elsewhere: Path
 ) -> FlowToKeyframes:
-    """The optical flow between the first frames of a video and their keyframes, kept with its inversion."""
-    n_all, _, height, width = inversion.latents(CLEAN).shape
+    """The optical flow between frames and their keyframes, kept as `open_motion` keeps the motion."""
+    inversion = source.inversion
+    n_frames, _, height, width = inversion.latents(CLEAN).shape
     flow = FlowToKeyframes(
-        inversion.folder / "flow",
-        inversion.source_frame,
-        n_frames=n_all,
-        n_used=n_frames,
+        _choose_folder(inversion, elsewhere) / "flow",
+        source.picture,
+        n_frames=n_frames,
+        n_used=source.n_frames,
         shape=(height, width, 2),
         cell=inversion.manifest.config["H"] // height,
         max_displacement=config.max_displacement,
     )
-    flow.create(range(1, find_furthest_keyframe(config.keyframe_interval, n_frames) + 1), processes)
+    furthest = find_furthest_keyframe(config.keyframe_interval, source.n_frames)
+    flow.create(range(1, furthest + 1), processes)
     return flow
 
 
 def open_motion(source: Source, elsewhere: Path) -> DenseMotion:
     """The motion between all frames, kept with the inversion, or `elsewhere` if that is read-only."""
-    inversion = source.inversion
-    folder = inversion.folder if os.access(inversion.folder, os.W_OK) else elsewhere
-    manifest = inversion.manifest
+    manifest = source.inversion.manifest
     return DenseMotion(
-        folder / "motion",
+        _choose_folder(source.inversion, elsewhere) / "motion",
         source.picture,
         n_frames=manifest.n_frames,
         n_used=source.n_frames,
         shape=(manifest.config["H"], manifest.config["W"], 3),
     )
+
+
+def _choose_folder(inversion: Inversion, elsewhere: Path) -> Path:
+    return inversion.folder if os.access(inversion.folder, os.W_OK) else elsewhere
