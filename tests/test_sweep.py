@@ -9,6 +9,7 @@ import weakref
 import numpy as np
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 from test_cli import TECHNIQUES, last_line, refusal, run
 from test_evaluation import page_data
 from test_lora import factors, kohya, write  # noqa: F401 (factors is a fixture)
@@ -21,6 +22,7 @@ from tokenflow.diffusion import parts
 from tokenflow.diffusion.checkpoint import Checkpoint
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing import edit as editing
+from tokenflow.editing import shared
 from tokenflow.editing.shared import Shared
 from tokenflow.errors import UserError
 from tokenflow.options import dump
@@ -220,7 +222,7 @@ def test_where_things_lie_tells_no_edits_apart(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # files of float16 are missed first
 def test_an_edits_controlnets_do_not_outlive_it(work, checkpoint, monkeypatch, dtype):
     folder, flags = work
-    made, use_controlnets = [], editing.use_controlnets
+    made, use_controlnets = [], shared.use_controlnets
 
     def noted(*args):
         assert not any(earlier() for earlier in made)
@@ -228,8 +230,12 @@ def test_an_edits_controlnets_do_not_outlive_it(work, checkpoint, monkeypatch, d
         made.append(weakref.ref(sd.controlnet))
         return sd
 
-    monkeypatch.setattr(editing, "use_controlnets", noted)
-    several = [[f"{checkpoint}/controlnet"], [f"{checkpoint}/../{checkpoint.name}/controlnet"]]
+    monkeypatch.setattr(shared, "use_controlnets", noted)
+    other = shutil.copytree(checkpoint / "controlnet", folder / f"controlnet_{dtype}")
+    weights = other / "diffusion_pytorch_model.safetensors"
+    tensors = {name: 2 * tensor for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    several = [[f"{checkpoint}/controlnet"], [str(other)]]
     (folder / "networks.yaml").write_text(yaml.safe_dump({"controlnet": several}))
     flags = [*flags, "--config_path", "networks.yaml", "--output_path", f"networks_{dtype}"]
     flags += ["--dtype", dtype]

@@ -11,13 +11,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from tokenflow.config import ControlNetConfig, EditConfig
+from tokenflow.config import EditConfig
 from tokenflow.control.control_images import ControlImages
 from tokenflow.control.depth import DEPTH_VIDEO, write_depth_video
 from tokenflow.diffusion.checkpoint import Checkpoint
-from tokenflow.diffusion.controlnets import use_controlnets
 from tokenflow.diffusion.ddim import Schedule
-from tokenflow.diffusion.lora import use_loras
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.checkpoint import EditCheckpoint, KeptArray
 from tokenflow.editing.consensus import DISTANCES, Consensus, choose_steps
@@ -131,28 +129,8 @@ class EditRun:
     @cached_property
     def sd(self) -> StableDiffusion:
         """The checkpoint, loaded when it is first needed, with this edit's ControlNets and LoRAs."""
-        config, get = self.config, self.shared.get
-        controlnets = config.controlnet_ids if isinstance(config, ControlNetConfig) else ()
-        sd = get("networks", None, self._load)
-        controlled = get("ControlNets", controlnets, lambda: use_controlnets(sd, controlnets))
-        # Not all that it returns is shared, since the ControlNets of one edit would outlive it.
-        adapted = get(
-            "LoRAs",
-            (config.lora, config.lora_scales),
-            lambda: use_loras(sd, config.lora, config.lora_scales).adapted,
-        )
-        return replace(controlled, adapted=adapted, limits=sd.limits.keep_in(self.steps))
-
-    def _load(self) -> StableDiffusion:
-        config, device = self.config, self.processes.device
-        log.info("loading %s on %s in %s", config.model_id, device, self.dtype)
-        return self.checkpoint.load(
-            device,
-            self.dtype,
-            cpu_offload=config.cpu_offload,
-            compiled=config.compile,
-            clip_skip=config.clip_skip,
-        )
+        sd = self.shared.load(self.checkpoint, self.config, self.processes.device, self.dtype)
+        return replace(sd, limits=sd.limits.keep_in(self.steps))
 
     def find_control_images(self) -> None:
         """Find the control images, and show them as a video, side by side."""

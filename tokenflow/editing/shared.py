@@ -1,9 +1,21 @@
 """What the edits of a sweep have in common, so that it is made once."""
 
+import logging
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from typing import Any, TypeVar
 
+import torch
+
+from tokenflow.config import ControlNetConfig, EditConfig
+from tokenflow.diffusion.checkpoint import Checkpoint
+from tokenflow.diffusion.controlnets import use_controlnets
+from tokenflow.diffusion.lora import use_loras
+from tokenflow.diffusion.stable_diffusion import StableDiffusion
+
 T = TypeVar("T")
+
+log = logging.getLogger("tokenflow")
 
 
 class Shared:
@@ -21,3 +33,29 @@ class Shared:
             self._made.pop(name, None)  # before the next one takes memory
             self._made[name] = key, make()
         return self._made[name][1]
+
+    def load(
+        self, checkpoint: Checkpoint, config: EditConfig, device: torch.device, dtype: torch.dtype
+    ) -> StableDiffusion:
+        """The networks of the checkpoint, with the ControlNets and LoRAs of an edit."""
+
+        def load() -> StableDiffusion:
+            log.info("loading %s on %s in %s", config.model_id, device, dtype)
+            return checkpoint.load(
+                device,
+                dtype,
+                cpu_offload=config.cpu_offload,
+                compiled=config.compile,
+                clip_skip=config.clip_skip,
+            )
+
+        sd = self.get("networks", None, load)
+        controlnets = config.controlnet_ids if isinstance(config, ControlNetConfig) else ()
+        controlled = self.get("ControlNets", controlnets, lambda: use_controlnets(sd, controlnets))
+        # Not all that it returns is shared, since the ControlNets of one edit would outlive it.
+        adapted = self.get(
+            "LoRAs",
+            (config.lora, config.lora_scales),
+            lambda: use_loras(sd, config.lora, config.lora_scales).adapted,
+        )
+        return replace(controlled, adapted=adapted)
