@@ -293,7 +293,7 @@ def test_which_edits_a_pattern_names(edited, evaluated, monkeypatch):
     monkeypatch.chdir(edited)
     everything = sorted(glob("out/*"))
     assert everything[:2] == ["out/edits.csv", "out/edits.png"]
-    everything.append("out/pnp_clip_2/")  # as a shell completes it
+    everything += ["out/pnp_clip_2/", f"{edited}/out/pnp_clip_2"]
     subjects = find_subjects(EvaluateConfig(edits=tuple(everything)))
     assert [subject.name for subject in subjects] == ["pnp_clip", "pnp_clip_2"]
     refusal(run("evaluate.py", "--edits", "out", cwd=edited), "edits: out has", "its edits.csv")

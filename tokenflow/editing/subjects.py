@@ -20,7 +20,7 @@ def find_subjects(config: EvaluateConfig) -> list[Subject]:
     """Everything that a configuration asks to evaluate. Raises UserError for what cannot be."""
     if not config.edits:
         return [_find_videos(config)]
-    named = list(dict.fromkeys(map(Path, config.edits)))
+    named = list({Path(edit).resolve(): Path(edit) for edit in config.edits}.values())
     # A pattern such as tokenflow-results/* also names the last report over all.
     folders = [path for path in named if path.is_dir() or path.name not in (PAGE, SHEET, TABLE)]
     return [_find_edit(folder, config) for folder in folders or named]

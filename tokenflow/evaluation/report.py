@@ -81,7 +81,8 @@ def write_report(path: Path, title: str, entries: list[Entry]) -> None:
     settings = differences([entry.options for entry in entries])
     if len(entries) > 1:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_image(path.with_name(SHEET), draw_edits(entries, settings))
+        with stage(path.with_name(SHEET)) as unfinished:
+            write_image(unfinished, draw_edits(entries, settings))
         write_table(path.with_name(TABLE), entries, settings)
         data["sheet"] = SHEET
     for entry, chosen in zip(entries, settings, strict=True):

@@ -14,7 +14,7 @@ const METRICS = {
   warp_8: ["warp error, gap 8", "x 1e-3", "lower", "The same, from 8 frames before. Blurred videos have little."],
   sharpness: ["sharpness", "of the source's", "near 1", "Squared gradient. Blur lowers it, and noise raises it."],
   drift: ["colour drift", "grey levels", "lower", "From the first second to the last. Motion changes colours, too."],
-  flicker: ["flicker", "grey levels", "lower", "Change from the frame before where the source stands still."],
+  flicker: ["flicker of still regions", "grey levels", "lower", "Change from the frame before where the source is still."],
   clip_prompt: ["CLIP score", "x 0.01", "higher", "Similarity of the frame and the prompt."],
   clip_frames: ["temporal consistency", "x 0.01", "higher", "CLIP similarity of the frame and the one before."],
   structure: ["structure distance", "x 1e-3", "lower", "Distance of the layout from the source's (DINO)."],
