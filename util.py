@@ -1,18 +1,19 @@
 """Video and frame input and output."""
 
-import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import av
 import cv2
 import numpy as np
 
-from tokenflow.errors import UserError, is_text
+from tokenflow.errors import DamagedError, UserError, is_out_of_resources, is_text
 from tokenflow.runtime.ahead import in_parallel
+from tokenflow.runtime.digests import digest_of, file_digest
 from tokenflow.runtime.run_folder import stage
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
@@ -20,6 +21,13 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 # different files. With cpu-independent=1 they give the same file on every processor.
 X264_OPTIONS = {"crf": "12", "x264-params": "cpu-independent=1"}
 FOLDER_FPS = Fraction(24)  # a folder of images does not say how fast it plays
+MAX_SIDE = 1 << 15  # pixels of a frame, which OpenCV can resize
+# Formats of files that name other files or servers, which would be read too.
+_PLAYLISTS = {
+    *("hls", "concat", "dash", "imf", "sdp", "rtp", "rtsp", "sap", "vobsub", "webm_dash_manifest"),
+    *("avisynth", "vapoursynth"),  # scripts
+}
+_FORMATS = ",".join(sorted(av.formats_available - _PLAYLISTS))
 
 
 def frame_rate(path: Path) -> Fraction:
@@ -27,6 +35,7 @@ def frame_rate(path: Path) -> Fraction:
 
     Raises UserError if `path` is missing or not a video.
     """
+    check_input(path)
     if path.is_dir():
         return FOLDER_FPS
     with _open_video(path) as container:
@@ -39,6 +48,7 @@ def decode_frames(path: Path) -> Iterator[np.ndarray]:
 
     Frames are decoded one by one. Raises UserError if `path` is missing or undecodable.
     """
+    check_input(path)
     if path.is_dir():
         yield from in_parallel(read_image, list_images(path))
         return
@@ -49,7 +59,17 @@ def decode_frames(path: Path) -> Iterator[np.ndarray]:
                 turned = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
                 yield np.ascontiguousarray(turned)  # torch takes no views of turned frames
         except av.FFmpegError as error:
+            if is_out_of_resources(error):
+                raise
             raise UserError(f"{path}: cannot be decoded ({error.strerror})") from error
+
+
+def check_input(path: Path) -> None:
+    """Raise UserError unless `path` is a file or folder; a pipe or device could be waited for without end."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    if not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path}: is neither a file nor a folder; give a copy that is one")
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -67,17 +87,23 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """One image file as uint8 RGB (H, W, 3)."""
-    image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    """One image file as uint8 RGB (H, W, 3). Raises UserError."""
+    check_input(path)
+    try:
+        image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    except cv2.error as error:
+        if is_out_of_resources(error):
+            raise
+        raise UserError(f"{path}: cannot be decoded as an image ({error.err})") from error
     if image is None:
         raise UserError(f"{path}: cannot be decoded as an image")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
 def write_image(path: Path, frame: np.ndarray) -> None:
-    """Write uint8 RGB (H, W, 3) as an image file."""
-    if not cv2.imwrite(str(path), cv2.cvtColor(frame, cv2.COLOR_RGB2BGR)):
-        raise OSError(f"cannot write {path}")
+    """Write uint8 RGB (H, W, 3) as an image file. Raises OSError."""
+    _, encoded = cv2.imencode(path.suffix, cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+    path.write_bytes(encoded)  # OpenCV itself does not notice that a disk is full
 
 
 def frame_path(folder: Path, index: int) -> Path:
@@ -85,14 +111,22 @@ def frame_path(folder: Path, index: int) -> Path:
     return folder / f"{index:05d}.png"
 
 
+def read_frame(folder: Path, index: int) -> np.ndarray:
+    """A frame of a folder written by `save_frames`, as uint8 RGB (H, W, 3). Raises DamagedError."""
+    try:
+        return read_image(frame_path(folder, index))
+    except UserError as error:  # it was not the user who wrote it
+        raise DamagedError(str(error)) from error
+
+
 def load_frames(folder: Path, indices: Iterable[int]) -> np.ndarray:
-    """Frames of a folder written by `save_frames`, as uint8 RGB (n, H, W, 3)."""
-    return np.stack(list(in_parallel(read_image, (frame_path(folder, index) for index in indices))))
+    """Frames of such a folder, as uint8 RGB (n, H, W, 3)."""
+    return np.stack(list(in_parallel(partial(read_frame, folder), indices)))
 
 
 def read_frames(folder: Path, n_frames: int) -> Iterator[np.ndarray]:
     """Yield the first `n_frames` frames of such a folder, uint8 RGB (H, W, 3), one by one."""
-    return in_parallel(read_image, (frame_path(folder, index) for index in range(n_frames)))
+    return in_parallel(partial(read_frame, folder), range(n_frames))
 
 
 def save_frames(folder: Path, start: int, frames: Iterable[np.ndarray]) -> int:
@@ -113,6 +147,10 @@ def fit_frame(frame: np.ndarray, height: int, width: int, mode: str) -> np.ndarr
     ratios = height / h, width / w
     scale = {"crop": max(ratios), "pad": min(ratios), "stretch": None}[mode]
     new_h, new_w = (height, width) if scale is None else (round(h * scale), round(w * scale))
+    if max(new_h, new_w) > MAX_SIDE or min(new_h, new_w) < 1:
+        raise UserError(
+            f"resize: a frame of {h} x {w} pixels would become {new_h} x {new_w} with {mode}; use stretch"
+        )
     shrinks = new_h * new_w < h * w
     frame = cv2.resize(
         frame, (new_w, new_h), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
@@ -132,7 +170,7 @@ def fit_frame(frame: np.ndarray, height: int, width: int, mode: str) -> np.ndarr
 
 def write_video(path: Path, frames: Iterable[np.ndarray], fps: Fraction) -> None:
     """Encode uint8 RGB frames (H, W, 3), H and W even, as H.264, one by one."""
-    with stage(path) as unfinished, av.open(str(unfinished), "w") as container:
+    with stage(path) as unfinished, av.open(str(unfinished.absolute()), "w") as container:
         stream = None
         for frame in frames:
             if stream is None:
@@ -150,32 +188,38 @@ def write_video_from_folders(path: Path, folders: list[Path], n_frames: int, fps
     """Encode a video of the first `n_frames` frames of the `folders`, side by side."""
 
     def beside_each_other(index: int) -> np.ndarray:
-        return np.concatenate([read_image(frame_path(folder, index)) for folder in folders], axis=1)
+        return np.concatenate([read_frame(folder, index) for folder in folders], axis=1)
 
     write_video(path, in_parallel(beside_each_other, range(n_frames)), fps)
 
 
-def fingerprint(path: Path) -> str:
-    """A short digest that tells files or folders of the same name apart without reading them whole."""
-    digest = hashlib.blake2b(digest_size=8)
-    if path.is_dir():
-        for image in list_images(path):
-            digest.update(f"{image.name} {image.stat().st_size}\n".encode())
-    else:
-        with path.open("rb") as file:
-            digest.update(str(path.stat().st_size).encode())
-            digest.update(file.read(1 << 20))
-    return digest.hexdigest()
+def digest_content(path: Path) -> str:
+    """The digest of all bytes of a file, or of the images of a folder in their order and with their names.
+
+    Two videos are equal if it is, wherever they lie. Raises UserError.
+    """
+    check_input(path)
+    if not path.is_dir():
+        return file_digest(path)
+    images = list_images(path)
+    for image in images:
+        check_input(image)
+    digests = in_parallel(file_digest, images)
+    lines = (f"{image.name} {digest}\n" for image, digest in zip(images, digests, strict=True))
+    return digest_of(line.encode() for line in lines)
 
 
 @contextmanager
 def _open_video(path: Path) -> Iterator[av.container.InputContainer]:
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
     try:
-        container = av.open(str(path))
+        # An absolute path is no URL, even if a colon is in it.
+        container = av.open(str(path.absolute()), options={"format_whitelist": _FORMATS})
     except av.FFmpegError as error:
-        raise UserError(f"{path}: is no video that can be decoded ({error.strerror})") from error
+        if is_out_of_resources(error):
+            raise
+        raise UserError(
+            f"{path}: is no video that can be decoded ({error.strerror}); of a playlist, give the videos"
+        ) from error
     with container:
         if not container.streams.video:
             raise UserError(f"{path}: holds no video")

@@ -14,7 +14,7 @@ from tokenflow.config_evaluate import EvaluateConfig
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.checkpoint import EditCheckpoint
 from tokenflow.editing.subjects import find_subjects
-from tokenflow.runtime.digests import seal
+from tokenflow.runtime.digests import NAME, _digest_list, seal
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.frame_array import FrameArray
 
@@ -190,6 +190,67 @@ def test_an_edit_of_another_version_is_not_evaluated(finished):
         refusal(run("evaluate.py", "--edits", edited, cwd=folder), path, "this version")
     path.write_text(text)
     seal(edited)
+
+
+def test_inversions_are_told_apart_by_content(finished, checkpoint):
+    """However paths are spelt and wherever things lie; another prompt does not replace what is finished."""
+    folder, inversion, _, invert, _ = finished
+    shutil.copytree(folder / "latents", folder / "moved", dirs_exist_ok=True)
+    shutil.copy(folder / "clip.mp4", folder / "elsewhere.mp4")
+    shutil.copytree(inversion.parents[1], inversion.parents[1].with_name("elsewhere"))
+    (folder / "tiny").symlink_to(checkpoint)
+    for changes in (
+        ["--data_path", folder / "clip.mp4", "--save_dir", folder / "moved"],
+        ["--data_path", "./elsewhere.mp4", "--model", "tiny", "--batch_size", 2],
+    ):
+        result = run("preprocess.py", *invert, *changes, cwd=folder)
+        assert last_line(result) and "exists already" in result.stderr
+    before = (inversion / "manifest.json").read_bytes()
+    for changes, words in (
+        (["--inversion_prompt", "a dog"], ["inversion_prompt 'a red square', not 'a dog'"]),
+        (["--seed", 2], ["seed 1, not 2"]),
+    ):
+        result = run("preprocess.py", *invert, *changes, cwd=folder)
+        refusal(result, inversion.relative_to(folder), *words, "--overwrite replaces it")
+    assert (inversion / "manifest.json").read_bytes() == before
+
+
+def test_files_of_another_version_of_the_code(finished):
+    """Keys that are missing, added, or of another type are one line that says what to do."""
+    folder, inversion, edited, invert, edit = finished
+
+    def change(stored, key, value):
+        return {k: v for k, v in stored.items() if k != key} | ({key: value} if value else {})
+
+    stored = json.loads((inversion / "manifest.json").read_text())
+    for changed in (
+        *(change(stored, key, value) for key in stored for value in (None, 3.5) if stored[key]),
+        change(stored, "added", "1"),
+        *(stored | {"config": change(stored["config"], key, None)} for key in ("seed", "networks")),
+        stored | {"config": stored["config"] | {"added": 1}},
+        stored | {"config": stored["config"] | {"steps": "many"}},
+    ):
+        with damaged(inversion / "manifest.json", "missing"), damaged(inversion / NAME, "missing"):
+            (inversion / "manifest.json").write_text(json.dumps(changed))
+            seal(inversion)
+            result = run("preprocess.py", *invert, cwd=folder)
+            refusal(result, "manifest.json is not as this version", "--overwrite recomputes")
+    result = run("run_tokenflow_pnp.py", *edit, "--output_path", "new", cwd=folder)
+    assert last_line(result)
+    for kept in (inversion, edited):
+        files = json.loads((kept / NAME).read_text())["files"]
+        files = {name: {"size": 3, "digest": file["digest"]} for name, file in files.items()}
+        text = json.dumps({"files": files, "digest": _digest_list(files)})
+        with damaged(kept / NAME, "missing"):
+            (kept / NAME).write_text(text)
+            script, flags = (
+                ("preprocess.py", invert) if kept == inversion else ("run_tokenflow_pnp.py", edit)
+            )
+            refusal(
+                run(script, *flags, cwd=folder),
+                "digests.json is not as this version",
+                "--overwrite",
+            )
 
 
 def test_edits_do_without_damaged_source_features(finished):

@@ -16,6 +16,7 @@ from tokenflow.diffusion.ddim import Schedule, check_finite, ddim_step, invert, 
 from tokenflow.editing.techniques import SDEdit
 from tokenflow.errors import UserError
 from tokenflow.inversion.check import make_schedules
+from tokenflow.inversion.files import name_video
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.runtime.batching import Batches
 
@@ -216,6 +217,15 @@ def test_non_finite_values_stop_the_run():
     with pytest.raises(FloatingPointError, match=r"timestep 201 .*--dtype"):
         list(invert(draw_latents(), FRAMES[:2], schedule, overflowing))
     check_finite(torch.ones(1), "ones")
+
+
+def test_the_name_of_a_video(tmp_path, monkeypatch):
+    """That of a folder whole, since what follows a dot is no suffix there; also where it is not spelt out."""
+    inside = tmp_path / "frames.v2" / "inside"
+    inside.mkdir(parents=True)
+    monkeypatch.chdir(inside)
+    names = {"..": "frames.v2", "../": "frames.v2", ".": "inside", "../clip.v1.mp4": "clip.v1"}
+    assert {path: name_video(path) for path in names} == names
 
 
 def test_steps_that_miss_editing_timesteps():

@@ -20,7 +20,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from test_cli import ROOT, TECHNIQUES, last_line, refusal, run
-from test_damage import WAYS
+from test_damage import WAYS, damaged
 
 import util
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
@@ -257,6 +257,9 @@ def test_a_run_that_was_stopped_halfway_is_resumed(source, checkpoint, monkeypat
         stop_at, evaluations = halfway, []
         assert run(script, *flags, cwd=source).returncode == 130
         stop_at = None
+        for path in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/config.json"):
+            with damaged(checkpoint / path, "missing"):  # a passing problem
+                refusal(run(script, *flags, cwd=source))
         for more in ([], ["--overwrite"], []):
             seen.clear()
             last_line(run(script, *flags, *more, cwd=source))

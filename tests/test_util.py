@@ -1,7 +1,10 @@
 """Video and frame input and output."""
 
+import os
 import struct
+import zlib
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -9,7 +12,7 @@ import pytest
 
 import util
 from tokenflow.control.detectors import detect_canny
-from tokenflow.errors import UserError
+from tokenflow.errors import DamagedError, UserError
 
 
 def mean_error(a, b):
@@ -110,16 +113,82 @@ def test_fitting_keeps_the_aspect_ratio(size, mode, expected):
     assert (fitted == 0).any() == (mode == "pad")
 
 
-def test_sources_that_are_no_video(tmp_path):
+def test_sources_that_are_no_video(tmp_path, clip, clip_frames):
+    """Playlists would pull in other files, and a pipe would be waited for."""
     (tmp_path / "text.mp4").write_text("not a video")
-    (tmp_path / "empty").mkdir()
-    for path, message in [
-        (tmp_path / "text.mp4", "no video that can be decoded"),
-        (tmp_path / "missing.mp4", "no such file"),
-        (tmp_path / "empty", "holds no images"),
-    ]:
+    (tmp_path / "clip.mp4").write_bytes(clip.read_bytes())
+    (tmp_path / "list.m3u8").write_text("#EXTM3U\n#EXTINF:1,\nclip.mp4\n#EXT-X-ENDLIST\n")
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile clip.mp4\n")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    for name in ("empty", "pipes", "huge"):
+        (tmp_path / name).mkdir()
+    os.mkfifo(tmp_path / "pipes" / "0.png")
+    util.write_image(tmp_path / "huge" / "0.png", clip_frames[0])
+    png = bytearray((tmp_path / "huge" / "0.png").read_bytes())
+    png[16:24] = struct.pack(">2I", 1 << 20, 1 << 20)  # width and height
+    png[29:33] = struct.pack(">I", zlib.crc32(png[12:29]))
+    (tmp_path / "huge" / "0.png").write_bytes(png)
+    for name, message in {
+        "text.mp4": "no video that can be decoded",
+        "missing.mp4": "no such file",
+        "empty": "holds no images",
+        "list.m3u8": "of a playlist, give the videos",
+        "list.mp4": "of a playlist, give the videos",
+        "pipe.mp4": "neither a file nor a folder",
+        "pipes": "neither a file nor a folder",
+        "huge": "0.png: cannot be decoded as an image",
+    }.items():
         with pytest.raises(UserError, match=message):
-            list(util.decode_frames(path))
+            list(util.decode_frames(tmp_path / name))
+    for name in ("missing.mp4", "pipe.mp4", "pipes"):
+        with pytest.raises(UserError):
+            util.digest_content(tmp_path / name)
+    with pytest.raises(UserError, match="a frame of 10000 x 1 pixels would become"):
+        util.fit_frame(np.zeros((10000, 1, 3), np.uint8), 512, 512, "crop")
+
+
+def test_videos_are_told_apart_by_all_their_bytes(tmp_path, clip_frames):
+    for name in ("a", "moved"):
+        (tmp_path / name).mkdir()
+        for index, frame in enumerate(clip_frames[:3]):
+            util.write_image(tmp_path / name / f"{index}.bmp", frame)
+    equal = util.digest_content(tmp_path / "a")
+    assert util.digest_content(tmp_path / "moved") == equal
+    util.write_image(tmp_path / "moved" / "1.bmp", clip_frames[3])  # of the same size
+    assert util.digest_content(tmp_path / "moved") != equal
+    (tmp_path / "a" / "2.bmp").rename(tmp_path / "a" / "3.bmp")
+    assert util.digest_content(tmp_path / "a") != equal
+    digests = set()
+    for last in b"ab":
+        (tmp_path / "long.mp4").write_bytes(bytes(2 << 20) + bytes([last]))
+        digests.add(util.digest_content(tmp_path / "long.mp4"))
+    assert len(digests) == 2
+
+
+def test_a_colon_in_a_path_makes_no_url(tmp_path, clip_frames, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in (Path("run:1") / "a.mp4", Path("12:30.mp4")):
+        util.write_video(path, clip_frames, 12)
+        assert len(list(util.decode_frames(path))) == 7 and util.frame_rate(path) == 12
+
+
+def test_an_image_that_does_not_fit_on_the_disk(tmp_path, clip_frames):
+    """The end of a small file is written when it is closed; OpenCV itself would not notice."""
+    (tmp_path / "00000.png").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        util.save_frames(tmp_path, 0, clip_frames[:1])
+
+
+def test_a_bad_frame_of_our_own_is_no_mistake_of_the_user(tmp_path, clip_frames):
+    util.save_frames(tmp_path, 0, clip_frames[:2])
+    (tmp_path / "00001.png").write_bytes(b"")
+    for read in (
+        lambda: list(util.read_frames(tmp_path, 2)),
+        lambda: util.load_frames(tmp_path, [1]),
+        lambda: util.write_video_from_folders(tmp_path / "a.mp4", [tmp_path], 2, Fraction(12)),
+    ):
+        with pytest.raises(DamagedError, match=r"00001\.png"):
+            read()
 
 
 def test_canny_finds_the_outline(clip_frames):

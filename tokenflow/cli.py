@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import yaml
 
 from tokenflow.errors import (
+    DamagedError,
     UserError,
     describe,
     is_out_of_memory,
@@ -130,6 +131,8 @@ def _explain(error: Exception) -> tuple[str, int]:
         return _OUT_OF_MEMORY, 1
     if is_out_of_resources(error):
         return _OUT_OF_RESOURCES.format(describe(error)), 1
+    if isinstance(error, DamagedError):
+        return f"{error}; the same command writes it anew", 1
     if isinstance(error, FloatingPointError | ConnectionError):
         return str(error), 1
     if not isinstance(error, OSError):

@@ -12,7 +12,7 @@ from tokenflow.config_control import ControlConfig
 from tokenflow.control.detectors import Frames, detect
 from tokenflow.diffusion.identity import identify
 from tokenflow.runtime.frame_array import FrameArray
-from util import fingerprint
+from util import digest_content
 
 
 class ControlImages:
@@ -52,14 +52,14 @@ class ControlImages:
 
 
 def control_identity(config: ControlConfig) -> str | None:
-    """The fingerprint of control_path, if there are such frames."""
+    """The digest of control_path, if there are such frames."""
     path = Path(config.control_path) if config.control_path else None
-    return fingerprint(path) if path and path.exists() else None
+    return digest_content(path) if path and path.exists() else None
 
 
 def identify_networks(config: PreprocessConfig | ControlNetConfig) -> list[str]:
-    """What tells the ControlNets from others, and the depth model if it is a folder."""
-    networks = list(config.controlnet_ids)
-    if config.depth_model and Path(config.depth_model).is_dir():
-        networks.append(config.depth_model)
-    return [identify(network) for network in networks]
+    """What tells the ControlNets from others, and the depth model if one is named."""
+    networks, depth = [identify(network) for network in config.controlnet_ids], config.depth_model
+    if depth:  # a hub id as it is, since nothing has been downloaded yet
+        networks.append(identify(depth) if Path(depth).is_dir() else depth)
+    return networks

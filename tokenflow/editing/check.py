@@ -1,7 +1,5 @@
 """Everything about an edit that can be checked before anything is loaded or written."""
 
-from pathlib import Path
-
 from tokenflow.config import ControlNetConfig, EditConfig
 from tokenflow.control.control_images import control_identity, identify_networks
 from tokenflow.control.detectors import check_detectors
@@ -16,10 +14,10 @@ from tokenflow.editing.identity import Identity
 from tokenflow.editing.mask import check_mask
 from tokenflow.editing.shared import Shared
 from tokenflow.errors import UserError
-from tokenflow.inversion.files import Inversion
+from tokenflow.inversion.files import Inversion, name_video
 from tokenflow.inversion.frames import FrameChoice, check_control_frames
 from tokenflow.runtime.distributed import Processes
-from util import fingerprint
+from util import digest_content
 
 
 def check_edit(config: EditConfig, technique: str, shared: Shared) -> EditRun:
@@ -59,10 +57,10 @@ def check_edit(config: EditConfig, technique: str, shared: Shared) -> EditRun:
             config.mask,
             lambda: check_mask(config.mask_path, choice, n_frames),
         )
-        files.append(fingerprint(config.mask_path))
+        files.append(digest_content(config.mask_path))
     return EditRun(
         config=config,
-        name=f"{technique}_{Path(config.data_path).stem}",
+        name=f"{technique}_{name_video(config.data_path)}",
         identity=Identity.of(config, inversion, files),
         checkpoint=checkpoint,
         inversion=inversion,

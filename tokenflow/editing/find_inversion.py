@@ -9,9 +9,9 @@ from tokenflow.control.control_images import control_identity
 from tokenflow.diffusion.checkpoint import Checkpoint
 from tokenflow.diffusion.layouts import as_json
 from tokenflow.errors import DamagedError, UserError
-from tokenflow.inversion.files import Inversion
+from tokenflow.inversion.files import Inversion, name_video
 from tokenflow.options import format_value
-from util import fingerprint
+from util import digest_content
 
 # Options of the edit that an inversion under ControlNets must share.
 CONDITIONS = ("control", "control_path", "canny_low", "canny_high", "depth_model")
@@ -85,7 +85,7 @@ def preprocess_command(config: EditConfig, like: dict | None = None) -> str:
 
 def _folder(config: EditConfig, name: str) -> Path:
     """The folder of a video's inversions under one name of a model."""
-    return Path(config.latents_path) / name / Path(config.data_path).stem
+    return Path(config.latents_path) / name / name_video(config.data_path)
 
 
 def _list(config: EditConfig, name: str) -> dict[int, Inversion]:
@@ -112,7 +112,8 @@ def _find_misfit(
     """What does not fit an edit, as a line that the remedy completes; empty if all fits."""
     manifest, inverted = inversion.manifest, inversion.manifest.config
     latents = f"the latents in {inversion.folder}"
-    if Path(config.data_path).exists() and fingerprint(Path(config.data_path)) != manifest.source:
+    video = Path(config.data_path)
+    if video.exists() and digest_content(video) != manifest.source:
         return f"{latents} are of another video; "
     if checkpoint.identity != manifest.checkpoint:
         return f"{latents} are of another model, {inverted['model']}; "

@@ -14,7 +14,7 @@ from tokenflow.errors import DamagedError, UserError
 from tokenflow.inversion.files import INVERTED, Inversion, Manifest, noisy
 from tokenflow.inversion.frames import FrameChoice
 from tokenflow.runtime.digests import check
-from util import fingerprint, frame_rate
+from util import digest_content, frame_rate
 
 
 def make_schedules(config: PreprocessConfig, scheduler: DDIMScheduler) -> tuple[Schedule, Schedule]:
@@ -49,7 +49,7 @@ def make_manifest(
     options["networks"] = identify_networks(config)
     return Manifest(
         config=options,
-        source=fingerprint(video),
+        source=digest_content(video),
         checkpoint=checkpoint.identity,
         fps=str(fps),
         n_frames=config.n_frames or FrameChoice.of(asdict(config)).count(video),
@@ -60,7 +60,10 @@ def make_manifest(
 
 
 def is_up_to_date(final: Inversion, manifest: Manifest, overwrite: bool) -> bool:
-    """Whether this inversion exists, is undamaged, and is not to be overwritten."""
+    """Whether this inversion exists and is undamaged.
+
+    Raises UserError if it is damaged, or another one is there, unless `overwrite` asks to replace it.
+    """
     if not final.exists:
         return False
     try:
@@ -70,8 +73,13 @@ def is_up_to_date(final: Inversion, manifest: Manifest, overwrite: bool) -> bool
                 f"{final.folder} holds the inversion of another video of the same name; "
                 "use another --save_dir, or delete that folder"
             )
-        if overwrite or found.identity != manifest.identity:
+        if overwrite:
             return False
+        if difference := found.describe_difference(manifest):
+            raise UserError(
+                f"{final.folder} holds an inversion with {difference}; --overwrite replaces it, and another "
+                "--save_dir keeps it"
+            )
         check(final.folder)
     except DamagedError as damage:
         if overwrite:

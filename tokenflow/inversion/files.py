@@ -18,6 +18,7 @@
 """
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
@@ -34,11 +35,19 @@ from tokenflow.options import build, for_each
 from tokenflow.runtime.digests import check
 from tokenflow.runtime.frame_array import FrameArray
 from tokenflow_utils import KeyframeSchedule
-from util import frame_path, read_image
+from util import frame_path, read_frame
 
 CLEAN = "clean_latents"
 INVERTED = "inverted_latents"
 VIDEO = "inverted.mp4"
+# What a manifest has besides the options, and how another value of it is described.
+ADDED = {
+    "conditioned": "other ControlNets",
+    "control_frames": "other frames of control_path",
+    "networks": "other ControlNets",
+}
+# Options that say where things lie. What lies there is told by digests.
+PATHS = ("data_path", "save_dir", "control_path", "model", "controlnet", "depth_model")
 
 
 @dataclass(frozen=True)
@@ -46,8 +55,8 @@ class Manifest:
     """Everything that an inversion was computed from."""
 
     config: dict  # of the PreprocessConfig
-    source: str  # fingerprint of the video
-    checkpoint: str  # fingerprint of the UNet's weights, or the hub id
+    source: str  # digest of the video
+    checkpoint: str  # what tells it from other checkpoints
     fps: str  # frames per second of the frames used, as a fraction
     n_frames: int
     timesteps: tuple[int, ...]  # editing timesteps whose latents are saved, the noisiest first
@@ -65,17 +74,28 @@ class Manifest:
         for field in fields(cls):
             if field.type in (str, int, dict) and type(stored[field.name]) is not field.type:
                 raise TypeError(field.name)
-        build(PreprocessConfig, {f.name: manifest.config[f.name] for f in fields(PreprocessConfig)})
-        if not {"conditioned", "control_frames"} <= set(manifest.config):
-            raise KeyError(manifest.config)
+        names = {f.name for f in fields(PreprocessConfig)}
+        build(PreprocessConfig, {name: manifest.config[name] for name in names})
+        if manifest.config.keys() != names | ADDED.keys():
+            raise LookupError("other options")
         Fraction(manifest.fps)
         return manifest
 
     @property
     def identity(self) -> dict:
-        """What tells inversions apart: those of the same identity are equal."""
-        config = {key: value for key, value in self.config.items() if key not in HOW}
+        """What tells inversions apart: those of the same identity are equal, wherever things lie."""
+        config = {key: value for key, value in self.config.items() if key not in (*HOW, *PATHS)}
         return {"config": config, "source": self.source, "checkpoint": self.checkpoint}
+
+    def describe_difference(self, other: "Manifest") -> str:
+        """What tells it from another inversion of the same video; empty if nothing does."""
+        if self.checkpoint != other.checkpoint:
+            return "another model"
+        theirs = other.identity["config"]
+        for key, value in self.identity["config"].items():
+            if value != theirs[key]:
+                return ADDED.get(key) or f"{key} {value!r}, not {theirs[key]!r}"
+        return ""
 
     @property
     def frame_rate(self) -> Fraction:
@@ -99,7 +119,7 @@ class Inversion:
         """Where `preprocess.py` puts the inversion of `n_frames` frames."""
         conditioned = bool(config.controlnet_ids)
         name = inversion_name(config.model, config.sd_version, conditioned)
-        video = Path(config.save_dir) / name / Path(config.data_path).stem
+        video = Path(config.save_dir) / name / name_video(config.data_path)
         return cls(video / f"steps_{config.steps}" / f"nframes_{n_frames}")
 
     @property
@@ -109,7 +129,7 @@ class Inversion:
 
     def source_frame(self, index: int) -> np.ndarray:
         """A frame of the source, uint8 RGB (H, W, 3)."""
-        return read_image(frame_path(self.source_frames, index))
+        return read_frame(self.source_frames, index)
 
     @property
     def vae(self) -> Path:
@@ -209,6 +229,12 @@ class FrameFiles:
             yield array.bytes_of(frames)
         for index in frames.tolist() if self.images else ():
             yield frame_path(self.images, index).read_bytes()
+
+
+def name_video(data_path: str) -> str:
+    """The name of a video's folder of inversions: that of a folder whole, of a file without its suffix."""
+    path = Path(os.path.abspath(data_path))  # the current folder has a name, too
+    return path.name if path.is_dir() else path.stem
 
 
 def noisy(t: int) -> str:

@@ -37,7 +37,14 @@ from tokenflow.runtime.ahead import WriteBehind
 from tokenflow.runtime.batching import Batches, Limits, frames_per_pass, split_evenly
 from tokenflow.runtime.digests import seal
 from tokenflow.runtime.distributed import Processes
-from tokenflow.runtime.run_folder import Progress, lock, remove, resume_folder, unfinished_path
+from tokenflow.runtime.run_folder import (
+    Progress,
+    can_resume,
+    lock,
+    remove,
+    resume_folder,
+    unfinished_path,
+)
 from tokenflow_utils import KeyframeSchedule
 from util import load_frames, read_frames, save_frames, write_video_from_folders
 
@@ -81,8 +88,13 @@ def open_inversion(config: PreprocessConfig) -> Iterator["InversionRun"]:
     with ExitStack() as held:
         if run.processes.is_main:
             held.enter_context(lock(final.folder))
+            is_up_to_date(final, manifest, config.overwrite)  # another run may have finished since
             identity = json.dumps(manifest.identity, sort_keys=True)
             resume = config.resume and not config.overwrite
+            if run.inversion.folder.exists() and not (
+                resume and can_resume(final.folder, identity)
+            ):
+                _ = run.sd  # what another run has left goes only if this one can begin
             held.enter_context(resume_folder(final.folder, identity, resume))
         run.processes.wait()
         yield run

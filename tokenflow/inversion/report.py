@@ -14,7 +14,7 @@ from tokenflow.evaluation.report import PAGE, PARTS, Entry, write_report
 from tokenflow.evaluation.subject import RECONSTRUCTION, SOURCE, VAE
 from tokenflow.evaluation.verdict import verdict
 from tokenflow.inversion.files import VIDEO, Inversion, Manifest
-from util import decode_frames, read_frames, write_video_from_folders
+from util import read_frames, write_video_from_folders
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def write_page(inversion: Inversion, manifest: Manifest, curves: Curves) -> None
         skipped=["temporal consistency and CLIP score: evaluate.py measures them for edits"],
         options={key: value for key, value in manifest.config.items() if key not in hidden},
         pictures={
-            name: thumbnails(decode_frames(folder), n_frames)
+            name: thumbnails(read_frames(folder, n_frames), n_frames)
             for name, folder in list_folders(inversion).items()
         },
     )

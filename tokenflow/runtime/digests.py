@@ -67,8 +67,12 @@ def _read_list(folder: Path) -> dict[str, dict]:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         if stored["digest"] == _digest_list(stored["files"]):
+            kinds = {"bytes": int, "digest": str}
+            for file in stored["files"].values():
+                if {name: type(value) for name, value in file.items()} != kinds:
+                    raise DamagedError(f"{path} is not as this version of the code writes it")
             return stored["files"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise DamagedError(f"{path} is damaged: its content is not what was written")
 

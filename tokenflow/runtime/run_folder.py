@@ -15,6 +15,8 @@ from tokenflow.errors import UserError
 from tokenflow.runtime.ahead import in_parallel
 from tokenflow.runtime.digests import digest_of
 
+NOTE = ".run.json"  # which says in an unfinished folder which run it is of
+
 
 def unfinished_path(path: Path) -> Path:
     """Where a file or folder is written until it is complete and renamed to `path`."""
@@ -49,18 +51,22 @@ def resume_folder(path: Path, identity: str, resume: bool) -> Iterator[Path]:
     If the block raises UserError or FloatingPointError, a folder that is new is removed. What an earlier run
     wrote stays, whatever ends the block. Without `resume` the block starts with an empty folder.
     """
-    unfinished = unfinished_path(path)
-    note = unfinished / ".run.json"
+    unfinished, is_new = unfinished_path(path), not (resume and can_resume(path, identity))
     with _create_folder(path.parent):
-        is_new = not (resume and note.is_file() and note.read_bytes() == identity.encode())
         if is_new:
             remove(unfinished)
             unfinished.mkdir()
-            note.write_bytes(identity.encode())
+            (unfinished / NOTE).write_bytes(identity.encode())
         with _remove_after_mistake(unfinished, is_new):
             yield unfinished
         _replace(unfinished, path)
-        (path / note.name).unlink()
+        (path / NOTE).unlink()
+
+
+def can_resume(path: Path, identity: str) -> bool:
+    """Whether a killed run of that `identity` left an unfinished folder."""
+    note = unfinished_path(path) / NOTE
+    return note.is_file() and note.read_bytes() == identity.encode()
 
 
 class Progress:
