@@ -476,6 +476,20 @@ def test_fused_nearest_tokens_equal_the_blocked_ones():
         ]  # the first of ties
 
 
+def test_a_kernel_that_does_not_compile_is_not_used(monkeypatch):
+    """But where memory runs out while it is tried, it may still run later, so that ends the pass."""
+    kernel = pytest.importorskip("tokenflow.propagation.nearest_triton")
+    failures = iter([RuntimeError("no ptxas"), torch.OutOfMemoryError("CUDA out of memory")])
+
+    def fail(*args):
+        raise next(failures)
+
+    monkeypatch.setattr(kernel, "find_nearest_fused", fail)
+    assert not kernel.runs_on(torch.device("cpu"), torch.float32)
+    with pytest.raises(torch.OutOfMemoryError):
+        kernel.runs_on(torch.device("cpu"), torch.float64)
+
+
 def test_the_kernel_compiles_for_every_gpu():
     """Ahead of time, which needs no GPU, for what torch runs on: shared memory within each one's bounds."""
     pytest.importorskip("triton")

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from tokenflow.errors import is_out_of_resources
+
 log = logging.getLogger("tokenflow")
 
 
@@ -108,6 +110,8 @@ def runs_on(device: torch.device, dtype: torch.dtype) -> bool:
             find_nearest_fused(tokens[:, :40], tokens[0, :40]).cpu()[0], torch.arange(40)
         )
     except Exception as error:  # a compiler has many ways to fail, and none may end an edit
+        if is_out_of_resources(error):  # for now, while what is found here counts for the whole run
+            raise
         log.info("the fused kernel does not run here (%s)", str(error).partition("\n")[0])
         return False
     return right
