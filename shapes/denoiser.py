@@ -94,12 +94,6 @@ def unet_loss(
     return denoising_loss(predicted, noise, weights)
 
 
-def find_edges(frames: np.ndarray, device: torch.device) -> Tensor:
-    """Edges (B, 3, H, W), 0 or 1, of `frames` (B, H, W, 3)."""
-    edges = torch.from_numpy(detect_canny(frames, *CANNY_THRESHOLDS)).permute(0, 3, 1, 2)
-    return edges.to(device) / 255
-
-
 def open_embedding(controlnet: ControlNetModel) -> None:
     """Give the embedding of edges random weights in place of those that let nothing through.
 
@@ -128,7 +122,8 @@ def controlnet_loss(
     device = latents.device
     chosen = torch.randint(len(latents), (BATCH,), generator=generator)
     noised, noise, times, _ = add_noise(scheduler, latents[chosen], generator)
-    edges, text = find_edges(frames[chosen.numpy()], device), text[chosen].to(device)
+    edges = torch.from_numpy(detect_canny(frames[chosen.numpy()], *CANNY_THRESHOLDS))
+    edges, text = edges.permute(0, 3, 1, 2).to(device) / 255, text[chosen].to(device)
     with torch.autocast(device.type, torch.bfloat16):
         down, middle = controlnet(noised, times, text, edges, return_dict=False)
         predicted = unet(
