@@ -108,6 +108,7 @@ class EditRun:
             if Inversion(folder).manifest == self.inversion.manifest:
                 return
         if self.folder:
+            remove(self.video)  # else it would count as finished
             remove(self.steps)
         raise UserError(f"{folder}: it was replaced while this edit read it; repeat the command")
 
