@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import av
 import cv2
 import huggingface_hub
 import pytest
@@ -15,6 +16,7 @@ from ldm import single_file, write_single_file
 from test_cli import run
 from test_depth import build_depth_model
 
+import util
 from tokenflow.control.depth import load_depth_model
 from tokenflow.diffusion import checkpoint as checkpoints
 from tokenflow.diffusion import identity, lora
@@ -217,29 +219,44 @@ def test_parts_that_a_single_file_lacks_are_taken_from_beside_it(checkpoint, tmp
 
 
 @pytest.mark.parametrize("error", EXHAUSTED, ids=repr)
-def test_what_runs_out_is_blamed_on_no_file(checkpoint, tmp_path, monkeypatch, error):
+def test_what_runs_out(error):
+    wrapped = ValueError("cannot be loaded")
+    wrapped.__cause__ = error
+    assert is_out_of_resources(error) and is_out_of_resources(wrapped)
+    assert not is_out_of_resources(ValueError("cannot be loaded"))
+    assert not is_out_of_resources(FileNotFoundError(errno.ENOENT, "No such file or directory"))
+
+
+def test_what_runs_out_is_blamed_on_no_file(checkpoint, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
-        raise error
+        raise OSError(errno.EMFILE, "Too many open files")
 
     copy(checkpoint, tmp_path / "mine")
-    write_single_file(checkpoint, tmp_path / "mine.safetensors")
-    places = [
-        (checkpoints.UNet2DConditionModel, "load_config", checkpoint),
-        (checkpoints.UNet2DConditionModel, "from_pretrained", checkpoint),
+    file = tmp_path / "mine.safetensors"
+    write_single_file(checkpoint, file)
+    unet = checkpoints.UNet2DConditionModel
+    for owner, name, path in (
+        (unet, "load_config", checkpoint),
+        (unet, "from_pretrained", checkpoint),
         (checkpoints.DDIMScheduler, "from_config", checkpoint),
-        (single_files, "load_file", tmp_path / "mine.safetensors"),
-        (checkpoints.UNet2DConditionModel, "from_single_file", tmp_path / "mine.safetensors"),
-    ]
-    for owner, name, path in places:
-        with monkeypatch.context() as patched:
+        (single_files, "load_file", file),
+        (unet, "from_single_file", file),
+    ):
+        with monkeypatch.context() as patched, pytest.raises(OSError, match="Too many open files"):
             patched.setattr(owner, name, fail)
-            with pytest.raises(type(error)) as raised:
-                Checkpoint.find(str(path)).load(CPU, torch.float32)
-        assert raised.value is error and is_out_of_resources(raised.value)
-    with monkeypatch.context() as patched:
-        patched.setattr(lora.Loader, "lora_state_dict", fail)
-        with pytest.raises(type(error)):
-            lora.check_loras([str(tmp_path / "mine.safetensors")], {})
+            Checkpoint.find(str(path)).load(CPU, torch.float32)
+    monkeypatch.setattr(lora.Loader, "lora_state_dict", fail)
+    with pytest.raises(OSError, match="Too many open files"):
+        lora.check_loras([str(file)], {})
+
+
+def test_what_runs_out_is_no_fault_of_a_video(clip, monkeypatch):
+    def fail(*args, **kwargs):
+        raise av.error.MemoryError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(av, "open", fail)
+    with pytest.raises(MemoryError):
+        next(util.decode_frames(clip))
 
 
 def test_what_runs_out_ends_a_command_with_one_line(checkpoint, clip, tmp_path, monkeypatch):
@@ -252,7 +269,6 @@ def test_what_runs_out_ends_a_command_with_one_line(checkpoint, clip, tmp_path, 
     assert result.returncode == 1 and result.stdout == ""
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert "run out of memory, threads, open files" in line
-    assert not is_out_of_resources(ValueError("unet is broken"))
 
 
 def test_a_model_with_code_of_its_own_is_not_asked_about(tmp_path, monkeypatch, capsys):

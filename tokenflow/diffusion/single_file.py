@@ -78,7 +78,7 @@ class SingleFile:
 
     @property
     def identity(self) -> str:
-        """What tells files apart, and how they are understood."""
+        """What tells the file from others."""
         return digest_files({"": self.path})
 
     def load_network(self, cls: type, subfolder: str, dtype: torch.dtype) -> torch.nn.Module:
