@@ -93,16 +93,16 @@ def test_every_technique(tmp_path, depth_checkpoint, clip):
     assert video_of(inverted / "depth.mp4") == (3, 12, 64, 64)
     edit = [*common, "--prompt", "a dog", "--n_inversion_steps", 2, "--n_timesteps", 2]
     edit += ["--keyframe_interval", 8]
+    depth_model = tmp_path / "depth"  # with its processor beside it
+    for part in ("depth_estimator", "feature_extractor"):
+        shutil.copytree(depth_checkpoint / part, depth_model, dirs_exist_ok=True)
     frames = {}
     for technique, flags in {
         "pnp": [],
         "sdedit": ["--mask", "auto"],
         "controlnet": ["--controlnet", depth_checkpoint / "controlnet", "--control", "depth"]
-        + ["--depth_model", depth_checkpoint / "depth_estimator"],
+        + ["--depth_model", depth_model],
     }.items():
-        if technique == "controlnet":  # a depth model with its processor beside it
-            processor = depth_checkpoint / "feature_extractor" / "preprocessor_config.json"
-            shutil.copy(processor, depth_checkpoint / "depth_estimator")
         result = run(f"run_tokenflow_{technique}.py", *edit, *flags, cwd=tmp_path)
         folder = tmp_path / last_line(result).parent
         assert "denoised along" not in result.stderr

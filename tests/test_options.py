@@ -11,6 +11,7 @@ from itertools import pairwise
 import pytest
 import yaml
 from test_cli import ROOT, TECHNIQUES, refusal, run_process
+from tqdm import tqdm
 
 from tokenflow.cli import command, parse
 from tokenflow.config import EditConfig, PnPConfig, PreprocessConfig, SDEditConfig
@@ -207,6 +208,18 @@ def test_what_ends_a_command(capsys, error, status, words):
         command(main)()
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(words, line)
+
+
+def test_an_error_stands_on_a_line_of_its_own(capsys):
+    """Although the error keeps alive whatever shows a progress bar."""
+
+    def main():
+        for _ in tqdm(range(3), "Reading"):
+            raise UserError("no such frame")
+
+    with pytest.raises(SystemExit, match="2"):
+        command(main)()
+    assert "error: no such frame" in re.split("[\\r\\n]", capsys.readouterr().err)
 
 
 def test_errors_of_the_code_itself_keep_their_traceback():

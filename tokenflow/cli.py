@@ -116,8 +116,11 @@ def command(main: Callable[[], str]) -> Callable[[], None]:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
         except Exception as error:
+            from tqdm import tqdm  # here, because `--help` needs none
+
             text, status = _explain(error)
-            print(f"{blame}: {make_printable(text)}", file=sys.stderr)
+            # On a line of its own, though a progress bar stands unfinished.
+            tqdm.write(f"{blame}: {make_printable(text)}", file=sys.stderr)
             sys.exit(status)
 
     return wrapper
