@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_cli import edit_flags, last_line, refusal, run
 
+import util
 from tokenflow.config_evaluate import EvaluateConfig
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.checkpoint import EditCheckpoint
@@ -112,6 +113,24 @@ def test_damage_of_another_inversion_blocks_nothing(finished, monkeypatch):
     finally:
         shutil.rmtree(inversion.with_name("nframes_8"))
         shutil.rmtree(model.parents[2])
+
+
+def test_folders_whose_names_differ_after_a_dot_are_two_videos(tmp_path, checkpoint, clip_frames):
+    """One is named from within it; the edit of the other is still known when its frames are gone."""
+    common = ["--model", checkpoint, "--n_frames", 2, "--dtype", "float32"]
+    invert = [*common, "--H", 64, "--W", 64, "--steps", 2, "--save_steps", 2]
+    invert += ["--save_dir", tmp_path / "latents", "--no_reconstruction"]
+    edit = [*common, "--n_inversion_steps", 2, "--n_timesteps", 2, "--prompt", "a dog"]
+    edit += ["--latents_path", tmp_path / "latents", "--output_path", tmp_path / "edits"]
+    for name in ("frames.v1", "frames.v2"):
+        (tmp_path / name).mkdir()
+        util.save_frames(tmp_path / name, 0, clip_frames[name == "frames.v2" :][:2])
+        last_line(run("preprocess.py", *invert, "--data_path", ".", cwd=tmp_path / name))
+        made = run("run_tokenflow_pnp.py", *edit, "--data_path", name, cwd=tmp_path)
+        assert last_line(made).parent == tmp_path / "edits" / f"pnp_{name}"
+    shutil.rmtree(tmp_path / "frames.v1")
+    again = run("run_tokenflow_pnp.py", *edit, "--data_path", "frames.v1", cwd=tmp_path)
+    assert last_line(again) and "exists already" in again.stderr
 
 
 @pytest.mark.parametrize("has_locks", [True, False])

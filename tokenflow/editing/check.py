@@ -14,7 +14,7 @@ from tokenflow.editing.identity import Identity
 from tokenflow.editing.mask import check_mask
 from tokenflow.editing.shared import Shared
 from tokenflow.errors import UserError
-from tokenflow.inversion.files import Inversion, name_video
+from tokenflow.inversion.files import Inversion
 from tokenflow.inversion.frames import FrameChoice, check_control_frames
 from tokenflow.runtime.distributed import Processes
 from util import digest_content
@@ -60,7 +60,7 @@ def check_edit(config: EditConfig, technique: str, shared: Shared) -> EditRun:
         files.append(digest_content(config.mask_path))
     return EditRun(
         config=config,
-        name=f"{technique}_{name_video(config.data_path)}",
+        name=f"{technique}_{inversion.folder.parents[1].name}",
         identity=Identity.of(config, inversion, files),
         checkpoint=checkpoint,
         inversion=inversion,

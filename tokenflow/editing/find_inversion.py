@@ -85,7 +85,10 @@ def preprocess_command(config: EditConfig, like: dict | None = None) -> str:
 
 def _folder(config: EditConfig, name: str) -> Path:
     """The folder of a video's inversions under one name of a model."""
-    return Path(config.latents_path) / name / name_video(config.data_path)
+    folder, video = Path(config.latents_path) / name, Path(config.data_path)
+    if not video.exists() and (folder / video.name).is_dir():  # it was a folder
+        return folder / video.name
+    return folder / name_video(config.data_path)
 
 
 def _list(config: EditConfig, name: str) -> dict[int, Inversion]:
