@@ -25,20 +25,16 @@ GAPS = (1, 4, 8)  # frames between the two that a warp error compares
 STILL_PIXELS = 0.1  # of flow; what moves less may be called still
 EQUAL_PSNR = 100.0  # dB, instead of infinity
 
-Moments = Sequence[
-    np.ndarray
-]  # the latest of all videos, uint8 RGB (videos, H, W, 3), the newest last
+# The latest moments of all videos, uint8 RGB (videos, H, W, 3), the newest last.
+Moments = Sequence[np.ndarray]
 Values = dict[str, Sequence[float]]  # by metric, one for each video; NaN where there is none
 Curves = dict[str, dict[str, list[float | None]]]  # by metric and video, one value for each frame
 Means = dict[str, dict[str, float]]  # by metric and video
-
-
 # In the order of tables. How a page shows them is in template/page.js.
 METRICS = (
-    *(f"warp_{gap}" for gap in GAPS),
-    *("sharpness", "drift", "flicker", "clip_prompt", "clip_frames", "structure"),
-    *("psnr", "ssim", "lpips"),
+    "warp_1 warp_4 warp_8 sharpness drift flicker clip_prompt clip_frames structure psnr ssim lpips"
 )
+METRICS = METRICS.split()
 
 
 class Meter(Protocol):
@@ -64,15 +60,14 @@ def measure(moments: Iterable[np.ndarray], meters: Sequence[Meter]) -> dict[str,
 
 def name_curves(measured: Mapping[str, np.ndarray], videos: Mapping[str, int]) -> Curves:
     """The curves of some videos, which are named and of these columns; None for NaN."""
-    curves = {}
-    for key, values in measured.items():
-        columns = {name: values[:, column] for name, column in videos.items()}
-        curves[key] = {
-            name: [None if np.isnan(value) else value for value in column.tolist()]
-            for name, column in columns.items()
-            if not np.isnan(column).all()
+    return {
+        key: {
+            name: [None if np.isnan(value) else value for value in values[:, column].tolist()]
+            for name, column in videos.items()
+            if not np.isnan(values[:, column]).all()
         }
-    return curves
+        for key, values in measured.items()
+    }
 
 
 def summarize(curves: Curves, frames_per_second: float) -> Means:
