@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import sys
 from collections import Counter
@@ -399,6 +400,10 @@ def test_evaluate_any_two_videos(tmp_path, clip, clip_frames, models):
         ("--edits a b --frame_by_frame c", ["frame_by_frame", "one edit"]),
         ("--source clip.mp4 --edited none.mp4", ["none.mp4", "no such file"]),
         ("--source clip.mp4 --edited small", ["small: its frames of 8 x 9 pixels"]),
+        ("--source pipe --edited clip.mp4", ["pipe: is neither a file nor a folder"]),
+        ("--source clip.mp4 --edited pipe", ["pipe: is neither a file nor a folder"]),
+        ("--source pipes --edited clip.mp4", ["pipes/1.png"]),
+        ("--edits out/pnp_clip_2 --frame_by_frame /dev/zero", ["/dev/zero: is neither a file"]),
         ("--edits a --device tpu", ["device: 'tpu'"]),
         ("--config_path bad.yaml", ["flow: 'farneback' is none of dis, raft"]),
     ],
@@ -407,6 +412,10 @@ def test_evaluate_refuses(edited, flags, words):
     (edited / "bad.yaml").write_text("edits: [a, b]\nflow: farneback\n")
     (edited / "small").mkdir(exist_ok=True)
     util.save_frames(edited / "small", 0, np.zeros((2, 8, 9, 3), np.uint8))
+    (edited / "pipes").mkdir(exist_ok=True)
+    for pipe in ("pipe", "pipes/1.png", "pipes/2.png"):
+        if not (edited / pipe).exists():
+            os.mkfifo(edited / pipe)
     refusal(run("evaluate.py", *flags.split(), cwd=edited), *words)
 
 
