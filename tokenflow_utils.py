@@ -267,8 +267,7 @@ class TokenFlowAttention(LayerProcessor):
                 outputs.append(extended_attention(query[stream], keys, values, attn.heads))
         output = project_output(attn, torch.cat(outputs))
         if SOURCE in tokenflow.streams and tokenflow.finds_correspondences:
-            tokens = tokenflow.split(hidden_states)[SOURCE]
-            cache.write((self.name, "tokens"), task.edited, tokens)
+            cache.write((self.name, "tokens"), task.edited, tokenflow.split(hidden_states)[SOURCE])
         for stream, of_stream in tokenflow.split(output).items():
             if stream in tokenflow.propagated:
                 cache.write((self.name, "outputs", stream), task.edited, of_stream)

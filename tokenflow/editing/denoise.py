@@ -149,15 +149,17 @@ class Denoiser:
         latents: Latents,
         t: int,
         frames: torch.Tensor,
-        passes: tuple[tuple[int, ...], ...] = (STREAMS,),
+        streams: tuple[int, ...] = STREAMS,
+        together: bool = True,
     ) -> torch.Tensor:
         """Guided noise (n, 4, h, w) of the frames (n,).
 
-        passes: the streams of each UNet pass; SOURCE may be left out. With LoRAs, which do not concern the
-        source, it passes alone.
+        streams: what passes the UNet, ascending; SOURCE may be left out. together: whether in one pass; with
+        LoRAs, which do not concern the source, it passes alone.
         """
-        if self.sd.adapted:
-            passes = tuple(part for streams in passes for part in set_source_apart(streams))
+        passes = [streams] if together else [(stream,) for stream in streams]
+        if together and self.sd.adapted and SOURCE in streams:
+            passes = [(SOURCE,), streams[1:]]
         controls, depth = self.technique.control(frames), self.source.depth(frames)
         edited, noise = latents[frames], {}
         for streams in passes:
@@ -244,10 +246,9 @@ class TokenFlowDenoiser(Denoiser):
         self.tokenflow.task = joint
 
         def predict(n_streams: int) -> torch.Tensor:
-            passes = (STREAMS,) if n_streams == len(STREAMS) else pass_one_by_one(STREAMS)
-            return self.predict_guided_noise(latents, step.t, frames, passes)
+            return self.predict_guided_noise(latents, step.t, frames, together=n_streams > 1)
 
-        n_streams = len(self._choose_passes(frames, latents, STREAMS)[0])
+        n_streams = len(STREAMS) if self._fit_together(frames, latents, STREAMS) else 1
         noise = Batches(n_streams, limits=self.sd.limits, kind="joint").fit(predict, n_streams)
         self.tokenflow.cache.write("noise", joint.edited, noise)
 
@@ -285,35 +286,23 @@ class TokenFlowDenoiser(Denoiser):
             source=kept.select(slice(places[0], places[-1] + 1)) if kept else SourceFeatures(),
             along_flow=along_flow,
         )
-        passes = self._choose_passes(frames, latents, (UNCOND, COND) if kept else STREAMS)
-        return self.predict_guided_noise(latents, step.t, frames, passes)
+        streams = (UNCOND, COND) if kept else STREAMS
+        together = self._fit_together(frames, latents, streams)
+        return self.predict_guided_noise(latents, step.t, frames, streams, together)
 
-    def _choose_passes(
+    def _fit_together(
         self, frames: torch.Tensor, latents: Latents, streams: tuple[int, ...]
-    ) -> tuple[tuple[int, ...], ...]:
-        """The streams one by one if a single one fills a CPU or all are too many for a GPU, else together."""
+    ) -> bool:
+        """Whether streams pass together: unless one fills a CPU, or all are too many for a GPU."""
         if self.sd.device.type == "cuda":
-            together = len(frames) * len(streams) <= MOST_SAMPLES
-        else:
-            together = len(frames) * latents.shape[-2] * latents.shape[-1] < FILLED_CPU
-        return (streams,) if together else pass_one_by_one(streams)
+            return len(frames) * len(streams) <= MOST_SAMPLES
+        return len(frames) * latents.shape[-2] * latents.shape[-1] < FILLED_CPU
 
     def _step(self, t: int) -> Step:
         keyframes, frames = self._keyframes[t], torch.arange(self.source.n_frames)
         if self.config.propagation == "previous":
             return Step(t, keyframes, previous_blend(frames, self.config.keyframe_interval))
         return Step(t, keyframes, flanking_blend(frames, keyframes))
-
-
-def pass_one_by_one(streams: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """The streams of UNet passes that take one stream each."""
-    return tuple((stream,) for stream in streams)
-
-
-def set_source_apart(streams: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The streams of one UNet pass as those of two: the source, if it is there, and the rest."""
-    rest = tuple(stream for stream in streams if stream != SOURCE)
-    return [part for part in ((SOURCE,) if SOURCE in streams else (), rest) if part]
 
 
 def plan_keyframes(config: EditConfig, scheduler: DDIMScheduler, n_frames: int) -> KeyframeSchedule:

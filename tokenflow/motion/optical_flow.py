@@ -22,12 +22,6 @@ class OpticalFlow:
         there = self.find(frame, other)
         return there, find_consistent(there, self.find(other, frame))
 
-    def find_both_ways(self, frame: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The flows (H, W, 2) between two frames, there and back; NaN where they do not agree."""
-        there, back = self.find(frame, other), self.find(other, frame)
-        agree = find_consistent(there, back), find_consistent(back, there)
-        return mark_invalid(there, agree[0]), mark_invalid(back, agree[1])
-
 
 class DenseInverseSearch(OpticalFlow):
     """Kroeger et al., ECCV 2016, arXiv 1603.03590, by OpenCV, on the CPU; each thread needs one of its own.
@@ -113,8 +107,3 @@ def find_consistent(forward: np.ndarray, backward: np.ndarray) -> np.ndarray:
 def squared_length(vectors: np.ndarray) -> np.ndarray:
     """The squared lengths (...) of vectors (..., d); many times faster than a sum over the last axis."""
     return sum(np.square(vectors[..., axis]) for axis in range(vectors.shape[-1]))
-
-
-def mark_invalid(flow: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """A flow (H, W, 2) that is NaN where it is not valid, which is (H, W)."""
-    return np.where(valid[..., None], flow, np.nan)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tokenflow.motion.optical_flow import DenseInverseSearch
+from tokenflow.motion.optical_flow import DenseInverseSearch, find_consistent
 from tokenflow.motion.pairs import KeptPairs
 
 
@@ -26,9 +26,11 @@ class FlowToKeyframes(KeptPairs):
 
     def measure(self, frame: np.ndarray, other: np.ndarray) -> np.ndarray:
         """The flow between two frames, uint8 RGB (H, W, 3), at the centres of the cells: (2, h, w, 2)."""
-        middle = np.s_[self.cell // 2 :: self.cell]
-        flows = DenseInverseSearch().find_both_ways(frame, other)
-        return np.stack([flow[middle, middle] for flow in flows])
+        flow, middle = DenseInverseSearch(), np.s_[self.cell // 2 :: self.cell]
+        there, back = flow.find(frame, other), flow.find(other, frame)
+        ways = (there, find_consistent(there, back)), (back, find_consistent(back, there))
+        flows = [np.where(valid[..., None], way, np.nan) for way, valid in ways]
+        return np.stack([way[middle, middle] for way in flows])
 
     def find_between(self, frames: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
         """The flow from frames (n,) to others (n, k), in cells; NaN where it fails: (n, k, h, w, 2)."""
