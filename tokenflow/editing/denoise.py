@@ -162,16 +162,16 @@ class Denoiser:
             passes = [(SOURCE,), streams[1:]]
         controls, depth = self.technique.control(frames), self.source.depth(frames)
         edited, noise = latents[frames], {}
-        for streams in passes:
-            self.tokenflow.streams = streams
-            source = self.source.latents(t, frames).to(edited) if SOURCE in streams else None
-            samples = torch.cat([source if stream == SOURCE else edited for stream in streams])
-            text = Text.cat([self.text[stream].expand(len(frames)) for stream in streams])
-            control = Control.cat([controls[stream] for stream in streams]) if controls else None
-            seen = None if depth is None else depth.repeat(len(streams), 1, 1, 1)
-            with self.sd.original() if SOURCE in streams else nullcontext():
+        for passing in passes:
+            self.tokenflow.streams = passing
+            source = self.source.latents(t, frames).to(edited) if SOURCE in passing else None
+            samples = torch.cat([source if stream == SOURCE else edited for stream in passing])
+            text = Text.cat([self.text[stream].expand(len(frames)) for stream in passing])
+            control = Control.cat([controls[stream] for stream in passing]) if controls else None
+            seen = None if depth is None else depth.repeat(len(passing), 1, 1, 1)
+            with self.sd.original() if SOURCE in passing else nullcontext():
                 predicted = self.sd.predict_noise(samples, t, text, control, seen)
-            noise |= zip(streams, predicted.chunk(len(streams)), strict=True)
+            noise |= zip(passing, predicted.chunk(len(passing)), strict=True)
         return guide(noise[UNCOND], noise[COND], self.config.guidance_scale)
 
 
