@@ -15,6 +15,7 @@ from tokenflow.config_evaluate import EvaluateConfig
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.checkpoint import EditCheckpoint
 from tokenflow.editing.subjects import find_subjects
+from tokenflow.evaluation import evaluate
 from tokenflow.runtime.digests import NAME, _digest_list, seal
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.frame_array import FrameArray
@@ -159,6 +160,21 @@ def test_an_inversion_is_not_replaced_under_an_edit(finished, monkeypatch, tmp_p
         last_line(replaced[1])
         refusal(result, inversion.name, "was replaced")
         assert not list(tmp_path.glob("edits/*"))
+
+
+def test_an_inversion_is_not_replaced_under_its_evaluation(finished, monkeypatch):
+    folder, inversion, edited, invert, _ = finished
+    refused, measure = [], evaluate.evaluate_together
+
+    def replaces(*args):
+        invert_again = [*invert, "--inversion_prompt", "a cat", "--overwrite"]
+        refused.append(run("preprocess.py", *invert_again, cwd=folder))
+        return measure(*args)
+
+    monkeypatch.setattr(evaluate, "evaluate_together", replaces)
+    flags = ["--edits", edited, "--clip", "null", "--dino", "null", "--device", "cpu"]
+    assert last_line(run("evaluate.py", *flags, cwd=folder)).is_file()
+    refusal(refused[0], inversion.name, "at work there")
 
 
 @pytest.mark.parametrize(

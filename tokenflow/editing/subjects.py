@@ -54,6 +54,7 @@ def _find_edit(folder: Path, config: EvaluateConfig) -> Subject:
         technique=next((t for key, t in TECHNIQUES.items() if key in options), None),
         options=options,
         playable={EDIT: folder / "edited.mp4", VAE: folder / "vae_reconstruction.mp4"},
+        inversion=inversion.folder,
     )
 
 

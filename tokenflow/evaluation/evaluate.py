@@ -29,7 +29,7 @@ from tokenflow.evaluation.report import PAGE, PARTS, Entry, write_measured, writ
 from tokenflow.evaluation.subject import EDIT, VAE, Subject
 from tokenflow.evaluation.verdict import verdict
 from tokenflow.motion.optical_flow import DenseInverseSearch, OpticalFlow, load_raft
-from tokenflow.runtime.run_folder import lock, stage
+from tokenflow.runtime.run_folder import lock, share, stage
 from util import write_video
 
 log = logging.getLogger("tokenflow")
@@ -42,6 +42,8 @@ def evaluate(config: EvaluateConfig, subjects: list[Subject]) -> Path:
     with ExitStack() as held:
         for subject in subjects:
             held.enter_context(lock(subject.folder))
+            if subject.inversion:
+                held.enter_context(share(subject.inversion))
         entries = []
         for _, members in groupby(subjects, key=attrgetter("compared_with")):
             for subject, entry in evaluate_together(list(members), config, flow, device):

@@ -40,6 +40,7 @@ class Subject:
     technique: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     playable: dict[str, Path] = field(default_factory=dict)  # H.264 videos that exist already
+    inversion: Path | None = None  # folder of the inversion that the edit was made from
 
     @cached_property
     def size(self) -> tuple[int, int]:
