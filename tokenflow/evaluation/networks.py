@@ -32,15 +32,18 @@ def load(cls: type, model_id: str | None, option: str) -> Any:
 class Clip:
     """Meter of the CLIP score and of the temporal consistency."""
 
+    @torch.inference_mode()
     def __init__(self, model_id: str | None, prompt: str | None, device: torch.device) -> None:
         """Without a prompt, only the temporal consistency is measured. Raises UserError."""
-        self.network = load(CLIPModel, model_id, "clip").eval().to(device)
-        self.has_prompt = prompt is not None
+        self.network = network = load(CLIPModel, model_id, "clip").eval().to(device)
         self.before: torch.Tensor | None = None  # embeddings of the frames before, (videos, d)
-        tokenizer = load(CLIPTokenizer, model_id, "clip")
-        length = self.network.config.text_config.max_position_embeddings
-        tokens = tokenizer(prompt or "", truncation=True, max_length=length, return_tensors="pt")
-        self.tokens = tokens.to(device)
+        self.text: torch.Tensor | None = None  # the prompt's, (d,)
+        if prompt is not None:
+            tokenizer = load(CLIPTokenizer, model_id, "clip")
+            length = network.config.text_config.max_position_embeddings
+            tokens = tokenizer(prompt, truncation=True, max_length=length, return_tensors="pt")
+            pooled = network.text_model(**tokens.to(device)).pooler_output
+            self.text = F.normalize(network.text_projection(pooled)[0], dim=-1)
 
     @torch.inference_mode()
     def measure(self, recent: Moments) -> Values:
@@ -49,12 +52,13 @@ class Clip:
         TokenFlow and the papers that it compares itself with measure consistency. Frames are cropped to
         a square in their middle, as CLIP's own preprocessing does.
         """
-        size, values = self.network.config.vision_config.image_size, {}
+        network, values = self.network, {}
+        size = network.config.vision_config.image_size
         images = as_images(recent[-1], size, "crop", OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
-        output = self.network(pixel_values=images.to(self.network.device), **self.tokens)
-        now, text = output.image_embeds, output.text_embeds[0]  # videos d and d, of length 1
-        if self.has_prompt:
-            values["clip_prompt"] = (100 * now @ text).tolist()
+        pooled = network.vision_model(images.to(network.device)).pooler_output
+        now = F.normalize(network.visual_projection(pooled), dim=-1)  # videos d
+        if self.text is not None:
+            values["clip_prompt"] = (100 * now @ self.text).tolist()
         if self.before is not None:
             values["clip_frames"] = (100 * now * self.before).sum(-1).tolist()
         self.before = now
