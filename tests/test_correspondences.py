@@ -7,18 +7,14 @@ import numpy as np
 import pytest
 import torch
 from test_tokenflow import (
-    FIRST,
-    PROMPTS,
-    SEED,
     assert_same_noise,
     edit_of,
     predicted,
+    record,
     source_of,
     video_of,
 )
 
-from tokenflow.inversion.predictor import VideoNoisePredictor
-from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles
 from tokenflow.motion.to_keyframes import FlowToKeyframes, find_furthest_keyframe
 from tokenflow.propagation.cache import BlendedRows
 from tokenflow.propagation.correspondences import (
@@ -26,9 +22,7 @@ from tokenflow.propagation.correspondences import (
     find_correspondences,
     follow_flow,
 )
-from tokenflow.runtime.batching import Batches
 from tokenflow.runtime.distributed import Processes
-from tokenflow_utils import KeyframeSchedule
 
 CPU = torch.device("cpu")
 CELLS = 16  # of the latents, on each side
@@ -109,13 +103,7 @@ def test_kept_source_features_equal_the_reference(sd, tmp_path, monkeypatch, tog
     """What the flow loses takes the correspondences that the inversion kept."""
     monkeypatch.setattr("tokenflow.editing.denoise.FILLED_CPU", 1 << 12 if together else 1)
     source, latents = video_of(9)
-    files, keyframes = SourceFeatureFiles(tmp_path), KeyframeSchedule(9, 3, (FIRST,), SEED)
-    files.create(sd.unet, source.shape, [FIRST])
-    predictor = VideoNoisePredictor(sd, PROMPTS[0], Batches(9, adapts=False))
-    saved = source.__getitem__
-    noting = RecordingPredictor(predictor, keyframes, lambda t, frames: saved(frames), files)
-    with noting.install():
-        noting(source, FIRST, torch.arange(9))
+    files, _ = record(sd, tmp_path, source, 3, batch_size=9, segment=9)
     known = source_of(source, files, Motion())
     edit = edit_of(sd, known, latents, keyframe_interval=3)
     ours = predicted(edit, latents)

@@ -91,6 +91,18 @@ def edit_of(sd, source, latents, injects=(True, True), **changes):
     return Edit(sd, technique, source, PROMPTS, config)
 
 
+def record(sd, folder, source, interval, batch_size, segment):
+    """Source features at the first step, recorded as an inversion does, segment by segment; and the noise."""
+    files = SourceFeatureFiles(folder)
+    files.create(sd.unet, source.shape, [FIRST])
+    keyframes = KeyframeSchedule(len(source), interval, (FIRST,), SEED)
+    predictor = VideoNoisePredictor(sd, PROMPTS[0], Batches(batch_size, adapts=False))
+    recording = RecordingPredictor(predictor, keyframes, lambda t, frames: source[frames], files)
+    with recording.install():
+        segments = torch.arange(len(source)).split(segment)
+        return files, torch.cat([recording(source[frames], FIRST, frames) for frames in segments])
+
+
 def predicted(edit, latents):
     """TokenFlow's guided noise of all frames at the first step."""
     with TokenFlowDenoiser.install(edit) as denoiser:
@@ -115,15 +127,8 @@ def test_equals_reference(sd, video, propagation, injects):
     assert_same_noise(predicted(edit, latents), edit, source, latents)
 
 
-@pytest.mark.parametrize(
-    "propagation, window, together",
-    [
-        ("flanking", 7, True),
-        ("flanking", 10, False),
-        ("previous", 10, True),
-        ("previous", 7, False),
-    ],
-)
+@pytest.mark.parametrize("propagation", ["flanking", "previous"])
+@pytest.mark.parametrize("window, together", [(7, True), (10, False)])
 @torch.no_grad()
 def test_windows_equal_the_reference(sd, monkeypatch, propagation, window, together):
     """Anchors, shared boundaries and inner keyframes, with all streams in one pass or one by one."""
@@ -190,15 +195,9 @@ def test_two_streams_equal_the_reference(sd, tmp_path, monkeypatch, batch_size, 
     """With source features recorded in the inversion's passes, an edit needs no source stream."""
     monkeypatch.setattr("tokenflow.editing.denoise.FILLED_CPU", 1 << 12 if together else 1)
     source, latents = video_of(13)
-    files, keyframes = SourceFeatureFiles(tmp_path), KeyframeSchedule(13, 2, (FIRST,), SEED)
-    files.create(sd.unet, source.shape, [FIRST])
-    predictor = VideoNoisePredictor(sd, PROMPTS[0], Batches(batch_size, adapts=False))
-    noting = RecordingPredictor(predictor, keyframes, lambda t, frames: source[frames], files)
-    with noting.install():
-        segments = torch.arange(13).split(5)
-        noted = torch.cat([noting(source[frames], FIRST, frames) for frames in segments])
+    files, noise = record(sd, tmp_path, source, 2, batch_size, segment=5)
     plain = sd.predict_noise(source, FIRST, sd.encode_text(PROMPTS[0]).expand(13))
-    torch.testing.assert_close(noted, plain, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(noise, plain, atol=1e-3, rtol=1e-3)
 
     known = source_of(source, files)
     edit = edit_of(sd, known, latents, batch_size=2, keyframe_interval=2, keyframe_window=window)
