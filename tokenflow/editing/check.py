@@ -44,20 +44,21 @@ def check_edit(config: EditConfig, technique: str, shared: Shared) -> EditRun:
     if isinstance(config, ControlNetConfig):
         check_controlnets(config.controlnet_ids)
         check_detectors(config)
-        shared.get(
-            "control frames",
-            conditions,
-            lambda: check_control_frames(config, choice, n_frames),
-        )
         files += identify_networks(config)
-        files += [control_identity(config)] if config.control_path else []
+        if config.control_path:
+            identity = shared.get(
+                "control frames",
+                conditions,
+                lambda: _identify_control_frames(config, choice, n_frames),
+            )
+            files.append(identity)
     if config.mask_path:
-        shared.get(
+        identity = shared.get(
             "user's mask",
             config.mask,
-            lambda: check_mask(config.mask_path, choice, n_frames),
+            lambda: _identify_mask(config, choice, n_frames),
         )
-        files.append(digest_content(config.mask_path))
+        files.append(identity)
     return EditRun(
         config=config,
         name=f"{technique}_{inversion.folder.parents[1].name}",
@@ -70,6 +71,18 @@ def check_edit(config: EditConfig, technique: str, shared: Shared) -> EditRun:
         dtype=dtype,
         shared=shared,
     )
+
+
+def _identify_control_frames(config: ControlNetConfig, choice: FrameChoice, n_frames: int) -> str:
+    """What tells the frames of control_path from others, after they have been checked."""
+    check_control_frames(config, choice, n_frames)
+    return control_identity(config)
+
+
+def _identify_mask(config: EditConfig, choice: FrameChoice, n_frames: int) -> str:
+    """What tells a user's mask from others, after it has been checked."""
+    check_mask(config.mask_path, choice, n_frames)
+    return digest_content(config.mask_path)
 
 
 def _check_prompts(config: EditConfig, inversion: Inversion) -> None:

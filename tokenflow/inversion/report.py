@@ -13,7 +13,7 @@ from tokenflow.evaluation.meters import BesideSource, Curves, measure, name_curv
 from tokenflow.evaluation.report import PAGE, PARTS, Entry, write_report
 from tokenflow.evaluation.subject import RECONSTRUCTION, SOURCE, VAE
 from tokenflow.evaluation.verdict import verdict
-from tokenflow.inversion.files import VIDEO, Inversion, Manifest
+from tokenflow.inversion.files import VIDEO, Inversion, Manifest, name_video
 from util import read_frames, write_video_from_folders
 
 
@@ -84,7 +84,7 @@ def write_page(inversion: Inversion, manifest: Manifest, curves: Curves) -> None
     # The same inversion in another folder, or computed in another way, has the same page.
     hidden = {*HOW, "save_dir"}
     entry = Entry(
-        name=f"reconstruction of {Path(manifest.config['data_path']).stem}",
+        name=f"reconstruction of {name_video(manifest.config['data_path'])}",
         prompt=manifest.config["inversion_prompt"],
         videos={SOURCE: source, RECONSTRUCTION: inversion.folder / VIDEO},
         fps=fps,
