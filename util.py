@@ -1,8 +1,7 @@
-"""Video and frame input and output."""
+"""Images, folders of frames, and video output."""
 
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -20,48 +19,7 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 # The macroblock tree of x264's AVX-512 code reads memory that it did not write, so the same frames give
 # different files. With cpu-independent=1 they give the same file on every processor.
 X264_OPTIONS = {"crf": "12", "x264-params": "cpu-independent=1"}
-FOLDER_FPS = Fraction(24)  # a folder of images does not say how fast it plays
 MAX_SIDE = 1 << 15  # pixels of a frame, which OpenCV can resize
-# Formats of files that name other files or servers, which would be read too.
-_PLAYLISTS = {
-    *("hls", "concat", "dash", "imf", "sdp", "rtp", "rtsp", "sap", "vobsub", "webm_dash_manifest"),
-    *("avisynth", "vapoursynth"),  # scripts
-}
-_FORMATS = ",".join(sorted(av.formats_available - _PLAYLISTS))
-
-
-def frame_rate(path: Path) -> Fraction:
-    """Frames per second of a video file (the mean, where the rate varies) or folder of images.
-
-    Raises UserError if `path` is missing or not a video.
-    """
-    check_input(path)
-    if path.is_dir():
-        return FOLDER_FPS
-    with _open_video(path) as container:
-        stream = container.streams.video[0]
-        return stream.average_rate or stream.guessed_rate or FOLDER_FPS
-
-
-def decode_frames(path: Path) -> Iterator[np.ndarray]:
-    """Yield the frames of a video file or folder of images, upright, as uint8 RGB (H, W, 3).
-
-    Frames are decoded one by one. Raises UserError if `path` is missing or undecodable.
-    """
-    check_input(path)
-    if path.is_dir():
-        yield from in_parallel(read_image, list_images(path))
-        return
-    with _open_video(path) as container:
-        try:
-            for frame in container.decode(video=0):
-                # Phones store turned frames; this counter-clockwise rotation makes them upright.
-                turned = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
-                yield np.ascontiguousarray(turned)  # torch takes no views of turned frames
-        except av.FFmpegError as error:
-            if is_out_of_resources(error):
-                raise
-            raise UserError(f"{path}: cannot be decoded ({error.strerror})") from error
 
 
 def check_input(path: Path) -> None:
@@ -207,22 +165,3 @@ def digest_content(path: Path) -> str:
     digests = in_parallel(file_digest, images)
     lines = (f"{image.name} {digest}\n" for image, digest in zip(images, digests, strict=True))
     return digest_of(line.encode() for line in lines)
-
-
-@contextmanager
-def _open_video(path: Path) -> Iterator[av.container.InputContainer]:
-    try:
-        # An absolute path is no URL, even if a colon is in it.
-        container = av.open(str(path.absolute()), options={"format_whitelist": _FORMATS})
-    except av.FFmpegError as error:
-        if is_out_of_resources(error):
-            raise
-        raise UserError(
-            f"{path}: is no video that can be decoded ({error.strerror}); of a playlist, give the videos"
-        ) from error
-    with container:
-        if not container.streams.video:
-            raise UserError(f"{path}: holds no video")
-        # Decode on all cores; by default most codecs use one.
-        container.streams.video[0].thread_type = "AUTO"
-        yield container

@@ -16,13 +16,13 @@ from ldm import single_file, write_single_file
 from test_cli import run
 from test_depth import build_depth_model
 
-import util
 from tokenflow.control.depth import load_depth_model
 from tokenflow.diffusion import checkpoint as checkpoints
 from tokenflow.diffusion import identity, lora
 from tokenflow.diffusion import single_file as single_files
 from tokenflow.diffusion.checkpoint import Checkpoint
 from tokenflow.errors import UserError, is_out_of_resources
+from tokenflow.video.read import decode_frames
 
 CPU = torch.device("cpu")
 FILES = [
@@ -256,7 +256,7 @@ def test_what_runs_out_is_no_fault_of_a_video(clip, monkeypatch):
 
     monkeypatch.setattr(av, "open", fail)
     with pytest.raises(MemoryError):
-        next(util.decode_frames(clip))
+        next(decode_frames(clip))
 
 
 def test_what_runs_out_ends_a_command_with_one_line(checkpoint, clip, tmp_path, monkeypatch):

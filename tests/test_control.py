@@ -17,6 +17,7 @@ from tokenflow.control.control_images import ControlImages
 from tokenflow.diffusion.stable_diffusion import Control
 from tokenflow.errors import UserError
 from tokenflow.options import build
+from tokenflow.video.read import decode_frames
 
 CPU = torch.device("cpu")
 
@@ -121,7 +122,7 @@ def test_several_end_to_end(tmp_path, checkpoint, clip, clip_frames):
     folder = tmp_path / last_line(result).parent
     assert "denoised along" not in result.stderr
     assert video_of(folder / "control.mp4") == (3, 12, 2 * 64, 64)
-    shown = next(util.decode_frames(folder / "control.mp4"))
+    shown = next(decode_frames(folder / "control.mp4"))
     assert np.abs(shown[:, :64].astype(int) - clip_frames[4]).mean() < 8  # the third from the end
     assert yaml.safe_load((folder / "config.yaml").read_text())["control_scale"] == [0.5, 0.7]
 

@@ -30,6 +30,7 @@ from tokenflow.evaluation.report import write_table
 from tokenflow.evaluation.subject import EDIT, PER_FRAME, RECONSTRUCTION, SOURCE, VAE
 from tokenflow.evaluation.verdict import FAIR, GOOD, POOR, verdict
 from tokenflow.motion.optical_flow import DenseInverseSearch, NetworkFlow, find_consistent
+from tokenflow.video.read import decode_frames, frame_rate
 
 CPU = torch.device("cpu")
 
@@ -278,10 +279,10 @@ def test_edits_are_measured_together(edited, evaluated):
         for kind in (SOURCE, VAE, RECONSTRUCTION, EDIT):
             assert kind in own["figures"]["warp_1"]
             for page, data in ((folder, own), (out, entry)):
-                assert util.frame_rate(page / data["videos"][kind]) == 12
+                assert frame_rate(page / data["videos"][kind]) == 12
         # Everything again, straight from the frames.
         frames = util.load_frames(folder / "frames", range(7))
-        source = np.stack([*util.decode_frames(folder / "report" / "source.mp4")])
+        source = np.stack([*decode_frames(folder / "report" / "source.mp4")])
         assert source.shape == frames.shape
         inversion = next((edited / "latents").glob("*/clip/*/*"))
         source = util.load_frames(inversion / "source", range(7))
@@ -383,7 +384,7 @@ def test_evaluate_any_two_videos(tmp_path, clip, clip_frames, models):
     (entry,) = page_data(tmp_path / "theirs_report" / "report.html")["entries"]
     assert set(entry["figures"]["warp_1"]) == {SOURCE, PER_FRAME, EDIT} and entry["n_frames"] == 5
     for name in (SOURCE, PER_FRAME, EDIT):
-        frames = [*util.decode_frames(tmp_path / "theirs_report" / entry["videos"][name])]
+        frames = [*decode_frames(tmp_path / "theirs_report" / entry["videos"][name])]
         assert np.shape(frames) == (5, 48, 48, 3)
 
 

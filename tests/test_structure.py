@@ -14,7 +14,7 @@ tokenflow.evaluation
 tokenflow_utils tokenflow.motion tokenflow.control
 tokenflow.config
 tokenflow.diffusion tokenflow.propagation
-util tokenflow.cli tokenflow.options
+util tokenflow.video tokenflow.cli tokenflow.options
 tokenflow.runtime
 tokenflow.errors
 """

@@ -26,6 +26,7 @@ from tokenflow.editing import shared
 from tokenflow.editing.shared import Shared
 from tokenflow.errors import UserError
 from tokenflow.options import dump
+from tokenflow.video.read import decode_frames
 
 N_FRAMES, STEPS = 4, 2
 NEEDED = {"data_path": "a.mp4", "prompt": "a dog"}
@@ -301,7 +302,7 @@ def test_mistakes_are_found_before_anything_is_loaded(work, monkeypatch, sweep, 
     folder, flags = work
     if not (folder / "short").exists():
         (folder / "short").mkdir()
-        util.save_frames(folder / "short", 0, util.decode_frames(folder / "clip.mp4"))
+        util.save_frames(folder / "short", 0, decode_frames(folder / "clip.mp4"))
         for index in range(2, N_FRAMES):
             util.frame_path(folder / "short", index).unlink()
         for name in ("black", "empty"):

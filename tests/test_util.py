@@ -13,6 +13,7 @@ import pytest
 import util
 from tokenflow.control.detectors import detect_canny
 from tokenflow.errors import DamagedError, UserError
+from tokenflow.video.read import decode_frames, frame_rate
 
 
 def mean_error(a, b):
@@ -20,9 +21,9 @@ def mean_error(a, b):
 
 
 def test_video_round_trip(clip, clip_frames):
-    frames = np.stack(list(util.decode_frames(clip)))
+    frames = np.stack(list(decode_frames(clip)))
     assert frames.shape == clip_frames.shape and mean_error(frames, clip_frames) < 4
-    assert util.frame_rate(clip) == 12
+    assert frame_rate(clip) == 12
 
 
 def test_the_same_frames_give_the_same_file(tmp_path):
@@ -41,7 +42,7 @@ def test_the_same_frames_give_the_same_file(tmp_path):
 def test_fractional_frame_rate_is_kept(tmp_path, clip_frames):
     ntsc = Fraction(30000, 1001)
     util.write_video(tmp_path / "a.mp4", clip_frames, ntsc)
-    assert util.frame_rate(tmp_path / "a.mp4") == ntsc
+    assert frame_rate(tmp_path / "a.mp4") == ntsc
 
 
 def write_phone_video(path, frames):
@@ -58,7 +59,7 @@ def write_phone_video(path, frames):
 def test_phone_video_comes_out_upright(tmp_path, clip_frames):
     path = tmp_path / "phone.mov"
     write_phone_video(path, clip_frames[:, :48])
-    frames = list(util.decode_frames(path))
+    frames = list(decode_frames(path))
     assert np.shape(frames) == (7, 48, 64, 3) and frames[0].flags.c_contiguous  # as torch needs it
     assert mean_error(np.stack(frames), clip_frames[:, :48]) < 5
 
@@ -72,16 +73,16 @@ def test_gif_and_variable_frame_rate(tmp_path, clip_frames):
             picture.pts = time
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
-    frames = np.stack(list(util.decode_frames(tmp_path / "a.gif")))
+    frames = np.stack(list(decode_frames(tmp_path / "a.gif")))
     assert frames.shape == (7, 64, 64, 3)
     assert mean_error(frames[0], clip_frames[0]) < 25  # a gif of 256 colours
-    assert 1 < util.frame_rate(tmp_path / "a.gif") < 100
+    assert 1 < frame_rate(tmp_path / "a.gif") < 100
 
 
 def test_folder_in_natural_order(tmp_path, clip_frames):
     for index in (10, 9, 2):
         util.write_image(tmp_path / f"frame{index}.png", clip_frames[index % 7])
-    frames = list(util.decode_frames(tmp_path))
+    frames = list(decode_frames(tmp_path))
     for frame, number in zip(frames, (2, 9, 10), strict=True):
         assert np.array_equal(frame, clip_frames[number % 7])
 
@@ -139,7 +140,7 @@ def test_sources_that_are_no_video(tmp_path, clip, clip_frames):
         "huge": "0.png: cannot be decoded as an image",
     }.items():
         with pytest.raises(UserError, match=message):
-            list(util.decode_frames(tmp_path / name))
+            list(decode_frames(tmp_path / name))
     for name in ("missing.mp4", "pipe.mp4", "pipes"):
         with pytest.raises(UserError):
             util.digest_content(tmp_path / name)
@@ -169,7 +170,7 @@ def test_a_colon_in_a_path_makes_no_url(tmp_path, clip_frames, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for path in (Path("run:1") / "a.mp4", Path("12:30.mp4")):
         util.write_video(path, clip_frames, 12)
-        assert len(list(util.decode_frames(path))) == 7 and util.frame_rate(path) == 12
+        assert len(list(decode_frames(path))) == 7 and frame_rate(path) == 12
 
 
 def test_an_image_that_does_not_fit_on_the_disk(tmp_path, clip_frames):

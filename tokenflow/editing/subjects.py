@@ -10,7 +10,8 @@ from tokenflow.evaluation.report import PAGE, SHEET, TABLE
 from tokenflow.evaluation.subject import EDIT, PER_FRAME, RECONSTRUCTION, SOURCE, VAE, Subject
 from tokenflow.inversion.files import Inversion
 from tokenflow.runtime.digests import check
-from util import decode_frames, frame_rate, list_images
+from tokenflow.video.read import decode_frames, frame_rate
+from util import list_images
 
 # The option that only one technique has.
 TECHNIQUES = {"pnp_attn_t": "pnp", "start": "sdedit", "control_scale": "controlnet"}

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from tokenflow.errors import UserError
-from util import decode_frames, fit_frame
+from tokenflow.video.read import decode_frames
+from util import fit_frame
 
 # What a video is in an evaluation, and how it is called. No edit can be blamed for what the first three have.
 NAMES = {

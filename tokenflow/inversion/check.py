@@ -14,7 +14,8 @@ from tokenflow.errors import DamagedError, UserError
 from tokenflow.inversion.files import INVERTED, Inversion, Manifest, noisy
 from tokenflow.inversion.frames import FrameChoice
 from tokenflow.runtime.digests import check
-from util import digest_content, frame_rate
+from tokenflow.video.read import frame_rate
+from util import digest_content
 
 
 def make_schedules(config: PreprocessConfig, scheduler: DDIMScheduler) -> tuple[Schedule, Schedule]:

@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from tokenflow.config_control import ControlConfig
 from tokenflow.errors import UserError
-from util import decode_frames, fit_frame, save_frames
+from tokenflow.video.read import decode_frames
+from util import fit_frame, save_frames
 
 
 @dataclass(frozen=True)
