@@ -1,24 +1,18 @@
-"""Images, folders of frames, and video output."""
+"""Images and folders of frames."""
 
 import re
 from collections.abc import Iterable, Iterator
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
-import av
 import cv2
 import numpy as np
 
 from tokenflow.errors import DamagedError, UserError, is_out_of_resources, is_text
 from tokenflow.runtime.ahead import in_parallel
 from tokenflow.runtime.digests import digest_of, file_digest
-from tokenflow.runtime.run_folder import stage
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
-# The macroblock tree of x264's AVX-512 code reads memory that it did not write, so the same frames give
-# different files. With cpu-independent=1 they give the same file on every processor.
-X264_OPTIONS = {"crf": "12", "x264-params": "cpu-independent=1"}
 MAX_SIDE = 1 << 15  # pixels of a frame, which OpenCV can resize
 
 
@@ -124,31 +118,6 @@ def fit_frame(frame: np.ndarray, height: int, width: int, mode: str) -> np.ndarr
         width - frame.shape[1] - before,
         cv2.BORDER_CONSTANT,
     )
-
-
-def write_video(path: Path, frames: Iterable[np.ndarray], fps: Fraction) -> None:
-    """Encode uint8 RGB frames (H, W, 3), H and W even, as H.264, one by one."""
-    with stage(path) as unfinished, av.open(str(unfinished.absolute()), "w") as container:
-        stream = None
-        for frame in frames:
-            if stream is None:
-                stream = container.add_stream("libx264", rate=fps)
-                stream.height, stream.width = frame.shape[:2]
-                stream.pix_fmt = "yuv420p"
-                stream.options = X264_OPTIONS
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            # Converted here, because the encoder's own conversion varies between runs.
-            container.mux(stream.encode(picture.reformat(format=stream.pix_fmt)))
-        container.mux(stream.encode())
-
-
-def write_video_from_folders(path: Path, folders: list[Path], n_frames: int, fps: Fraction) -> None:
-    """Encode a video of the first `n_frames` frames of the `folders`, side by side."""
-
-    def beside_each_other(index: int) -> np.ndarray:
-        return np.concatenate([read_frame(folder, index) for folder in folders], axis=1)
-
-    write_video(path, in_parallel(beside_each_other, range(n_frames)), fps)
 
 
 def digest_content(path: Path) -> str:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from shapes.world import VALUES, render, sample_scene
-from util import write_video
+from tokenflow.video.write import write_video
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, ViTConfig, ViTMod
 from shapes.checkpoint import build_random
 from tokenflow.diffusion.checkpoint import Checkpoint
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
-from util import write_video
+from tokenflow.video.write import write_video
 
 SHAPES_CHECKPOINT = Path(__file__).parent.parent / "data" / "shapes-sd"
 

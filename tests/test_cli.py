@@ -20,6 +20,7 @@ from conftest import SHAPES_CHECKPOINT
 import util
 from tokenflow.config import ControlNetConfig, PnPConfig, SDEditConfig
 from tokenflow.evaluation.metrics import frame_psnr
+from tokenflow.video.write import write_video
 
 ROOT = Path(__file__).parent.parent
 TECHNIQUES = {"pnp": PnPConfig, "sdedit": SDEditConfig, "controlnet": ControlNetConfig}
@@ -337,7 +338,7 @@ def test_preprocess_refuses(tmp_path, checkpoint, clip, changes, words):
 def test_preprocess_protects_another_video_of_the_same_name(work, checkpoint, clip_frames):
     folder, flags, _ = work
     (folder / "other").mkdir()
-    util.write_video(folder / "other" / "clip.mp4", clip_frames[::-1], 12)
+    write_video(folder / "other" / "clip.mp4", clip_frames[::-1], 12)
     result = run("preprocess.py", *flags, "--data_path", "other/clip.mp4", cwd=folder)
     refusal(result, "another video", "--save_dir")
     edit = [*edit_flags(checkpoint, "pnp"), "--data_path", "other/clip.mp4"]

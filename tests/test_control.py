@@ -10,7 +10,6 @@ import yaml
 from diffusers import MultiControlNetModel
 from test_cli import last_line, refusal, run, video_of
 
-import util
 from tokenflow.config import ControlNetConfig, PreprocessConfig
 from tokenflow.control import detectors
 from tokenflow.control.control_images import ControlImages
@@ -18,6 +17,7 @@ from tokenflow.diffusion.stable_diffusion import Control
 from tokenflow.errors import UserError
 from tokenflow.options import build
 from tokenflow.video.read import decode_frames
+from tokenflow.video.write import write_video
 
 CPU = torch.device("cpu")
 
@@ -107,8 +107,8 @@ def test_known_controlnets():
 
 def test_several_end_to_end(tmp_path, checkpoint, clip, clip_frames):
     """Two ControlNets, one given a user's own frames, in an inversion and in its edit."""
-    util.write_video(tmp_path / "own.mp4", clip_frames[::-1], 12)
-    util.write_video(tmp_path / "short.mp4", clip_frames[:2], 12)
+    write_video(tmp_path / "own.mp4", clip_frames[::-1], 12)
+    write_video(tmp_path / "short.mp4", clip_frames[:2], 12)
     net = checkpoint / "controlnet"
     common = ["--data_path", clip, "--model", checkpoint, "--n_frames", 3]
     common += ["--controlnet", net, net, "--control_path", "own.mp4"]
@@ -134,6 +134,6 @@ def test_several_end_to_end(tmp_path, checkpoint, clip, clip_frames):
     refusal(
         run("preprocess.py", *invert, *short, cwd=tmp_path), "control_path: short.mp4 has 0 frames"
     )
-    util.write_video(tmp_path / "own.mp4", clip_frames, 12)
+    write_video(tmp_path / "own.mp4", clip_frames, 12)
     refusal(run(script, *right, cwd=tmp_path), "control_path: the frames in own.mp4 have changed")
     assert sorted(tmp_path.rglob("*")) == before

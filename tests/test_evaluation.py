@@ -31,6 +31,7 @@ from tokenflow.evaluation.subject import EDIT, PER_FRAME, RECONSTRUCTION, SOURCE
 from tokenflow.evaluation.verdict import FAIR, GOOD, POOR, verdict
 from tokenflow.motion.optical_flow import DenseInverseSearch, NetworkFlow, find_consistent
 from tokenflow.video.read import decode_frames, frame_rate
+from tokenflow.video.write import write_video
 
 CPU = torch.device("cpu")
 
@@ -372,7 +373,7 @@ def test_preprocess_writes_a_report_of_its_reconstruction(edited):
 
 def test_evaluate_any_two_videos(tmp_path, clip, clip_frames, models):
     """The source is larger and longer than the edit, which a frame-by-frame edit is compared with."""
-    util.write_video(tmp_path / "theirs.mp4", 255 - clip_frames[:5, 8:56, 8:56], 12)
+    write_video(tmp_path / "theirs.mp4", 255 - clip_frames[:5, 8:56, 8:56], 12)
     (tmp_path / "alone").mkdir()
     util.save_frames(tmp_path / "alone", 0, 255 - clip_frames)
     flags = ["--source", clip, "--edited", "theirs.mp4", "--frame_by_frame", "alone"]

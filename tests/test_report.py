@@ -15,12 +15,12 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-import util
 from tokenflow.evaluation import meters
 from tokenflow.evaluation.contact_sheet import thumbnails
 from tokenflow.evaluation.report import Entry, write_report
 from tokenflow.evaluation.subject import EDIT, RECONSTRUCTION, SOURCE, VAE
 from tokenflow.evaluation.verdict import verdict
+from tokenflow.video.write import write_video
 
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 N_FRAMES, FPS = 36, 12
@@ -29,7 +29,7 @@ PATIENCE = 120  # seconds, for a busy machine
 MARKUP = "</script><script>window.ran = 1</script><!--<script><b>&amp;\u2028\x1b[31m"
 SHOWN = "return player.videos.map((video) => Number(video.dataset.frame))"
 
-pytestmark = pytest.mark.skipif(
+pytestmark = needs_chromium = pytest.mark.skipif(
     not (CHROMIUM and DRIVER), reason="there is no chromium, or no chromedriver"
 )
 
@@ -42,7 +42,7 @@ def entry_of(folder, name):
     videos = {SOURCE: frames, EDIT: 255 - frames}
     files = {kind: folder / name / f"{kind} of #{name}.mp4" for kind in videos}
     for kind, path in files.items():
-        util.write_video(path, videos[kind], FPS)
+        write_video(path, videos[kind], FPS)
     moments = np.stack([*videos.values()], axis=1)
     measured = meters.measure(moments, [meters.BesideSource(), meters.Drift(FPS, N_FRAMES)])
     curves = meters.name_curves(measured, {SOURCE: 0, EDIT: 1})
@@ -85,15 +85,20 @@ def page(tmp_path_factory):
     return folder / "report.html"
 
 
+def launch_chromium(*flags):
+    """Chromium without a window."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", *flags):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    return webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+
+
 @pytest.fixture(scope="module")
 def browser(page):
     """Chromium with the page open."""
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    driver = launch_chromium("--disable-gpu")
     driver.set_window_size(1200, 1000)
     driver.get(page.as_uri())
     yield driver

@@ -27,6 +27,7 @@ from tokenflow.editing.shared import Shared
 from tokenflow.errors import UserError
 from tokenflow.options import dump
 from tokenflow.video.read import decode_frames
+from tokenflow.video.write import write_video
 
 N_FRAMES, STEPS = 4, 2
 NEEDED = {"data_path": "a.mp4", "prompt": "a dog"}
@@ -96,7 +97,7 @@ def test_what_is_shared_is_made_anew_for_another_key():
 def work(tmp_path_factory, checkpoint, clip_frames):
     """A folder with a clip and its inversion, and the flags of edits of it."""
     folder = tmp_path_factory.mktemp("sweeps")
-    util.write_video(folder / "clip.mp4", clip_frames[:N_FRAMES], 12)
+    write_video(folder / "clip.mp4", clip_frames[:N_FRAMES], 12)
     common = ["--data_path", "clip.mp4", "--model", checkpoint, "--n_frames", N_FRAMES]
     flags = [*common, "--H", 64, "--W", 64, "--steps", STEPS, "--save_steps", STEPS]
     flags += ["--inversion_prompt", "a red square", "--keyframe_interval", 2]

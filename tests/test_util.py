@@ -14,6 +14,7 @@ import util
 from tokenflow.control.detectors import detect_canny
 from tokenflow.errors import DamagedError, UserError
 from tokenflow.video.read import decode_frames, frame_rate
+from tokenflow.video.write import write_video, write_video_from_folders
 
 
 def mean_error(a, b):
@@ -34,21 +35,21 @@ def test_the_same_frames_give_the_same_file(tmp_path):
     files, held = set(), []
     for size in rng.integers(100, 100_000, 50):
         held.append(rng.bytes(size))  # gives the encoder other memory each time
-        util.write_video(tmp_path / "a.mp4", noise, 12)
+        write_video(tmp_path / "a.mp4", noise, 12)
         files.add((tmp_path / "a.mp4").read_bytes())
     assert len(files) == 1
 
 
 def test_fractional_frame_rate_is_kept(tmp_path, clip_frames):
     ntsc = Fraction(30000, 1001)
-    util.write_video(tmp_path / "a.mp4", clip_frames, ntsc)
+    write_video(tmp_path / "a.mp4", clip_frames, ntsc)
     assert frame_rate(tmp_path / "a.mp4") == ntsc
 
 
 def write_phone_video(path, frames):
     """Write a mov of 12 frames a second whose display matrix turns it a quarter clockwise, to the frames."""
     # The sensor saw the frames turned a quarter counter-clockwise.
-    util.write_video(path, np.rot90(frames, 1, axes=(1, 2)), 12)
+    write_video(path, np.rot90(frames, 1, axes=(1, 2)), 12)
     data = bytearray(path.read_bytes())
     # The matrix stands 40 bytes into the track header's fields, after its 8 bytes of box header.
     matrix = data.index(b"tkhd") + 4 + 40
@@ -169,7 +170,7 @@ def test_videos_are_told_apart_by_all_their_bytes(tmp_path, clip_frames):
 def test_a_colon_in_a_path_makes_no_url(tmp_path, clip_frames, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for path in (Path("run:1") / "a.mp4", Path("12:30.mp4")):
-        util.write_video(path, clip_frames, 12)
+        write_video(path, clip_frames, 12)
         assert len(list(decode_frames(path))) == 7 and frame_rate(path) == 12
 
 
@@ -186,7 +187,7 @@ def test_a_bad_frame_of_our_own_is_no_mistake_of_the_user(tmp_path, clip_frames)
     for read in (
         lambda: list(util.read_frames(tmp_path, 2)),
         lambda: util.load_frames(tmp_path, [1]),
-        lambda: util.write_video_from_folders(tmp_path / "a.mp4", [tmp_path], 2, Fraction(12)),
+        lambda: write_video_from_folders(tmp_path / "a.mp4", [tmp_path], 2, Fraction(12)),
     ):
         with pytest.raises(DamagedError, match=r"00001\.png"):
             read()

@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
 from tokenflow.diffusion.parts import load_part
 from tokenflow.runtime.frame_array import FrameArray
-from util import write_video
+from tokenflow.video.write import write_video
 
 # MiDaS, the model whose depth Stable Diffusion 2 depth and the depth ControlNets were trained with.
 DEPTH_MODEL = "Intel/dpt-hybrid-midas"

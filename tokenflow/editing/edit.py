@@ -38,14 +38,8 @@ from tokenflow.runtime.digests import check, digest_of, seal
 from tokenflow.runtime.distributed import Processes
 from tokenflow.runtime.frame_array import FrameArray
 from tokenflow.runtime.run_folder import open_run_folder, remove, stage
-from util import (
-    load_frames,
-    read_frames,
-    save_frames,
-    write_image,
-    write_video,
-    write_video_from_folders,
-)
+from tokenflow.video.write import write_video, write_video_from_folders
+from util import load_frames, read_frames, save_frames, write_image
 
 log = logging.getLogger("tokenflow")
 

@@ -30,7 +30,7 @@ from tokenflow.evaluation.subject import EDIT, VAE, Subject
 from tokenflow.evaluation.verdict import verdict
 from tokenflow.motion.optical_flow import DenseInverseSearch, OpticalFlow, load_raft
 from tokenflow.runtime.run_folder import lock, share, stage
-from util import write_video
+from tokenflow.video.write import write_video
 
 log = logging.getLogger("tokenflow")
 

@@ -45,8 +45,9 @@ from tokenflow.runtime.run_folder import (
     resume_folder,
     unfinished_path,
 )
+from tokenflow.video.write import write_video_from_folders
 from tokenflow_utils import KeyframeSchedule
-from util import load_frames, read_frames, save_frames, write_video_from_folders
+from util import load_frames, read_frames, save_frames
 
 log = logging.getLogger("tokenflow")
 

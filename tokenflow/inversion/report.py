@@ -14,7 +14,8 @@ from tokenflow.evaluation.report import PAGE, PARTS, Entry, write_report
 from tokenflow.evaluation.subject import RECONSTRUCTION, SOURCE, VAE
 from tokenflow.evaluation.verdict import verdict
 from tokenflow.inversion.files import VIDEO, Inversion, Manifest, name_video
-from util import read_frames, write_video_from_folders
+from tokenflow.video.write import write_video_from_folders
+from util import read_frames
 
 
 @dataclass(frozen=True)
