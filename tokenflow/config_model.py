@@ -34,6 +34,9 @@ class ModelConfig(DeviceConfig):
     model: str | None = None
     """Checkpoint in place of sd_version's: a hub id, a folder in diffusers layout, or a .safetensors or
     .ckpt file."""
+    vae: str | None = None
+    """VAE in place of the checkpoint's: a hub id, a folder in diffusers layout, or a file; in edits, as in
+    their inversion."""
     dtype: str = option("auto", choices=DTYPES, aliases=SHORT_DTYPES)
     """Precision of the networks. auto: float16 on CUDA, bfloat16 on CPUs with instructions for it,
     otherwise float32."""

@@ -76,7 +76,7 @@ def load_depth_model(
     model: str, device: torch.device, parts: tuple[str | None, str | None] = (None, None)
 ) -> DepthModel:
     """A depth model from a hub id or a folder. parts: the subfolders of its network and its processor."""
-    option = "depth_model" if parts[0] is None else None
+    option = "depth_model" if parts[0] is None else "model"
     safe = ({"trust_remote_code": False},)  # else transformers asks on standard input
     of_network, of_processor = parts
     network = load_part(

@@ -1,6 +1,5 @@
 """A checkpoint of Stable Diffusion: found once, and loaded onto a device in a precision that suits it."""
 
-import math
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +8,7 @@ from typing import Any, Self
 
 import torch
 from accelerate import cpu_offload_with_hook
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -24,6 +23,7 @@ from tokenflow.diffusion.layouts import Layout, find_layout
 from tokenflow.diffusion.parts import check_config, load_config, load_network, load_part
 from tokenflow.diffusion.single_file import SingleFile
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
+from tokenflow.diffusion.vae import Vae
 from tokenflow.errors import UserError, describe, is_out_of_resources
 
 CHANNELS = (4, 5)  # of the latents, and of those with a depth map
@@ -48,16 +48,17 @@ class Checkpoint:
     model_id: str
     configuration: str
     unet_config: Mapping[str, Any]
-    vae_config: Mapping[str, Any]
+    vae: Vae
     layout: Layout
     scheduler: DDIMScheduler
     file: SingleFile | None
 
     @classmethod
-    def find(cls, model_id: str, version: str | None = None) -> Self:
+    def find(cls, model_id: str, version: str | None = None, vae: str | None = None) -> Self:
         """The checkpoint that a hub id, a folder or a file names. Raises UserError if it cannot work.
 
         version: the sd_version, whose configuration is taken for a file that has none beside it.
+        vae: a hub id, a folder or a file of the VAE that takes the place of its own.
         """
         file = SingleFile.find(model_id, version)
         where = file.configuration if file else model_id
@@ -68,13 +69,11 @@ class Checkpoint:
                 f"model: {model_id}: its UNet takes {channels} channels, not 4, or 5 with depth; checkpoints "
                 "for inpainting and upscaling cannot be used"
             )
-        vae = load_config(AutoencoderKL, where, "vae", "block_out_channels")
-        _check_vae(vae, model_id)
         found = cls(
             model_id=model_id,
             configuration=where,
             unet_config=unet,
-            vae_config=vae,
+            vae=Vae.find(model_id, where, file, named=vae),
             layout=layout,
             scheduler=_load_scheduler(model_id, where),
             file=file,
@@ -86,9 +85,12 @@ class Checkpoint:
 
     @property
     def identity(self) -> str:
-        """What tells checkpoints apart: a digest of the files that are read, or the hub's revision."""
-        described = identify(self.configuration, FILES)
-        return f"{self.file.identity} {described}" if self.file else described
+        """What tells checkpoints apart: digests of the files that are read, or the hub's revision."""
+        digests = [self.file.identity] if self.file else []
+        digests.append(identify(self.configuration, FILES))
+        if self.vae.is_named:
+            digests.append(self.vae.identity)
+        return " ".join(digests)
 
     @property
     def is_xl(self) -> bool:
@@ -109,21 +111,17 @@ class Checkpoint:
             raise UserError(
                 f"model: {self.model_id}: the sample_size of its UNet is {size}, no number; use --H and --W"
             )
-        return max(SMALLEST_SIDE, *(side * 2**self._halvings_by_vae for side in sides))
+        return max(SMALLEST_SIDE, *(side * 2**self.vae.n_halvings for side in sides))
 
     def check_size(self, height: int, width: int) -> None:
         """Raise UserError for a frame size in pixels that the networks cannot halve as often as they do."""
-        multiple = 2 ** (self._halvings_by_vae + len(self.unet_config["block_out_channels"]) - 1)
+        multiple = 2 ** (self.vae.n_halvings + len(self.unet_config["block_out_channels"]) - 1)
         for name, size in {"H": height, "W": width}.items():
             if size % multiple:
                 nearest = max(multiple, round(size / multiple) * multiple)
                 raise UserError(
                     f"{name}: {size} is not a multiple of {multiple}; the nearest valid size is {nearest}"
                 )
-
-    @property
-    def _halvings_by_vae(self) -> int:
-        return len(self.vae_config["block_out_channels"]) - 1
 
     def load(
         self,
@@ -140,7 +138,7 @@ class Checkpoint:
         compiled: the UNet is compiled, in its first passes. clip_skip: see `StableDiffusion`.
         """
         sd = StableDiffusion(
-            vae=self._load_network(AutoencoderKL, "vae", self._vae_dtype(dtype)),
+            vae=self.vae.load(dtype, self.is_xl),
             tokenizer=self._load_tokenizer("tokenizer"),
             text_encoder=self._load_network(CLIPTextModel, "text_encoder", dtype),
             unet=self._load_network(UNet2DConditionModel, "unet", dtype),
@@ -185,12 +183,6 @@ class Checkpoint:
     def _load_tokenizer(self, subfolder: str) -> CLIPTokenizer:
         return load_part(CLIPTokenizer.from_pretrained, self.configuration, subfolder)
 
-    def _vae_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The precision of the VAE beside networks in `dtype`."""
-        # XL's VAE overflows in float16; its configuration says so, by diffusers' default.
-        upcast = dtype == torch.float16 and self.vae_config.get("force_upcast", True)
-        return torch.float32 if self.is_xl and upcast else dtype
-
     def _is_zero_if_empty(self) -> bool:
         """Whether XL's empty prompt is embedded as zeros: it was trained so, and diffusers assumes it."""
         where = self.configuration
@@ -218,20 +210,6 @@ def _load_scheduler(model_id: str, configuration: str) -> DDIMScheduler:
         reason = describe(error)
         raise UserError(f"model: {model_id}: its scheduler cannot be used: {reason}") from error
     return scheduler
-
-
-def _check_vae(config: Mapping[str, Any], model_id: str) -> None:
-    """Raise UserError for a VAE whose latents are scaled in another way than those of Stable Diffusion."""
-    factor = config.get("scaling_factor", 1)  # without one, diffusers takes that of version 1
-    if not (isinstance(factor, int | float) and 0 < factor < math.inf):
-        reason = f"scaling_factor is {factor}, no positive number"
-    elif config.get("latents_mean") or config.get("latents_std"):
-        reason = "it has latents_mean or latents_std, which are not supported"
-    elif (channels := config.get("latent_channels", 4)) != 4:
-        reason = f"its latents have {channels} channels, not 4"
-    else:
-        return
-    raise UserError(f"model: {model_id}: its VAE cannot be used: {reason}; use another checkpoint")
 
 
 def _check_parts(sd: StableDiffusion, model_id: str) -> None:

@@ -16,7 +16,7 @@ SHARED_KEYS = ("cross_attention_dim", "block_out_channels", "in_channels")  # wi
 def check_controlnets(controlnets: Sequence[str]) -> None:
     """Before weights are loaded, raise UserError for a ControlNet that is not there."""
     for controlnet in controlnets:
-        load_config(ControlNetModel, controlnet, None, "block_out_channels")
+        load_config(ControlNetModel, controlnet, None, "block_out_channels", option="controlnet")
 
 
 def use_controlnets(sd: StableDiffusion, controlnets: Sequence[str]) -> StableDiffusion:
@@ -24,7 +24,9 @@ def use_controlnets(sd: StableDiffusion, controlnets: Sequence[str]) -> StableDi
 
     Raises UserError for one that cannot be read or is for another version.
     """
-    networks = [load_network(ControlNetModel, name, None, sd.dtype) for name in controlnets]
+    networks = [
+        load_network(ControlNetModel, name, None, sd.dtype, "controlnet") for name in controlnets
+    ]
     for name, network in zip(controlnets, networks, strict=True):
         for key in SHARED_KEYS:
             value, expected = as_json(network.config[key]), as_json(sd.unet.config[key])

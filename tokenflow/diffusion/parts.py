@@ -29,13 +29,20 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 
-def load_config(cls: type, model_id: str, subfolder: str | None, *lists: str) -> dict[str, Any]:
-    """The configuration of a checkpoint's part, in which the keys `lists` must hold lists."""
-    config = load_part(cls.load_config, model_id, subfolder)
-    return check_config(config, model_id, subfolder, *lists)
+def load_config(
+    cls: type, model_id: str, subfolder: str | None, *lists: str, option: str = "model"
+) -> dict[str, Any]:
+    """The configuration of a checkpoint's part, in which the keys `lists` must hold lists.
+
+    option: the one that named the checkpoint, here and below.
+    """
+    config = load_part(cls.load_config, model_id, subfolder, option=option)
+    return check_config(config, model_id, subfolder, *lists, option=option)
 
 
-def check_config(config: Any, model_id: str, subfolder: str | None, *lists: str) -> dict[str, Any]:
+def check_config(
+    config: Any, model_id: str, subfolder: str | None, *lists: str, option: str = "model"
+) -> dict[str, Any]:
     """The configuration. Raises UserError if it is broken, or asks for an impossible number of layers."""
     config = config if isinstance(config, dict) else {}
     wrong = [key for key in lists if not isinstance(config.get(key), list)]
@@ -46,30 +53,29 @@ def check_config(config: Any, model_id: str, subfolder: str | None, *lists: str)
     if wrong or not config:
         reason = f"{wrong[0]} is {config.get(wrong[0])}" if wrong else "it is empty"
         raise UserError(
-            f"{_option_of(subfolder)}: {model_id}: the configuration of its {subfolder or 'network'} is "
+            f"{option}: {model_id}: the configuration of its {subfolder or 'network'} is "
             f"broken: {reason}; copy or download it again"
         )
     return config
 
 
 def load_network(
-    cls: type, model_id: str, subfolder: str | None, dtype: torch.dtype
+    cls: type, model_id: str, subfolder: str | None, dtype: torch.dtype, option: str = "model"
 ) -> torch.nn.Module:
     """A network, ready to run, from the variant nearest to `dtype`; not every repository has both."""
     variants = (None, "fp16") if dtype == torch.float32 else ("fp16", None)
     key = "dtype" if issubclass(cls, transformers.PreTrainedModel) else "torch_dtype"
     options = [{key: dtype, "variant": variant} for variant in variants]
-    return check_whole(
-        load_part(cls.from_pretrained, model_id, subfolder, options), model_id, subfolder
-    )
+    network = load_part(cls.from_pretrained, model_id, subfolder, options, option)
+    return check_whole(network, model_id, option)
 
 
-def check_whole(network: torch.nn.Module, model_id: str, subfolder: str | None) -> torch.nn.Module:
+def check_whole(network: torch.nn.Module, model_id: str, option: str = "model") -> torch.nn.Module:
     """The network, ready to run. Raises UserError if its weights lack some."""
     for name, parameter in network.named_parameters():
         if parameter.is_meta:
             raise UserError(
-                f"{_option_of(subfolder)}: {model_id} is no {type(network).__name__}: its weights lack {name}"
+                f"{option}: {model_id} is no {type(network).__name__}: its weights lack {name}"
             )
     return network.eval()
 
@@ -79,12 +85,12 @@ def load_part(
     model_id: str,
     subfolder: str | None,
     attempts: Sequence[dict[str, Any]] = ({},),
-    option: str | None = None,
+    option: str = "model",
 ) -> Any:
     """Call `get` on a checkpoint's part: first on what is on disk, then, if that fails, on the hub.
 
-    attempts: options of `get`, of which the first that work are taken. option: the one that named the
-    checkpoint, if that is neither the model nor a ControlNet. Raises UserError, which names a broken file.
+    attempts: options of `get`, of which the first that work are taken. Raises UserError, which names a
+    broken file.
     """
     for is_local in (True, False):
         if not is_local and not on_hub(model_id):
@@ -94,7 +100,6 @@ def load_part(
             part, failure = _attempt(get, model_id, **where, **options)
             if failure is None:
                 return part
-    option = option or _option_of(subfolder)
     if "trust_remote_code" in str(failure):
         raise UserError(
             f"{option}: {model_id} needs code of its own, which is never run; use one that is a model of "
@@ -125,11 +130,6 @@ def _attempt(
         if is_out_of_resources(error):
             raise
         return None, error
-
-
-def _option_of(subfolder: str | None) -> str:
-    """The option that names a part's checkpoint: only a ControlNet is not in a subfolder."""
-    return "controlnet" if subfolder is None else "model"
 
 
 def find_folder(model_id: str) -> Path | None:

@@ -29,7 +29,7 @@ SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
 # How the names of a network's weights begin.
 PREFIXES = {
     "unet": ("model.diffusion_model.",),
-    "vae": ("first_stage_model.", "vae."),
+    "vae": ("first_stage_model.", "vae.", "encoder."),  # the last one in a file of its own
     "text_encoder": ("cond_stage_model.", "conditioner.embedders.0."),
     "text_encoder_2": ("conditioner.embedders.1.",),
 }
@@ -42,12 +42,13 @@ Weights = dict[str, torch.Tensor]
 class SingleFile:
     """A file of weights, and the folder or hub id in diffusers layout that describes them.
 
-    weights: by name; they are read from disk when they are used.
+    weights: by name; they are read from disk when they are used. option: the one that named the file.
     """
 
     path: Path
     configuration: str
     weights: Weights
+    option: str = "model"
 
     @classmethod
     def find(cls, model_id: str, version: str | None = None) -> Self | None:
@@ -56,12 +57,10 @@ class SingleFile:
         version: of the versions that have the same weights' layout, the one whose configuration is taken if
         none lies beside the file. Raises UserError for a file that is missing, broken, or of another layout.
         """
-        path = Path(model_id)
-        if path.suffix.lower() not in SUFFIXES:
+        path = _find_path(model_id, "model")
+        if path is None:
             return None
-        if not path.is_file():
-            raise UserError(f"model: {path}: no such file")
-        weights = _read_weights(path)
+        weights = _read_weights(path, "model")
         versions = _find_versions(path, weights)
         for folder in (path.with_suffix(""), path.parent):
             if (folder / "unet" / "config.json").is_file():
@@ -76,6 +75,20 @@ class SingleFile:
             )
         return cls(path, configuration, weights)
 
+    @classmethod
+    def find_vae(cls, vae: str, configuration: str) -> Self | None:
+        """The file of a VAE for the checkpoint that `configuration` describes; None if `vae` is no file.
+
+        Raises UserError for a file that is missing, broken, or holds no VAE.
+        """
+        path = _find_path(vae, "vae")
+        if path is None:
+            return None
+        weights = _read_weights(path, "vae")
+        if not any(name.startswith(PREFIXES["vae"]) for name in weights):
+            raise UserError(f"vae: {path} holds no weights of a VAE")
+        return cls(path, configuration, weights, option="vae")
+
     @property
     def identity(self) -> str:
         """What tells the file from others."""
@@ -88,8 +101,8 @@ class SingleFile:
             if any(beside.glob("*.safetensors")) or any(beside.glob("*.bin")):
                 return load_network(cls, self.configuration, subfolder, dtype)
             raise UserError(
-                f"model: {self.path} holds no weights of a {subfolder}; put a folder in diffusers layout "
-                f"that has them beside the file, named {self.path.stem}"
+                f"{self.option}: {self.path} holds no weights of a {subfolder}; put a folder in diffusers "
+                f"layout that has them beside the file, named {self.path.stem}"
             )
         is_text_encoder = issubclass(cls, PreTrainedModel)
         read_config = cls.config_class.from_pretrained if is_text_encoder else cls.load_config
@@ -108,13 +121,23 @@ class SingleFile:
             is_part = isinstance(error, NotImplementedError)  # of moving what has no data
             reason = "some weights are missing" if is_part else describe(error)
             raise UserError(
-                f"model: {self.path}: its {subfolder} is not of the configuration "
+                f"{self.option}: {self.path}: its {subfolder} is not of the configuration "
                 f"{self.configuration}: {reason}"
             ) from error
-        return check_whole(network, str(self.path), subfolder)
+        return check_whole(network, str(self.path), self.option)
 
 
-def _read_weights(path: Path) -> Weights:
+def _find_path(name: str, option: str) -> Path | None:
+    """The path of a file of weights; None for the name of a folder or a hub id."""
+    path = Path(name)
+    if path.suffix.lower() not in SUFFIXES:
+        return None
+    if not path.is_file():
+        raise UserError(f"{option}: {path}: no such file")
+    return path
+
+
+def _read_weights(path: Path, option: str) -> Weights:
     """The weights in a file, by name. Raises UserError."""
     try:
         if path.suffix.lower() == ".safetensors":
@@ -125,14 +148,16 @@ def _read_weights(path: Path) -> Weights:
         return {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"model: {path} holds more than weights, and reading it could run any program; "
+            f"{option}: {path} holds more than weights, and reading it could run any program; "
             "use a .safetensors file of the same checkpoint"
         ) from error
     except Exception as error:  # each format fails in its own way
         if is_out_of_resources(error):
             raise
         reason = describe(error)
-        raise UserError(f"model: {path} is broken: {reason}; copy or download it again") from error
+        raise UserError(
+            f"{option}: {path} is broken: {reason}; copy or download it again"
+        ) from error
 
 
 def _find_versions(path: Path, weights: Weights) -> list[str]:

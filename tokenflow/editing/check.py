@@ -26,7 +26,9 @@ def check_edit(config: EditConfig, technique: str, shared: Shared) -> EditRun:
     technique: first part of the folder's name. shared: what other edits of the same video have made.
     """
     checkpoint = shared.get(
-        "checkpoint", None, lambda: Checkpoint.find(config.model_id, config.sd_version)
+        "checkpoint",
+        None,
+        lambda: Checkpoint.find(config.model_id, config.sd_version, config.vae),
     )
     schedule = Schedule.of(checkpoint.scheduler, config.n_timesteps)
     conditions = conditions_of(config)

@@ -67,6 +67,7 @@ def preprocess_command(config: EditConfig, like: dict | None = None) -> str:
         "save_dir": config.latents_path,
         "sd_version": config.sd_version,
         "model": config.model,
+        "vae": config.vae,
         "clip_skip": config.clip_skip or None,
         "inversion_prompt": "what the video shows",
     }
@@ -119,6 +120,8 @@ def _find_misfit(
     if video.exists() and digest_content(video) != manifest.source:
         return f"{latents} are of another video; "
     if checkpoint.identity != manifest.checkpoint:
+        if config.vae != (vae := inverted["vae"]):
+            return f"vae: {format_value(config.vae)}, but {latents} are of {format_value(vae)}; use that, or "
         return f"{latents} are of another model, {inverted['model']}; "
     if config.clip_skip != (skipped := inverted.get("clip_skip", 0)):
         return f"clip_skip: {config.clip_skip}, but {latents} were computed with {skipped}; use that, or "

@@ -16,7 +16,16 @@ from tokenflow.options import dump
 from tokenflow.runtime.digests import digest_of
 
 # Where things lie, which tells no edits apart: what lies there does.
-PATHS = ("data_path", "latents_path", "output_path", "model", "lora", "controlnet", "control_path")
+PATHS = (
+    "data_path",
+    "latents_path",
+    "output_path",
+    "model",
+    "vae",
+    "lora",
+    "controlnet",
+    "control_path",
+)
 # What is read of the options of an edit that is finished.
 READ = {"data_path": str, "latents_path": str, "prompt": str, "n_inversion_steps": int}
 # Comments below the options, so that the file stays one that --config_path accepts.

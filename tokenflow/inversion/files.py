@@ -47,7 +47,7 @@ ADDED = {
     "networks": "other ControlNets",
 }
 # Options that say where things lie. What lies there is told by digests.
-PATHS = ("data_path", "save_dir", "control_path", "model", "controlnet", "depth_model")
+PATHS = ("data_path", "save_dir", "control_path", "model", "vae", "controlnet", "depth_model")
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Manifest:
     def describe_difference(self, other: "Manifest") -> str:
         """What tells it from another inversion of the same video; empty if nothing does."""
         if self.checkpoint != other.checkpoint:
-            return "another model"
+            return "another model or VAE"
         theirs = other.identity["config"]
         for key, value in self.identity["config"].items():
             if value != theirs[key]:

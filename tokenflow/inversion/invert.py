@@ -58,7 +58,7 @@ def open_inversion(config: PreprocessConfig) -> Iterator["InversionRun"]:
 
     Everything that can be checked is checked first. The inversion appears on disk when the block ends.
     """
-    checkpoint = Checkpoint.find(config.model_id, config.sd_version)
+    checkpoint = Checkpoint.find(config.model_id, config.sd_version, config.vae)
     if not (config.H and config.W):
         side = checkpoint.trained_side
         config = replace(config, H=config.H or side, W=config.W or side)
