@@ -11,7 +11,7 @@ from test_tokenflow import PROMPTS, SEED, edit_of, predicted, source_of, video_o
 
 import util
 from tokenflow.diffusion.ddim import Schedule
-from tokenflow.diffusion.lora import check_loras, use_loras
+from tokenflow.diffusion.lora import use_loras
 from tokenflow.errors import UserError
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles
@@ -165,14 +165,6 @@ def wrong_loras(factors):
         "none": ({"weight": torch.ones(3)}, "does not fit the model"),
         "part": ({key: right[key]}, ""),
     }
-
-
-def test_why_a_lycoris_file_is_not_understood(sd, tmp_path):
-    key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
-    tensors = {f"{key}.hada_w1_a": torch.ones(8, 2), f"{key}.alpha": torch.tensor(1.0)}
-    path = write(tmp_path / "lycoris.safetensors", tensors)
-    with pytest.raises(UserError, match="is no LoRA .* correctly renamed: .*attn1_to_q.hada_w1_a"):
-        check_loras([str(path)], sd.unet.config)
 
 
 @pytest.mark.parametrize("kind", ["other", "wide", "stray", "none", "part"])

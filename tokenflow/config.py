@@ -101,8 +101,8 @@ class EditConfig(ModelConfig):
     negative_prompt: str = ""
     """Prompt that the edit is guided away from."""
     lora: tuple[str, ...] = ()
-    """LoRAs, for the edit alone: .safetensors files in kohya's or diffusers' format, folders that hold one,
-    or hub ids."""
+    """LoRAs, for the edit alone: .safetensors files in kohya's (LoCon, LoHa and LoKr too) or diffusers'
+    format, folders that hold one, or hub ids."""
     lora_scale: tuple[float, ...] = option((1.0,), -10, 10)
     """Strength of the LoRAs: one for all, or one for each."""
     n_inversion_steps: int = option(50, 1, 999)

@@ -1,6 +1,6 @@
 """LoRA: low-rank changes of the UNet and of the text encoders, which can be switched off.
 
-Reading, converting (kohya's format to diffusers') and adding them is the work of diffusers and peft.
+Converting them (kohya's format to diffusers') and adding them is the work of diffusers and peft.
 """
 
 import os
@@ -14,9 +14,11 @@ from diffusers.loaders import StableDiffusionLoraLoaderMixin as Loader
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.utils import recurse_remove_peft_layers, set_weights_and_activate_adapters
 from huggingface_hub import hf_hub_download, model_info
+from safetensors.torch import load_file
 from torch import nn
 
 from tokenflow.diffusion.identity import digest_files
+from tokenflow.diffusion.lycoris import is_plain, to_lora, unflatten
 from tokenflow.diffusion.parts import find_folder, on_hub
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.errors import UserError, describe, is_out_of_resources
@@ -97,6 +99,7 @@ def _add(networks: Mapping[str, nn.Module], name: str, lora: str) -> None:
     options = {"network_alphas": alphas, "adapter_name": name, "metadata": metadata}
     by_part = {part: [k for k in tensors if k.startswith(f"{part}.")] for part in networks}
     try:
+        tensors = unflatten(tensors, networks)
         for part in (part for part, keys in by_part.items() if keys):
             if part == "unet":
                 networks[part].load_lora_adapter(tensors, prefix=part, **options)
@@ -131,7 +134,13 @@ def _read(
     options = {"use_safetensors": True, "return_lora_metadata": True, "local_files_only": True}
     path = find_lora(lora)
     try:
-        return Loader.lora_state_dict(str(path), unet_config=unet_config, **options)
+        tensors = load_file(path)
+        if any(
+            "dora_scale" in name for name in tensors
+        ):  # diffusers would leave them out in silence
+            raise ValueError("it is a DoRA in kohya's format, which diffusers does not read")
+        source = str(path) if is_plain(tensors) else to_lora(tensors)
+        return Loader.lora_state_dict(source, unet_config=unet_config, **options)
     except Exception as error:  # each way to fail has its own
         if is_out_of_resources(error):
             raise
