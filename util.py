@@ -2,17 +2,20 @@
 
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image, ImageOps
 
 from tokenflow.errors import DamagedError, UserError, is_out_of_resources, is_text
 from tokenflow.runtime.ahead import in_parallel
 from tokenflow.runtime.digests import digest_of, file_digest
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
+BLACK, WHITE = 0, 255
 MAX_SIDE = 1 << 15  # pixels of a frame, which OpenCV can resize
 
 
@@ -26,7 +29,11 @@ def check_input(path: Path) -> None:
 
 def list_images(folder: Path) -> list[Path]:
     """The image files of `folder` in natural order (2 before 10). Raises UserError if there are none."""
-    images = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES]
+    images = [
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")  # hidden
+    ]
     if not images:
         raise UserError(f"{folder}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     for image in images:
@@ -38,9 +45,16 @@ def list_images(folder: Path) -> list[Path]:
     )
 
 
-def read_image(path: Path) -> np.ndarray:
-    """One image file as uint8 RGB (H, W, 3). Raises UserError."""
+def read_image(path: Path, background: int = WHITE) -> np.ndarray:
+    """One image file as uint8 RGB (H, W, 3). Raises UserError.
+
+    background: the grey that is seen where the image is transparent.
+    """
     check_input(path)
+    # OpenCV would show what is hidden, and reports errors of what Pillow cannot read.
+    with suppress(OSError, Image.DecompressionBombError), Image.open(path) as image:
+        if image.has_transparency_data:
+            return lay_on(background, np.asarray(ImageOps.exif_transpose(image).convert("RGBA")))
     try:
         image = cv2.imread(str(path), cv2.IMREAD_COLOR)
     except cv2.error as error:
@@ -50,6 +64,12 @@ def read_image(path: Path) -> np.ndarray:
     if image is None:
         raise UserError(f"{path}: cannot be decoded as an image")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def lay_on(background: int, pixels: np.ndarray) -> np.ndarray:
+    """RGB and alpha, uint8 (H, W, 4), as RGB (H, W, 3) on a grey of 0 to 255."""
+    alpha = pixels[..., 3:].astype(np.uint16)
+    return ((pixels[..., :3] * alpha + background * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
 def write_image(path: Path, frame: np.ndarray) -> None:

@@ -21,13 +21,15 @@ class PreprocessConfig(ModelConfig, ControlConfig):
     """Options of `preprocess.py`."""
 
     data_path: str
-    """Video file, or folder of images in natural order (2 before 10), played at 24 frames per second."""
+    """Video file, or folder of images in natural order (2 before 10)."""
     inversion_prompt: str = ""
     """Prompt that describes the source video."""
-    H: int | None = option(None, 8, MAX_SIZE, none="auto")
-    """Height of the frames in pixels, a multiple of 64. auto: as the checkpoint was trained."""
-    W: int | None = option(None, 8, MAX_SIZE, none="auto")
-    """Width of the frames in pixels, a multiple of 64. auto: as the checkpoint was trained."""
+    H: int | None = option(0, 0, MAX_SIZE, none="auto")
+    """Height of the frames in pixels, a multiple of 64. 0: as the checkpoint was trained. auto: as the
+    source's aspect ratio needs, with as many pixels as the checkpoint was trained on."""
+    W: int | None = option(0, 0, MAX_SIZE, none="auto")
+    """Width of the frames in pixels, likewise. If H or W is a number and the other auto, both keep the
+    aspect ratio."""
     resize: str = option("crop", choices=RESIZE)
     """How frames of another size are fitted. crop: cut out the centre. stretch: change the aspect ratio.
     pad: add black borders."""
@@ -37,6 +39,9 @@ class PreprocessConfig(ModelConfig, ControlConfig):
     """Number of frames to use. 0: all."""
     stride: int = option(1, 1, MAX_FRAMES)
     """Distance between the frames to use. 2: every second frame, at half the frame rate."""
+    fps: float | None = option(None, 0.1, 1000, none="auto")
+    """Frames per second of the source. auto: as the time stamps of the frames used say; 24 for a folder of
+    images."""
     inversion: str = option("fixed_point", choices=("fixed_point", "ddim"))
     """Method of inversion. fixed_point: solve each step's equation by iteration. ddim: approximate it, as
     published, for which no source features are kept."""

@@ -115,13 +115,20 @@ class Checkpoint:
 
     def check_size(self, height: int, width: int) -> None:
         """Raise UserError for a frame size in pixels that the networks cannot halve as often as they do."""
-        multiple = 2 ** (self.vae.n_halvings + len(self.unet_config["block_out_channels"]) - 1)
         for name, size in {"H": height, "W": width}.items():
-            if size % multiple:
-                nearest = max(multiple, round(size / multiple) * multiple)
+            if size % self._size_multiple:
                 raise UserError(
-                    f"{name}: {size} is not a multiple of {multiple}; the nearest valid size is {nearest}"
+                    f"{name}: {size} is not a multiple of {self._size_multiple}; the nearest valid size is "
+                    f"{self.nearest_size(size)}"
                 )
+
+    def nearest_size(self, size: float) -> int:
+        """The height or width in pixels nearest to `size` that the networks take."""
+        return max(1, round(size / self._size_multiple)) * self._size_multiple
+
+    @property
+    def _size_multiple(self) -> int:
+        return 2 ** (self.vae.n_halvings + len(self.unet_config["block_out_channels"]) - 1)
 
     def load(
         self,

@@ -72,7 +72,7 @@ def preprocess_command(config: EditConfig, like: dict | None = None) -> str:
         "inversion_prompt": "what the video shows",
     }
     if like:
-        options |= {key: like[key] for key in ("H", "W", "resize", "start_frame", "stride")}
+        options |= {key: like[key] for key in ("H", "W", "resize", "start_frame", "stride", "fps")}
         options |= {key: like.get(key) for key in ("inversion_prompt", "depth_model")}
     if isinstance(config, ControlNetConfig):
         options["controlnet"] = config.controlnet_ids

@@ -12,9 +12,8 @@ from tokenflow.diffusion.ddim import Schedule
 from tokenflow.diffusion.layouts import as_json
 from tokenflow.errors import DamagedError, UserError
 from tokenflow.inversion.files import INVERTED, Inversion, Manifest, noisy
-from tokenflow.inversion.frames import FrameChoice
+from tokenflow.inversion.frames import FrameChoice, find_frame_rate
 from tokenflow.runtime.digests import check
-from tokenflow.video.read import frame_rate
 from util import digest_content
 
 
@@ -43,7 +42,8 @@ def make_manifest(
 ) -> Manifest:
     """The manifest of the inversion that is to be computed, as yet without keyframes."""
     noisiest, video = schedule.timesteps[0], Path(config.data_path)
-    fps = frame_rate(video) / config.stride  # first, because it refuses a missing video
+    at_least = config.n_frames and max(2, config.n_frames)  # a single frame has no rate
+    times = FrameChoice.of(asdict(config)).times(video, at_least)
     options = {key: as_json(value) for key, value in asdict(config).items()}
     options["conditioned"] = bool(config.controlnet_ids)
     options["control_frames"] = control_identity(config)
@@ -52,8 +52,8 @@ def make_manifest(
         config=options,
         source=digest_content(video),
         checkpoint=checkpoint.identity,
-        fps=str(fps),
-        n_frames=config.n_frames or FrameChoice.of(asdict(config)).count(video),
+        fps=str(find_frame_rate(video, times)),
+        n_frames=config.n_frames or len(times),
         timesteps=editing.timesteps,
         inverted=noisy(noisiest) if noisiest in editing.timesteps else INVERTED,
         inverted_timestep=noisiest,

@@ -29,7 +29,7 @@ from tokenflow.evaluation.subject import RECONSTRUCTION, VAE
 from tokenflow.evaluation.verdict import POOR_PSNR
 from tokenflow.inversion.check import is_up_to_date, make_manifest, make_schedules
 from tokenflow.inversion.files import CLEAN, VIDEO, FrameFiles, Inversion, Manifest
-from tokenflow.inversion.frames import FrameChoice, check_control_frames
+from tokenflow.inversion.frames import FrameChoice, check_control_frames, choose_size
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.report import Quality, write_page
 from tokenflow.inversion.source_features import RecordingPredictor, can_keep_source_features
@@ -59,10 +59,8 @@ def open_inversion(config: PreprocessConfig) -> Iterator["InversionRun"]:
     Everything that can be checked is checked first. The inversion appears on disk when the block ends.
     """
     checkpoint = Checkpoint.find(config.model_id, config.sd_version, config.vae)
-    if not (config.H and config.W):
-        side = checkpoint.trained_side
-        config = replace(config, H=config.H or side, W=config.W or side)
-    checkpoint.check_size(config.H, config.W)
+    height, width = choose_size(config, checkpoint)
+    config = replace(config, H=height, W=width)
     schedule, editing = make_schedules(config, checkpoint.scheduler)
     device, dtype = choose_device(config.device, config.dtype)
     check_controlnets(config.controlnet_ids)
