@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tokenflow.diffusion.stable_diffusion import find_cut_words
+from tokenflow.diffusion.prompts import find_cut_words, split_weights
 from tokenflow.errors import UserError
 
 
@@ -33,3 +33,43 @@ def test_clip_skip_is_a_text_encoder_of_fewer_layers(sd):
     assert not torch.allclose(skipped, sd.encode_text("a red circle").tokens, atol=0.1)
     with pytest.raises(UserError, match="clip_skip: 2, .* 2 layers in all; use at most 1"):
         replace(sd, clip_skip=2)
+
+
+def test_weights_move_tokens_from_those_of_no_prompt(sd):
+    """As ComfyUI weighs them; a prompt without weights is encoded as ever, and so is a weight of 1."""
+    assert split_weights("a (Big blue:1.3) dog, (old:.5)") == (
+        "a Big blue dog, old",
+        [(2, 10, 1.3), (16, 19, 0.5)],
+    )
+    for plain in ("a (blue) dog", "at (10:30)", "(a:1.2", "(:1)", "1:2"):
+        assert split_weights(plain) == (plain, [])
+    plain, empty = (sd.encode_text(prompt).tokens for prompt in ("a red circle", ""))
+    ids = sd.tokenizer("a red circle").input_ids
+    start = len(sd.tokenizer("a").input_ids) - 1
+    end = len(sd.tokenizer("a red").input_ids) - 1
+    assert start < end < len(ids)
+    for weight in (1.3, 0.5, 0, 1):
+        weighted = sd.encode_text(f"a (red:{weight}) circle").tokens
+        expected = plain.clone()
+        expected[:, start:end] = empty[:, start:end] + weight * (plain - empty)[:, start:end]
+        torch.testing.assert_close(weighted, expected)
+        assert torch.equal(weighted, plain) == (weight == 1)
+
+
+@pytest.mark.parametrize(
+    "prompt, other",
+    [
+        ("a ((blue)) dog", "(blue)"),
+        ("a [blue] dog", "[blue]"),
+        ("a dog <lora:mine:0.8>", "<lora:mine:0.8>"),
+        ("embedding:easynegative, a dog", "embedding:easynegative,"),
+        ("a blue++ dog", "blue++"),
+        ("a (blue:1.3) dog -- in 3+ well-known colours, 2 < 3", ""),
+    ],
+)
+def test_what_others_do_not_read_as_words(sd, caplog, prompt, other):
+    with caplog.at_level(logging.WARNING, "tokenflow"):
+        sd.encode_text(prompt)
+    assert [f"{other!r} in the prompt" in message for message in caplog.messages] == (
+        [True] if other else []
+    )

@@ -135,6 +135,10 @@ def test_xl_is_told_what_diffusers_tells_it(narrow):
     assert not empty.tokens.any() and not empty.pooled.any()
     skipped, *_ = pipeline.encode_prompt("a red circle", clip_skip=1)
     assert torch.equal(replace(sd, clip_skip=1).encode_text("a red circle").tokens, skipped)
+    weighted = sd.encode_text("a (red:1.5) circle")  # by both text encoders
+    assert torch.equal(weighted.pooled, pooled)
+    differ = (weighted.tokens != tokens).view(tokens.shape[1], 2, -1).any(-1)
+    assert torch.equal(differ[:, 0], differ[:, 1]) and 0 < differ[:, 0].sum() < 4
     with pytest.raises(UserError, match="clip_skip: 2, .* 3 layers in all; use at most 1"):
         replace(sd, clip_skip=2)
 

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,12 @@ from diffusers import AutoencoderKL, DDIMScheduler, MultiControlNetModel, UNet2D
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from tokenflow.diffusion.ddim import check_finite
+from tokenflow.diffusion.prompts import (
+    find_cut_words,
+    find_other_syntax,
+    split_weights,
+    weights_of_tokens,
+)
 from tokenflow.errors import UserError
 from tokenflow.runtime.batching import Batches, Limits
 from tokenflow.runtime.transfer import to_device
@@ -126,16 +132,33 @@ class StableDiffusion:
     def encode_text(self, prompt: str) -> Text:
         """What the UNet is told of a prompt, cut or padded to the tokenizer's length; n is 1.
 
-        A prompt that is cut is logged, with the words that are lost. It is what `encode_prompt` of diffusers'
-        pipelines gives, which fails for clip_skip with the CLIP of transformers 5.
+        The tokens of `(words:1.3)` go further from those of the empty prompt, as in ComfyUI; the pooled
+        embedding is of the words alone. What is cut, or is only read by others, is logged.
         """
-        if cut := find_cut_words(self.tokenizer, prompt):
+        words, weights = split_weights(prompt)
+        if cut := find_cut_words(self.tokenizer, words):
             log.warning(
                 "warning: the prompt is longer than %d tokens; this end of it is cut off: %r",
                 self.tokenizer.model_max_length,
                 cut,
             )
-        first = self._encode(self.tokenizer, self.text_encoder, prompt)
+        if other := find_other_syntax(words):
+            log.warning(
+                "warning: %r in the prompt is read as words, though not by web interfaces; a weight is "
+                "written (words:1.3), and a LoRA is an option",
+                other,
+            )
+        text = self._encode(words)
+        if not prompt and self.zero_if_empty:
+            return Text(torch.zeros_like(text.tokens), torch.zeros_like(text.pooled))
+        if not weights:
+            return text
+        factors = weights_of_tokens(self.tokenizer, words, weights)[:, None].to(text.tokens)
+        return replace(text, tokens=torch.lerp(self._encode("").tokens, text.tokens, factors))
+
+    def _encode(self, words: str) -> Text:
+        """What `encode_prompt` of diffusers' pipelines gives, which transformers 5 breaks for clip_skip."""
+        first = self._run_encoder(self.tokenizer, self.text_encoder, words)
         if self.text_encoder_2 is None:
             if not self.clip_skip:
                 return Text(first.last_hidden_state)
@@ -143,16 +166,17 @@ class StableDiffusion:
             last_layer = first.hidden_states[-(self.clip_skip + 1)]
             return Text(self.text_encoder.final_layer_norm(last_layer))
         # XL takes the last layer but one of both encoders (Podell et al., arXiv 2307.01952, section 2.1).
-        second = self._encode(self.tokenizer_2, self.text_encoder_2, prompt)
+        second = self._run_encoder(self.tokenizer_2, self.text_encoder_2, words)
         layer = -(self.clip_skip + 2)
         tokens = torch.cat([first.hidden_states[layer], second.hidden_states[layer]], dim=-1)
-        is_told = bool(prompt) or not self.zero_if_empty
-        return Text(tokens * is_told, second.text_embeds * is_told)
+        return Text(tokens, second.text_embeds)
 
-    def _encode(self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, prompt: str) -> Any:
+    def _run_encoder(
+        self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, words: str
+    ) -> Any:
         length = tokenizer.model_max_length
         tokens = tokenizer(
-            prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            words, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
         return text_encoder(tokens.input_ids.to(self.device), output_hidden_states=True)
 
@@ -246,10 +270,3 @@ class StableDiffusion:
         if self.scheduler.config.prediction_type == "v_prediction" and alpha > 0:
             return math.sqrt(alpha) * output + math.sqrt(1 - alpha) * latents
         return output
-
-
-def find_cut_words(tokenizer: CLIPTokenizer, prompt: str) -> str:
-    """The end of a prompt that is beyond the tokenizer's length; empty if all of it fits."""
-    spans = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
-    kept = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
-    return prompt[spans[kept][0] :] if len(spans) > kept else ""

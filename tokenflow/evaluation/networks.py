@@ -14,6 +14,7 @@ from transformers.image_utils import (
 )
 
 from tokenflow.diffusion.parts import load_part
+from tokenflow.diffusion.prompts import split_weights
 from tokenflow.errors import UserError, is_out_of_resources
 from tokenflow.evaluation.meters import Meter, Moments, Values
 from util import fit_frame
@@ -41,7 +42,8 @@ class Clip:
         if prompt is not None:
             tokenizer = load(CLIPTokenizer, model_id, "clip")
             length = network.config.text_config.max_position_embeddings
-            tokens = tokenizer(prompt, truncation=True, max_length=length, return_tensors="pt")
+            words, _ = split_weights(prompt)
+            tokens = tokenizer(words, truncation=True, max_length=length, return_tensors="pt")
             pooled = network.text_model(**tokens.to(device)).pooler_output
             self.text = F.normalize(network.text_projection(pooled)[0], dim=-1)
 
