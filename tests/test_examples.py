@@ -1,12 +1,15 @@
 """The scripts in examples/, as a user runs them."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 
 import pytest
 from test_cli import ROOT
+
+from tokenflow.config import PnPConfig, PreprocessConfig
 
 SMALL = "--model {model} --n_frames 3 --dtype float32"
 
@@ -38,6 +41,20 @@ def test_many_prompts(folder, checkpoint):
     assert result.stdout == "tokenflow-results/report.html\n"
     page = (folder / "tokenflow-results" / "report.html").read_text()
     assert "a blue circle" in page and "a 'red' circle, twice  as large" in page
+
+
+def test_edit(folder, checkpoint, monkeypatch):
+    """From Python."""
+    monkeypatch.chdir(folder)
+    edit_video = runpy.run_path(str(ROOT / "examples" / "edit.py"))["edit_video"]
+    shared = {"data_path": "a clip.mp4", "model": str(checkpoint), "n_frames": 3}
+    shared["dtype"] = "float32"
+    sizes = {"H": 64, "W": 64, "steps": 2, "save_steps": 2}
+    inverting = PreprocessConfig(inversion_prompt="a red square", **shared, **sizes)
+    editing = PnPConfig(prompt="a blue square", n_inversion_steps=2, n_timesteps=2, **shared)
+    for _ in range(2):  # the second time, there is nothing to do
+        assert str(edit_video(inverting, editing)) == "tokenflow-results/pnp_a clip/edited.mp4"
+    assert (folder / "tokenflow-results/pnp_a clip/edited.mp4").is_file()
 
 
 def test_many_videos(folder, checkpoint):
