@@ -1,9 +1,15 @@
-# Everything a fresh machine needs: `make demo` edits the sample clip, `make test` runs the tests.
+# Everything a fresh machine needs: `make demo` edits the sample clip, `make test` runs the tests,
+# and `make picture` makes the README's picture.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
+CLIP := --data_path data/shapes.mp4 --model data/shapes-sd --n_frames 24
+INVERT := $(BIN)/python preprocess.py $(CLIP) --H 128 --W 128 --save_dir $(DEMO)/latents \
+	--inversion_prompt "a red striped circle on a green dotted background"
+EDIT := $(BIN)/python run_tokenflow_pnp.py $(CLIP) --latents_path $(DEMO)/latents --output_path $(DEMO) \
+	--prompt "a blue striped circle on a green dotted background"
 
-.PHONY: demo test clean
+.PHONY: demo picture test clean
 
 # Installers write to stderr, so that the last line on stdout is the command's.
 .venv/demo: requirements.txt
@@ -16,12 +22,16 @@ DEMO := demo
 	@touch $@
 
 demo: .venv/demo
-	$(BIN)/python preprocess.py --data_path data/shapes.mp4 --model data/shapes-sd \
-		--inversion_prompt "a red striped circle on a green dotted background" \
-		--H 128 --W 128 --n_frames 24 --steps 50 --save_steps 50 --save_dir $(DEMO)/latents
-	$(BIN)/python run_tokenflow_pnp.py --data_path data/shapes.mp4 --model data/shapes-sd \
-		--prompt "a blue striped circle on a green dotted background" \
-		--n_frames 24 --n_inversion_steps 50 --latents_path $(DEMO)/latents --output_path $(DEMO)
+	$(INVERT) --steps 50 --save_steps 50
+	$(EDIT)
+
+# The moving picture of README.md. The published algorithm takes 500 inversion steps.
+picture: demo
+	$(INVERT) --steps 500 --save_steps 50 --inversion ddim --no_reconstruction true
+	ours=$$($(EDIT)) && published=$$($(EDIT) --config_path configs/published.yaml) && \
+		$(BIN)/python -m benchmarks.picture data/demo.webp \
+		"source=$(DEMO)/latents/sd_shapes-sd/shapes/steps_50/nframes_24/source" \
+		"the published algorithm=$$(dirname $$published)/frames" "this code=$$(dirname $$ours)/frames"
 
 test: .venv/dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile

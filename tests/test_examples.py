@@ -1,4 +1,4 @@
-"""The scripts in examples/, as a user runs them."""
+"""The scripts in examples/, as a user runs them, and the README's moving picture."""
 
 import os
 import runpy
@@ -6,10 +6,14 @@ import shutil
 import subprocess
 import sys
 
+import cv2
+import numpy as np
 import pytest
 from test_cli import ROOT
 
+from benchmarks.picture import SIDE, write_picture
 from tokenflow.config import PnPConfig, PreprocessConfig
+from util import save_frames
 
 SMALL = "--model {model} --n_frames 3 --dtype float32"
 
@@ -68,3 +72,20 @@ def test_many_videos(folder, checkpoint):
     assert result.returncode == 1 and "failed: none.mp4" in result.stderr
     assert result.stdout == "tokenflow-results/pnp_a clip/report.html\n", result.stderr
     assert (folder / result.stdout.strip()).is_file()
+
+
+def test_moving_picture(tmp_path, clip_frames):
+    """Videos side by side, each below its title; the shortest decides how many frames there are."""
+    for name, frames in (("a", clip_frames), ("b", clip_frames[:5, ::-1])):
+        (tmp_path / name).mkdir()
+        save_frames(tmp_path / name, 0, frames)
+    folders = {"the source": tmp_path / "a", "edit": tmp_path / "b"}
+    write_picture(tmp_path / "both.webp", folders, fps=10)
+    _, animation = cv2.imreadanimation(str(tmp_path / "both.webp"))
+    assert np.array(animation.durations).ravel().tolist() == [100] * 5
+    shown = np.stack(animation.frames)[:, -SIDE:, :, 2::-1]  # blue, green, red and perhaps alpha
+    large = [
+        cv2.resize(frame, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC) for frame in clip_frames[:5]
+    ]
+    expected = np.concatenate([large, np.flip(large, 1)], axis=2)
+    assert abs(shown.astype(int) - expected).mean() < 5
