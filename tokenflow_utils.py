@@ -3,25 +3,27 @@
 The algorithm of Geyer et al., TokenFlow (ICLR 2024, arXiv 2307.10373):
 
     for each timestep, the noisiest first:
-        keyframes = one random frame of each interval              KeyframeSchedule.draw
+        keyframes = one random frame of each interval              propagation.keyframes
         pass the keyframes through the UNet, and in every self-attention:
             source: each frame attends to itself                   attention
-            uncond, cond: each frame attends to all keyframes      extended_attention
+            the edit: each frame attends to all keyframes          extended_attention
             remember the source's inputs and the edit's outputs    KeyframeCache
         pass all other frames through the UNet, and in every self-attention:
             source: find each token in two keyframes               flanking_blend, find_correspondences
-            uncond, cond: blend the outputs of those tokens        propagate
-        noise = uncond + guidance_scale * (cond - uncond)          guide
+            the edit: blend the outputs of those tokens            propagate
+        noise = uncond + guidance_scale * (cond - uncond)          propagation.guidance
         latents = one DDIM step along the noise                    diffusion.ddim.ddim_step
 
-In the first steps Plug-and-Play gives uncond and cond the source's queries, keys and features. Pure tensor
-functions come first in this file; then `install_tokenflow` puts them into a diffusers UNet.
+In the first steps Plug-and-Play gives the edit the source's queries, keys and features. Pure tensor functions
+come first in this file; then `install_tokenflow` puts them into a diffusers UNet.
 
-Streams: the source, and the edit under the negative prompt (uncond) and under the prompt (cond).
+Streams: the source, and the edit under the negative prompt (uncond), under the prompt (cond), and under the
+source's prompt (unedited), which shows where the prompts differ.
 Shapes: (n, s, d) = frames, tokens, channels of one stream.
 Indices: a *frame* of the video, a *position* among a timestep's keyframes, a *row* of the cache.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,48 +37,49 @@ from tokenflow.diffusion.layouts import find_layout
 from tokenflow.propagation.cache import BlendedRows, KeyframeCache
 from tokenflow.propagation.correspondences import FlowCorrespondences, find_correspondences
 
-STREAMS = SOURCE, UNCOND, COND = 0, 1, 2
+STREAMS = SOURCE, UNCOND, COND, UNEDITED = 0, 1, 2, 3
 
 
 def attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    heads: int,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Multi-head attention of queries (b, q, d) over keys and values (b, k, d): (b, q, d)."""
+    """Multi-head attention of queries (b, q, d) over keys and values (b, k, d): (b, q, d).
+
+    bias: (b, k), added to the logits of each key.
+    """
     query, key, value = (
         x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value)
     )  # b heads tokens d/heads
-    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+    bias = None if bias is None else bias[:, None, None]
+    return F.scaled_dot_product_attention(query, key, value, bias).transpose(1, 2).flatten(2)
 
 
 def extended_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    heads: int,
+    own_weight: float = 1.0,
 ) -> torch.Tensor:
     """Self-attention of the joint edit (section 4.1): every frame attends to the tokens of all frames.
 
-    query: (n, s, d). key, value: (m, s, d), of these n frames and of frames that were edited before.
+    query: (n, s, d). key, value: (m, s, d), of frames that were edited before and, last, of these n frames.
     All frames form one long sequence, so no key or value is repeated.
+    own_weight: how often a frame's own tokens count. The paper's 1 averages away what differs between frames,
+    such as textures that turn.
     """
-    sequences = (x.flatten(0, 1)[None] for x in (query, key, value))  # 1 ns d
-    return attention(*sequences, heads).view_as(query)
-
-
-@dataclass(frozen=True)
-class KeyframeSchedule:
-    """What decides which frames are keyframes at each timestep."""
-
-    n_frames: int
-    interval: int  # frames per keyframe
-    timesteps: tuple[int, ...]  # the noisiest first
-    seed: int
-
-    def draw(self) -> dict[int, torch.Tensor]:
-        """The keyframes (k,) of each timestep: one random frame of each interval, in ascending order."""
-        generator = torch.Generator().manual_seed(self.seed)  # used for nothing else
-        starts = torch.arange(0, self.n_frames, self.interval)
-        last = self.n_frames - 1  # a draw may lie beyond a short last interval
-        interval, shape = self.interval, starts.shape
-        draws = [torch.randint(interval, shape, generator=generator) for _ in self.timesteps]
-        return {t: (starts + d).clamp(max=last) for t, d in zip(self.timesteps, draws, strict=True)}
+    keys, values = (x.flatten(0, 1)[None] for x in (key, value))  # 1 ms d
+    if own_weight == 1:
+        return attention(query.flatten(0, 1)[None], keys, values, heads).view_as(query)
+    n_frames, n_tokens, _ = query.shape
+    bias = query.new_zeros(n_frames, len(key), n_tokens)
+    bias.diagonal(len(key) - n_frames)[:] = math.log(own_weight)
+    keys, values = (x.expand(n_frames, -1, -1) for x in (keys, values))  # views: n ms d
+    return attention(query, keys, values, heads, bias.flatten(1))
 
 
 @dataclass(frozen=True)
@@ -139,11 +142,6 @@ def propagate(
     return first.lerp_(second, blended.weights[:, 1, None, None])
 
 
-def guide(uncond: torch.Tensor, cond: torch.Tensor, scale: float) -> torch.Tensor:
-    """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598): the noise of both streams as one."""
-    return uncond + scale * (cond - uncond)
-
-
 @dataclass
 class SourceFeatures:
     """What propagation to n frames needs from the source stream at one timestep.
@@ -169,6 +167,7 @@ class JointEdit:
     edited: the keyframes' positions. attended: earlier keyframes to which these attend too.
     attended_later: whether later ones attend to these.
     extended: without it each keyframe is edited by itself, as a baseline for comparisons.
+    own_weight: how often a keyframe's own tokens count in extended attention.
     attention: the source's queries and keys of injected layers, for the streams that pass after the source.
     """
 
@@ -178,6 +177,7 @@ class JointEdit:
     inject_attention: bool = False
     inject_features: bool = False
     extended: bool = True
+    own_weight: float = 1.0
     source: SourceFeatures = field(default_factory=SourceFeatures)
     attention: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
@@ -200,15 +200,15 @@ class TokenFlow:
 
     A pass takes all streams or some of them. If streams pass one by one, the source comes first.
     task: what the passes do until another one is set.
-    propagated: the streams whose outputs are propagated. The authors' code propagates in the source too;
-    otherwise the source's frames attend to themselves, as in its inversion.
+    propagated: the streams whose outputs are remembered and propagated. The authors' code propagates in the
+    source too; otherwise the source's frames attend to themselves, as in its inversion.
     finds_correspondences: whether the keyframes' source tokens are remembered, to be searched.
     """
 
     def __init__(self, propagated: Sequence[int], finds_correspondences: bool) -> None:
         self.propagated, self.finds_correspondences = propagated, finds_correspondences
         self.cache = KeyframeCache()
-        self.streams: tuple[int, ...] = STREAMS  # of the next pass, ascending
+        self.streams: tuple[int, ...] = SOURCE, UNCOND, COND  # of the next pass, ascending
         self.task: JointEdit | Propagation | None = None
 
     def split(self, tensor: torch.Tensor) -> dict[int, torch.Tensor]:
@@ -216,7 +216,7 @@ class TokenFlow:
         return dict(zip(self.streams, tensor.chunk(len(self.streams)), strict=True))
 
     def inject_features(self, module, args, output: torch.Tensor) -> torch.Tensor | None:
-        """Give uncond and cond the source's features (Plug-and-Play)."""
+        """Give the edit the source's features (Plug-and-Play)."""
         if not self.task.inject_features:
             return None
         source = self.task.source
@@ -264,7 +264,9 @@ class TokenFlowAttention(LayerProcessor):
             else:
                 keys = self._join_attended("keys", stream, key[stream], task)
                 values = self._join_attended("values", stream, value[stream], task)
-                outputs.append(extended_attention(query[stream], keys, values, attn.heads))
+                outputs.append(
+                    extended_attention(query[stream], keys, values, attn.heads, task.own_weight)
+                )
         output = project_output(attn, torch.cat(outputs))
         if SOURCE in tokenflow.streams and tokenflow.finds_correspondences:
             cache.write((self.name, "tokens"), task.edited, tokenflow.split(hidden_states)[SOURCE])

@@ -5,7 +5,9 @@ from collections.abc import Iterator
 import torch
 
 from tokenflow.editing.denoise import Denoiser, Latents
-from tokenflow_utils import JointEdit
+from tokenflow.editing.guidance import Guidance, guide_streams
+from tokenflow.runtime.frame_array import FrameArray
+from tokenflow_utils import SOURCE, JointEdit
 
 
 class FrameByFrame(Denoiser):
@@ -14,18 +16,28 @@ class FrameByFrame(Denoiser):
     extended = False
 
     def predict(
-        self, latents: Latents, t: int, chunks: list[torch.Tensor]
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """For the `chunks`, one by one: frames (n,) and their guided noise (n, 4, h, w)."""
+        self,
+        latents: Latents,
+        step: int,
+        chunks: list[torch.Tensor],
+        memory: FrameArray | None = None,
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """As `Denoiser.predict`, chunk by chunk."""
+        t, (attention, features) = self.technique.schedule.timesteps[step], self.injects(step)
+        streams = (SOURCE, *self.choose_streams(Guidance.EVERY_FRAME))
         for frames in chunks:
             self.tokenflow.cache.keep([])
             self.tokenflow.task = JointEdit(
                 frames.tolist(),
-                inject_attention=t in self.attention_timesteps,
-                inject_features=t in self.feature_timesteps,
+                inject_attention=attention,
+                inject_features=features,
                 extended=self.extended,
             )
-            yield frames, self.predict_guided_noise(latents, t, frames)
+            noise, self.strong = (
+                self.streams.predict_noise(latents[frames], t, frames, streams),
+                None,
+            )
+            yield frames, *guide_streams(noise, self.find_scale(noise))
 
 
 class ExtendedAttention(FrameByFrame):
@@ -33,6 +45,6 @@ class ExtendedAttention(FrameByFrame):
 
     extended = True
 
-    def plan(self, t: int) -> list[torch.Tensor]:
+    def plan(self, step: int) -> list[torch.Tensor]:
         """All frames together, since they attend to each other."""
         return [torch.arange(self.source.n_frames)]

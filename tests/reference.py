@@ -118,17 +118,18 @@ def injected_layers(unet):
 class Predictor:
     """Predicts the noise of all frames of a video at one timestep."""
 
-    def __init__(self, unet, batch_size, propagation, window=100, motion=None):
+    def __init__(self, unet, batch_size, propagation, window=100, motion=None, own_weight=1):
         self.unet, self.batch_size, self.propagation = unet, batch_size, propagation
-        self.window, self.motion = window, motion
+        self.window, self.motion, self.own_weight = window, motion, own_weight
+        self.nearest = {}  # by layer, frame and keyframe position: tokens (s,), and the keyframe's weight
         self.attention_layers = injected_layers(unet)
         self.memory = {}  # by layer and keyframe position: source tokens, outputs, keys, values
         self.keyframes, self.chunk, self.group, self.attended = None, None, None, None
         self.joint, self.inject_attention, self.inject_features = True, False, False
 
     def predict(self, source, latents, t, text, keyframes, inject_attention, inject_features):
-        """Noise (3, N, 4, h, w) of the three streams; latents (N, 4, h, w), text (3, l, d)."""
-        self.keyframes = keyframes
+        """Noise (m, N, 4, h, w) of m streams, the source's first; latents (N, 4, h, w), text (m, l, d)."""
+        self.keyframes, self.n_streams = keyframes, len(text)
         self.inject_attention, self.inject_features = inject_attention, inject_features
         forwards = {}
         for name, module in self.unet.named_modules():
@@ -172,29 +173,29 @@ class Predictor:
         return groups
 
     def _pass(self, source, latents, t, text, frames):
-        streams = [source[frames], latents[frames], latents[frames]]
-        texts = [text[i : i + 1].repeat(len(frames), 1, 1) for i in range(3)]
+        streams = [source[frames]] + [latents[frames]] * (self.n_streams - 1)
+        texts = [one[None].repeat(len(frames), 1, 1) for one in text]
         noise = evaluate(self.unet, torch.cat(streams), t, torch.cat(texts))
-        return torch.stack(noise.chunk(3))
+        return torch.stack(noise.chunk(self.n_streams))
 
     def _conv(self, forward):
         def injected(x):
             out = forward(x)
             if self.inject_features:
-                source, _, _ = out.chunk(3)
-                out = torch.cat([source, source, source])
+                source = out.chunk(self.n_streams)[0]
+                out = torch.cat([source] * self.n_streams)
             return out
 
         return injected
 
     def _layer(self, name, attn):
         def forward(x, **kwargs):
-            streams = x.chunk(3)
+            streams = x.chunk(self.n_streams)
             if self.joint:
                 inject = self.inject_attention and name in self.attention_layers
                 out = self._extended(attn, streams, inject, self.memory[name])
             else:
-                out = self._propagated(streams[0], self.memory[name])
+                out = self._propagated(name, streams[0], self.memory[name])
                 if self.propagation == "flanking":  # the source attends to itself, as at inversion
                     x = streams[0]
                     out[0] = attend(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x))
@@ -207,7 +208,7 @@ class Predictor:
         keys = [attn.to_k(x) for x in streams]
         values = [attn.to_v(x) for x in streams]
         if inject:
-            queries, keys = [queries[0]] * 3, [keys[0]] * 3
+            queries, keys = [queries[0]] * len(streams), [keys[0]] * len(streams)
         for i, position in enumerate(self.group):
             memory[position] = {
                 "tokens": streams[0][i],
@@ -215,23 +216,28 @@ class Predictor:
                 "values": [value[i] for value in values],
             }
         outputs = [attend(attn, queries[0], keys[0], values[0])]
-        for stream in (1, 2):
-            seen, n = [memory[p] for p in self.attended + self.group], len(self.group)
-            key = torch.cat([one["keys"][stream] for one in seen]).repeat(n, 1, 1)
-            value = torch.cat([one["values"][stream] for one in seen]).repeat(n, 1, 1)
-            outputs.append(attend(attn, queries[stream], key, value))
+        for stream in range(1, len(streams)):
+            of_frames = []
+            for i, own in enumerate(self.group):  # whose own tokens stand there several times
+                seen = [memory[p] for p in self.attended + self.group]
+                seen += [memory[own]] * (self.own_weight - 1)
+                key = torch.cat([one["keys"][stream] for one in seen])[None]
+                value = torch.cat([one["values"][stream] for one in seen])[None]
+                of_frames.append(attend(attn, queries[stream][i : i + 1], key, value))
+            outputs.append(torch.cat(of_frames))
         for i, position in enumerate(self.group):
             memory[position]["outputs"] = [output[i] for output in outputs]
         return outputs
 
-    def _propagated(self, source, memory):
-        outputs = [[], [], []]
+    def _propagated(self, name, source, memory):
+        outputs = [[] for _ in range(self.n_streams)]
         for index, frame in enumerate(self.chunk):
             blend = (
                 self._flanking(frame) if self.propagation == "flanking" else self._previous(frame)
             )
             tokens = source[index] / source[index].norm(dim=-1, keepdim=True)
-            total = [0, 0, 0]
+            total = [0] * self.n_streams
+            found = self.nearest.setdefault(name, {})[frame] = {}
             for position, weight in blend.items():
                 keys = memory[position]["tokens"]
                 keys = keys / keys.norm(dim=-1, keepdim=True)
@@ -239,10 +245,11 @@ class Predictor:
                 if self.motion:
                     flow = self.motion(frame, self.keyframes[position])
                     nearest = followed_by_hand(flow.tolist(), nearest)
-                for stream in range(3):
+                found[position] = nearest, weight
+                for stream in range(self.n_streams):
                     output = memory[position]["outputs"][stream]
                     total[stream] = total[stream] + weight * output[nearest]
-            for stream in range(3):
+            for stream in range(self.n_streams):
                 outputs[stream].append(total[stream])
         return [torch.stack(frames) for frames in outputs]
 
@@ -266,6 +273,46 @@ class Predictor:
         d2 = abs(frame - ((chunk - 1) * self.batch_size + self.batch_size // 2))
         weight = 1 / (1 + math.exp(-d2 / (d1 + d2)))
         return {chunk: weight, chunk - 1: 1 - weight}
+
+
+def finest_layer(unet):
+    """The name of the self-attention whose correspondences the guiding difference follows."""
+    return [name for name, _ in unet.named_modules() if name.endswith("attn1") and "up_" in name][
+        -1
+    ]
+
+
+def find_relevance_by_hand(cond, unedited, deciding, quantile):
+    """How strongly the noise (k, 4, h, w) under two prompts differs at each place, 0 to 1: (k, h, w).
+
+    deciding: the keyframes whose differences decide what is strong.
+    """
+    difference = (cond - unedited).abs().mean(1)
+    n, height, width = difference.shape
+    around = torch.zeros(n, height, width)
+    for y in range(height):
+        for x in range(width):
+            rows, columns = slice(max(0, y - 2), y + 3), slice(max(0, x - 2), x + 3)
+            around[:, y, x] = difference[:, rows, columns].mean((1, 2))
+    return (around / around[deciding].quantile(quantile)).clamp(max=1)
+
+
+def propagate_by_hand(maps, nearest, n_frames):
+    """Maps (k, c, h, w) of keyframes, propagated to all frames: (N, c, h, w); `nearest` as in `Predictor`."""
+    propagated = []
+    for frame in range(n_frames):
+        total = 0
+        for position, (tokens, weight) in nearest[frame].items():
+            side = math.isqrt(maps[0, 0].numel() // len(tokens))  # latent pixels across a token
+            width = maps.shape[-1] // side
+            moved = torch.zeros_like(maps[0])
+            for place, token in enumerate(tokens.tolist()):
+                y, x = place // width * side, place % width * side
+                v, u = token // width * side, token % width * side
+                moved[:, y : y + side, x : x + side] = maps[position, :, v : v + side, u : u + side]
+            total = total + weight * moved
+        propagated.append(total)
+    return torch.stack(propagated)
 
 
 def attend(attn, query, key, value):

@@ -15,8 +15,8 @@ from tokenflow.diffusion.lora import use_loras
 from tokenflow.errors import UserError
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles
+from tokenflow.propagation.keyframes import KeyframeSchedule
 from tokenflow.runtime.batching import Batches
-from tokenflow_utils import KeyframeSchedule
 
 RANK, ALPHA = 4, 2.0
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "resnets.1.conv2", "proj_in")

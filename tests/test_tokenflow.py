@@ -1,6 +1,7 @@
 """The algorithm against its slow reference, and properties that must hold."""
 
 import dataclasses
+import itertools
 import os
 import subprocess
 import sys
@@ -8,15 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import Predictor, injected_layers
+from reference import (
+    Predictor,
+    find_relevance_by_hand,
+    finest_layer,
+    injected_layers,
+    propagate_by_hand,
+)
 from test_cli import ROOT
 
 from tokenflow.config import PnPConfig
 from tokenflow.diffusion.checkpoint import Checkpoint
 from tokenflow.diffusion.ddim import Schedule
-from tokenflow.editing.denoise import Edit, TokenFlowDenoiser
+from tokenflow.editing.denoise import Edit
 from tokenflow.editing.source import Source
 from tokenflow.editing.techniques import Technique
+from tokenflow.editing.tokenflow_denoiser import TokenFlowDenoiser
 from tokenflow.editing.windows import (
     choose_anchors,
     divide_into_windows,
@@ -27,12 +35,12 @@ from tokenflow.errors import UserError
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles, bytes_needed
 from tokenflow.propagation.cache import BlendedRows, KeyframeCache
+from tokenflow.propagation.keyframes import KeyframeSchedule
 from tokenflow.propagation.nearest import find_nearest, find_nearest_in_blocks
 from tokenflow.runtime.ahead import WriteBehind, in_parallel, read_ahead
 from tokenflow.runtime.batching import Batches, Limits
 from tokenflow_utils import (
     JointEdit,
-    KeyframeSchedule,
     Propagation,
     TokenFlowAttention,
     attention,
@@ -83,9 +91,11 @@ def source_of(latents, features=None, flow=None):
 
 
 def edit_of(sd, source, latents, injects=(True, True), **changes):
-    """An edit that starts from the latents and injects into its first step or not."""
-    config = PnPConfig(data_path="", prompt="x", seed=SEED, n_timesteps=10, **changes)
-    schedule = Schedule.of(sd.scheduler, 10)
+    """An edit that starts from the latents and injects into so many steps."""
+    config = PnPConfig(
+        **{"data_path": "", "prompt": "x", "seed": SEED, "n_timesteps": 10} | changes
+    )
+    schedule = Schedule.of(sd.scheduler, config.n_timesteps)
     technique = Technique(schedule, source)
     technique.attention_steps, technique.feature_steps = map(int, injects)
     return Edit(sd, technique, source, PROMPTS, config)
@@ -112,18 +122,29 @@ def predicted(edit, latents):
 def predict_all(denoiser, latents):
     """The guided noise of all frames at the first step."""
     noise = torch.empty(latents.shape)
-    for frames, predicted in denoiser.predict(latents, FIRST, denoiser.plan(FIRST)):
+    for frames, predicted, _ in denoiser.predict(latents, 0, denoiser.plan(0)):
         noise[frames] = predicted
     return noise
 
 
-@pytest.mark.parametrize("propagation", ["flanking", "previous"])
-@pytest.mark.parametrize("injects", [(False, False), (True, False), (False, True), (True, True)])
+PLAIN = {"guidance": "every_frame", "relevance": 0, "own_weight": 1}
+
+
+@pytest.mark.parametrize(
+    "options, injects",
+    [
+        *(({}, injects) for injects in itertools.product((False, True), repeat=2)),
+        ({"guidance": "every_frame"}, (True, True)),
+        ({"relevance": 0.0, "own_weight": 2.0}, (True, True)),
+        *((PLAIN, injects) for injects in ((False, False), (True, True))),
+        *(({"propagation": "previous"}, injects) for injects in ((False, False), (True, True))),
+    ],
+    ids=str,
+)
 @torch.no_grad()
-def test_equals_reference(sd, video, propagation, injects):
+def test_equals_reference(sd, video, options, injects):
     source, latents = video
-    options = {"keyframe_interval": BATCH_SIZE, "propagation": propagation}
-    edit = edit_of(sd, source_of(source), latents, injects, **options)
+    edit = edit_of(sd, source_of(source), latents, injects, keyframe_interval=BATCH_SIZE, **options)
     assert_same_noise(predicted(edit, latents), edit, source, latents)
 
 
@@ -132,16 +153,18 @@ def test_equals_reference(sd, video, propagation, injects):
 @torch.no_grad()
 def test_windows_equal_the_reference(sd, monkeypatch, propagation, window, together):
     """Anchors, shared boundaries and inner keyframes, with all streams in one pass or one by one."""
-    monkeypatch.setattr("tokenflow.editing.denoise.FILLED_CPU", 1 << 12 if together else 1)
+    monkeypatch.setattr(
+        "tokenflow.editing.tokenflow_denoiser.FILLED_CPU", 1 << 12 if together else 1
+    )
     source, latents = video_of(21)
     sizes = {"batch_size": 3, "keyframe_interval": 2, "keyframe_window": window}
     edit = edit_of(sd, source_of(source), latents, propagation=propagation, **sizes)
     with TokenFlowDenoiser.install(edit) as denoiser:
         ours = predict_all(denoiser, latents)
         # The noise is the same however processes divide the chunks.
-        chunks = denoiser.plan(FIRST)
+        chunks = denoiser.plan(0)
         for part in (chunks[: len(chunks) // 2], chunks[len(chunks) // 2 :]):
-            for frames, noise in denoiser.predict(latents, FIRST, part):
+            for frames, noise, _ in denoiser.predict(latents, 0, part):
                 assert torch.equal(noise, ours[frames])
     assert_same_noise(ours, edit, source, latents)
 
@@ -193,7 +216,9 @@ def test_windows_share_one_keyframe_each(n_keyframes, size):
 @torch.no_grad()
 def test_two_streams_equal_the_reference(sd, tmp_path, monkeypatch, batch_size, window, together):
     """With source features recorded in the inversion's passes, an edit needs no source stream."""
-    monkeypatch.setattr("tokenflow.editing.denoise.FILLED_CPU", 1 << 12 if together else 1)
+    monkeypatch.setattr(
+        "tokenflow.editing.tokenflow_denoiser.FILLED_CPU", 1 << 12 if together else 1
+    )
     source, latents = video_of(13)
     files, noise = record(sd, tmp_path, source, 2, batch_size, segment=5)
     plain = sd.predict_noise(source, FIRST, sd.encode_text(PROMPTS[0]).expand(13))
@@ -209,20 +234,46 @@ def test_two_streams_equal_the_reference(sd, tmp_path, monkeypatch, batch_size, 
 
 def assert_same_noise(ours, edit, source, latents, tolerance=1e-3, motion=None):
     """Assert the reference's guided noise, except for tokens whose nearest neighbours tie."""
-    sd, config, technique = edit.sd, edit.config, edit.technique
-    sizes = {"batch_size": config.keyframe_interval, "window": config.keyframe_window}
-    reference = Predictor(sd.unet, propagation=config.propagation, motion=motion, **sizes)
-    keyframes = KeyframeSchedule(len(source), config.keyframe_interval, (FIRST,), SEED).draw()[
-        FIRST
-    ]
-    injects = technique.attention_steps > 0, technique.feature_steps > 0
-    text = torch.cat([sd.encode_text(prompt).tokens for prompt in PROMPTS])
-    passed = source, latents, FIRST, text, keyframes.tolist(), *injects
-    _, uncond, cond = reference.predict(*passed)
-    theirs = uncond + PnPConfig.guidance_scale * (cond - uncond)
+    theirs, _, _ = predict_by_reference(edit, source, latents, motion)
     close = torch.isclose(ours, theirs, atol=tolerance / 10, rtol=tolerance)
     assert close.float().mean() > 0.999
     assert (ours - theirs).square().mean() < tolerance**2 * theirs.square().mean()
+
+
+def predict_by_reference(edit, source, latents, motion=None):
+    """The guided noise of all frames at the first step, by the slow reference.
+
+    And the correspondences of its finest layer, and the keyframes.
+    """
+    sd, config, technique = edit.sd, edit.config, edit.technique
+    reference = Predictor(
+        sd.unet,
+        config.keyframe_interval,
+        config.propagation,
+        window=config.keyframe_window,
+        motion=motion,
+        own_weight=int(config.own_token_weight),
+    )
+    n_frames, interval = len(source), config.keyframe_interval
+    keyframes = KeyframeSchedule(n_frames, interval, (FIRST,), SEED).draw()[FIRST]
+    injects = technique.attention_steps > 0, technique.feature_steps > 0
+    text = torch.cat([sd.encode_text(prompt).tokens for prompt in (*PROMPTS, PROMPTS[0])])
+    passed = source, latents, FIRST, text, keyframes.tolist(), *injects
+    _, uncond, cond, unedited = reference.predict(*passed)
+    nearest = reference.nearest[finest_layer(sd.unet)]
+    stronger = torch.full((n_frames, 1, 1, 1), config.guidance_scale - 1)
+    if config.relevance_quantile:
+        relevant = find_relevance_by_hand(
+            cond[keyframes],
+            unedited[keyframes],
+            reference._groups(len(keyframes))[0][0],
+            config.relevance_quantile,
+        )[:, None]
+        stronger = propagate_by_hand(relevant * (config.guidance_scale - 1), nearest, n_frames)
+    if config.guides_every_frame:
+        return cond + stronger * (cond - uncond), nearest, keyframes
+    difference = (stronger * (cond - uncond))[keyframes]
+    return cond + propagate_by_hand(difference, nearest, n_frames), nearest, keyframes
 
 
 @torch.no_grad()

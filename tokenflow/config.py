@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenflow.config_control import ControlConfig
 from tokenflow.config_model import ModelConfig
@@ -129,6 +130,20 @@ class EditConfig(ModelConfig):
     """Use the source features that preprocess.py kept, which changes only the speed."""
     guidance_scale: float = option(5.0, 0, 1000)
     """Scale of classifier-free guidance. More follows the prompt more closely. 1: no guidance."""
+    guidance: str | None = option(None, choices=("keyframes", "every_frame"))
+    """Frames for which the negative prompt is evaluated. keyframes: these alone, in most steps; the
+    difference that it makes is propagated to the others. every_frame: all. None: keyframes, but every_frame
+    with propagation previous."""
+    relevance: float | None = option(None, 0, 1)
+    """Quantile of the difference between prompt and inversion_prompt from which on guidance has its whole
+    scale; where they differ less it is weaker, and the source stays. Less guides more. 0: everywhere the
+    same. None: 0.8, but 0 with propagation previous."""
+    own_weight: float | None = option(None, 1, 1000)
+    """How often a keyframe's own tokens count when keyframes are edited jointly. More keep textures that
+    turn or change. 1: once, as in the paper. None: 3, but 1 with propagation previous."""
+    alternate: bool = False
+    """From 30 % of the steps on, evaluate in every second step the keyframes alone, and move the other
+    frames along. Faster, and less steady."""
     propagation: str = option("flanking", choices=("flanking", "previous"))
     """Keyframes that a frame blends. flanking: the nearest on each side, as in the paper. previous: those
     of its own and the previous interval, as in the authors' code."""
@@ -181,14 +196,29 @@ class EditConfig(ModelConfig):
         return self._unless_published(self.fuse, 1)
 
     @property
+    def guides_every_frame(self) -> bool:
+        """Whether the negative prompt is evaluated for every frame in every step."""
+        return self._unless_published(self.guidance, "keyframes", "every_frame") == "every_frame"
+
+    @property
+    def relevance_quantile(self) -> float:
+        """The quantile of the prompts' differences from which on guidance has its whole scale."""
+        return self._unless_published(self.relevance, 0.8)
+
+    @property
+    def own_token_weight(self) -> float:
+        """How often a keyframe's own tokens count in extended attention."""
+        return self._unless_published(self.own_weight, 3.0, 1.0)
+
+    @property
     def inversions(self) -> tuple[str, ...]:
         """Folders in `latents_path` that may hold this edit's inversion, the preferred one first."""
         return (inversion_name(self.model, self.sd_version, conditioned=False),)
 
-    def _unless_published(self, value: int | None, default: int) -> int:
-        """An option's value; if the user gave none, the default, which the published algorithm is without."""
+    def _unless_published(self, value: Any, default: Any, published: Any = 0) -> Any:
+        """An option's value; if the user gave none, the default, or what the published algorithm does."""
         if value is None:
-            return default if self.propagation == "flanking" else 0
+            return default if self.propagation == "flanking" else published
         return value
 
 

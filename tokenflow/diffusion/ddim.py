@@ -82,6 +82,13 @@ def predict_x0(latents: torch.Tensor, noise: torch.Tensor, alpha: float) -> torc
     return (latents - math.sqrt(1 - alpha) * noise) / math.sqrt(alpha)
 
 
+def find_noise(latents: torch.Tensor, clean: torch.Tensor, alpha: float) -> torch.Tensor:
+    """The noise in latents of a noise level, of which the clean latents are known (equation 9)."""
+    if alpha == 0:  # see `ddim_step`
+        return -clean
+    return (latents - math.sqrt(alpha) * clean) / math.sqrt(1 - alpha)
+
+
 def invert(
     latents: torch.Tensor,
     frames: torch.Tensor,

@@ -100,6 +100,12 @@ def count_tokens(unet: UNet2DConditionModel, latent_shape: tuple[int, ...]) -> d
     return tokens
 
 
+def find_finest_self_attention(unet: UNet2DConditionModel) -> str:
+    """The name of the decoder's last self-attention, which has the most tokens."""
+    names = [name for name in unet.attn_processors if name.endswith(".attn1.processor")]
+    return [name for name in names if name.startswith("up_blocks")][-1]
+
+
 def features_shape(unet: UNet2DConditionModel, latent_shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape (c, h, w) of what Plug-and-Play injects into a frame, for latents (N, 4, h, w)."""
     block, _ = find_layout(unet.config).injected_resnet

@@ -1,7 +1,7 @@
 """What a killed edit leaves for the run that resumes it: whole arrays, with digests that reveal damage."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +51,10 @@ class KeptArray:
 
 
 class EditCheckpoint:
-    """Latents (N, 4, h, w) by the number of steps done; only those after the last step are kept."""
+    """Latents (N, 4, h, w) by the number of steps done; only those after the last step are kept.
+
+    Where the next step needs more of the last one than latents, that is its memory: (N, 4, h, w) as well.
+    """
 
     def __init__(self, folder: Path, shape: tuple[int, ...], processes: Processes) -> None:
         self.folder, self.shape, self.processes = folder, shape, processes
@@ -66,13 +69,30 @@ class EditCheckpoint:
         """The latents after that many steps."""
         return FrameArray(self._after(steps_done).path)
 
+    def memory(self, steps_done: int) -> FrameArray | None:
+        """The memory of the last of that many steps, if it is there and undamaged."""
+        return self._memory_after(steps_done).find()
+
     @contextmanager
-    def writing(self, steps_done: int) -> Iterator[FrameArray]:
-        """Yield an array in which all processes write their frames' latents after `steps_done` steps."""
-        with self._after(steps_done).write(self.shape, torch.float32) as latents:
-            yield latents
+    def writing(
+        self, steps_done: int, remembers: bool = False
+    ) -> Iterator[tuple[FrameArray, FrameArray | None]]:
+        """Yield the arrays in which all processes write their frames' latents and memory.
+
+        They are those after `steps_done` steps; the memory is None unless the step `remembers`.
+        """
+        latents, memory = self._after(steps_done), self._memory_after(steps_done)
+        with (
+            latents.write(self.shape, torch.float32) as to_latents,
+            memory.write(self.shape, torch.float32) if remembers else nullcontext() as to_memory,
+        ):
+            yield to_latents, to_memory
         if self.processes.is_main:
             self._after(steps_done - 1).remove()
+            self._memory_after(steps_done - 1).remove()
 
     def _after(self, steps_done: int) -> KeptArray:
         return KeptArray(self.folder / f"{steps_done}.npy", self.processes)
+
+    def _memory_after(self, steps_done: int) -> KeptArray:
+        return KeptArray(self.folder / f"memory_{steps_done}.npy", self.processes)

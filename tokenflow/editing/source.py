@@ -16,8 +16,8 @@ from tokenflow.inversion.files import CLEAN, Inversion, noisy
 from tokenflow.inversion.source_features import SourceFeatureFiles
 from tokenflow.motion.dense import DenseMotion
 from tokenflow.motion.to_keyframes import FlowToKeyframes, find_furthest_keyframe
+from tokenflow.propagation.keyframes import KeyframeSchedule
 from tokenflow.runtime.distributed import Processes
-from tokenflow_utils import KeyframeSchedule
 
 log = logging.getLogger("tokenflow")
 

@@ -26,8 +26,8 @@ class Technique:
         """Latents (n, 4, h, w) of the frames (n,) at the schedule's first timestep: the inverted ones."""
         return self.source.latents(self.schedule.timesteps[0], frames)
 
-    def control(self, frames: torch.Tensor) -> tuple[Control, Control, Control] | None:
-        """What conditions the frames (n,), for each stream; None without ControlNets."""
+    def control(self, frames: torch.Tensor) -> tuple[Control, Control] | None:
+        """What conditions the frames (n,) of the source and of the edit; None without ControlNets."""
         return None
 
 
@@ -80,8 +80,7 @@ class ControlNet(Technique):
         # The source stream is denoised as it was inverted, which may have been without ControlNets.
         self.source_scales = source.control_scales or [0.0] * len(self.scales)
 
-    def control(self, frames: torch.Tensor) -> tuple[Control, Control, Control]:
-        """What conditions the frames (n,), for each stream."""
+    def control(self, frames: torch.Tensor) -> tuple[Control, Control]:
+        """What conditions the frames (n,) of the source and of the edit."""
         images = self.images(frames)
-        source, edited = (Control.of(images, s) for s in (self.source_scales, self.scales))
-        return source, edited, edited
+        return Control.of(images, self.source_scales), Control.of(images, self.scales)

@@ -32,9 +32,9 @@ from tokenflow.config import HOW, PreprocessConfig, inversion_name
 from tokenflow.errors import DamagedError, UserError
 from tokenflow.inversion.source_features import SourceFeatureFiles
 from tokenflow.options import build, for_each
+from tokenflow.propagation.keyframes import KeyframeSchedule
 from tokenflow.runtime.digests import check
 from tokenflow.runtime.frame_array import FrameArray
-from tokenflow_utils import KeyframeSchedule
 from util import frame_path, read_frame
 
 CLEAN = "clean_latents"

@@ -33,6 +33,7 @@ from tokenflow.inversion.frames import FrameChoice, check_control_frames, choose
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.report import Quality, write_page
 from tokenflow.inversion.source_features import RecordingPredictor, can_keep_source_features
+from tokenflow.propagation.keyframes import KeyframeSchedule
 from tokenflow.runtime.ahead import WriteBehind
 from tokenflow.runtime.batching import Batches, Limits, frames_per_pass, split_evenly
 from tokenflow.runtime.digests import seal
@@ -46,7 +47,6 @@ from tokenflow.runtime.run_folder import (
     unfinished_path,
 )
 from tokenflow.video.write import write_video_from_folders
-from tokenflow_utils import KeyframeSchedule
 from util import load_frames, read_frames, save_frames
 
 log = logging.getLogger("tokenflow")

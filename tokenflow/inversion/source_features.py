@@ -25,11 +25,11 @@ from tokenflow.diffusion.layouts import count_tokens, features_shape
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.propagation.cache import BlendedRows, KeyframeCache
+from tokenflow.propagation.keyframes import KeyframeSchedule
 from tokenflow.runtime.ahead import WriteBehind
 from tokenflow.runtime.frame_array import FrameArray
 from tokenflow.runtime.transfer import to_device
 from tokenflow_utils import (
-    KeyframeSchedule,
     LayerProcessor,
     SourceFeatures,
     find_correspondences,
