@@ -230,6 +230,8 @@ def test_frames_between_those_that_agree_go_along(moving, tmp_path):
 class Nudge:
     """In place of a `Consensus`: moves all clean latents by one half after the last of ten steps."""
 
+    steps = (9,)
+
     def __init__(self):
         self.noted = torch.empty(7, 4, 16, 16)
 

@@ -71,7 +71,9 @@ def test_edit(work, reference, checkpoint, technique, propagation):
         flags += ["--propagation", propagation]
         flags += ["--start", 0.8] if technique == "sdedit" else []
     if propagation == "flanking":
-        flags += ["--consensus", 0, "--fuse", 0]  # with previous they are the default
+        # With previous these are the defaults.
+        flags += ["--consensus", 0, "--fuse", 0, "--guidance", "every_frame"]
+        flags += ["--relevance", 0, "--own_weight", 1]
     video = last_line(run(f"run_tokenflow_{technique}.py", *flags, cwd=folder))
     ours = util.load_frames(folder / video.parent / "frames", range(N_FRAMES))
 
