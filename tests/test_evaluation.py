@@ -390,6 +390,25 @@ def test_evaluate_any_two_videos(tmp_path, clip, clip_frames, models):
 
 
 @pytest.mark.parametrize(
+    "fps, expected", [(24, [0, 2, 4, 6]), (12, range(8)), (6, [0, 0, 1, 1, 2, 2])]
+)
+def test_videos_of_unequal_rates_are_paired_by_time(tmp_path, caplog, fps, expected):
+    caplog.set_level("INFO")
+    frames = np.arange(0, 240, 30, np.uint8)[:, None, None, None] * np.ones((64, 64, 3), np.uint8)
+    n_frames = max(expected) + 1 + (fps == 24)
+    write_video(tmp_path / "source.mp4", frames[:n_frames], fps)
+    write_video(tmp_path / "edited.mp4", frames, 12)
+    options = {"source": f"{tmp_path}/source.mp4", "edited": f"{tmp_path}/edited.mp4"}
+    (subject,) = find_subjects(EvaluateConfig(**options))
+    assert subject.n_frames == len(expected)
+    for name, indices in ((SOURCE, expected), (EDIT, range(len(expected)))):
+        shown = [round(frame.mean() / 30) for frame in subject.read(name)]
+        assert shown == [*indices]
+    said = f"source.mp4 plays {fps} frames per second and the edit 12"
+    assert (said in caplog.text) == (fps != 12)
+
+
+@pytest.mark.parametrize(
     "flags, words",
     [
         ("", ["edits: missing"]),

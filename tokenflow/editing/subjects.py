@@ -1,5 +1,10 @@
 """What `evaluate.py` compares: finished edits with their inversions, or any two videos."""
 
+import logging
+from bisect import bisect_left
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +15,14 @@ from tokenflow.evaluation.report import PAGE, SHEET, TABLE
 from tokenflow.evaluation.subject import EDIT, PER_FRAME, RECONSTRUCTION, SOURCE, VAE, Subject
 from tokenflow.inversion.files import Inversion
 from tokenflow.runtime.digests import check
-from tokenflow.video.read import decode_frames, frame_rate
+from tokenflow.video.read import frame_rate, mean_rate, read_times
 from util import list_images
+
+log = logging.getLogger("tokenflow")
 
 # The option that only one technique has.
 TECHNIQUES = {"pnp_attn_t": "pnp", "start": "sdedit", "control_scale": "controlnet"}
+SAME_RATE = Fraction(1, 100)  # by which rates may differ that are rounded, as 30 and 29.97 are
 
 
 def find_subjects(config: EvaluateConfig) -> list[Subject]:
@@ -45,11 +53,12 @@ def _find_edit(folder: Path, config: EvaluateConfig) -> Subject:
     compared = {SOURCE: inversion.source_frames, VAE: inversion.vae}
     if inversion.reconstruction.exists():
         compared[RECONSTRUCTION] = inversion.reconstruction
+    fps = inversion.manifest.frame_rate
     return Subject(
         name=folder.resolve().name,
         folder=folder,
-        **_find_frames(config, compared, folder / "frames"),
-        fps=inversion.manifest.frame_rate,
+        **_find_frames(config, compared, folder / "frames", fps),
+        fps=fps,
         resize=config.resize,
         prompt=config.prompt or options["prompt"],
         technique=next((t for key, t in TECHNIQUES.items() if key in options), None),
@@ -61,11 +70,12 @@ def _find_edit(folder: Path, config: EvaluateConfig) -> Subject:
 
 def _find_videos(config: EvaluateConfig) -> Subject:
     edited = Path(config.edited)
+    fps = frame_rate(edited)
     return Subject(
         name=edited.stem,
         folder=Path(config.output_path or edited.parent / f"{edited.stem}_report"),
-        fps=frame_rate(edited),
-        **_find_frames(config, {SOURCE: Path(config.source)}, edited),
+        **_find_frames(config, {SOURCE: Path(config.source)}, edited, fps),
+        fps=fps,
         resize=config.resize,
         prompt=config.prompt,
         options={"source": config.source, "edited": config.edited},
@@ -92,19 +102,37 @@ def _find_inversion(
     )
 
 
-def _find_frames(config: EvaluateConfig, compared: dict[str, Path], edit: Path) -> dict[str, Any]:
+def _find_frames(
+    config: EvaluateConfig, compared: dict[str, Path], edit: Path, fps: Fraction
+) -> dict[str, Any]:
     """The videos of a subject, and how many of their frames are compared: as many as all have, or fewer."""
     if config.frame_by_frame:
         compared |= {PER_FRAME: Path(config.frame_by_frame)}
     videos, wanted = compared | {EDIT: edit}, config.n_frames
-    counts = {path: _count_frames(path) for path in videos.values()}
-    shortest = min(counts, key=counts.__getitem__)
-    if counts[shortest] < max(2, wanted):
+    shown = {name: _pair_frames(path, fps) for name, path in videos.items()}
+    shortest = min(shown, key=lambda name: len(shown[name]))
+    if (count := len(shown[shortest])) < max(2, wanted):
         raise UserError(
-            f"n_frames: {shortest} has only {counts[shortest]} frames; at least {max(2, wanted)} are needed"
+            f"n_frames: {videos[shortest]} has only {count} frames; at least {max(2, wanted)} are needed"
         )
-    return {"frames": videos, "n_frames": wanted or counts[shortest]}
+    return {"frames": videos, "shown": shown, "n_frames": wanted or count}
 
 
-def _count_frames(video: Path) -> int:
-    return len(list_images(video)) if video.is_dir() else sum(1 for _ in decode_frames(video))
+def _pair_frames(video: Path, fps: Fraction) -> Sequence[int]:
+    """The frames of a video, as many as it has, that belong to those of an edit of `fps` frames a second.
+
+    Those of a folder belong to the edit's one by one. If the rates are unequal, those of the same time do.
+    """
+    if video.is_dir():
+        return range(len(list_images(video)))
+    times = list(read_times(video))
+    rate = mean_rate(times)
+    if abs(rate / fps - 1) < SAME_RATE:
+        return range(len(times))
+    log.info(
+        f"{video} plays {float(rate):.4g} frames per second and the edit {float(fps):.4g}: each frame of the "
+        "edit is compared with the one that is nearest in time; to pair them one by one, give folders"
+    )
+    middles = [(before + after) / 2 for before, after in pairwise(times)]
+    n_frames = int(len(times) / rate * fps + SAME_RATE)
+    return [bisect_left(middles, index / fps) for index in range(n_frames)]

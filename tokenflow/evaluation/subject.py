@@ -1,7 +1,6 @@
 """An edit that is evaluated, and the videos that it is compared with."""
 
-import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
@@ -34,8 +33,11 @@ class Subject:
     name: str
     folder: Path  # where its report goes
     frames: dict[str, Path]  # by what it is, SOURCE first: a video or a folder of images
+    shown: dict[
+        str, Sequence[int]
+    ]  # of each video, the frame that belongs to each frame of the edit
     n_frames: int
-    fps: Fraction
+    fps: Fraction  # of the edit
     resize: str  # how frames of another size than the edit's are fitted
     prompt: str | None = None
     technique: str | None = None
@@ -63,5 +65,14 @@ class Subject:
     def read(self, name: str) -> Iterator[np.ndarray]:
         """The frames of one of the videos, uint8 RGB (H, W, 3), one by one."""
         height, width = self.size
-        frames = itertools.islice(decode_frames(self.frames[name]), self.n_frames)
+        frames = pick(decode_frames(self.frames[name]), self.shown[name][: self.n_frames])
         return (fit_frame(frame, height, width, self.resize) for frame in frames)
+
+
+def pick(frames: Iterator[np.ndarray], indices: Sequence[int]) -> Iterator[np.ndarray]:
+    """Yield the frames of these indices, which ascend, and of which some may be the same."""
+    position, frame = -1, None
+    for index in indices:
+        while position < index:
+            position, frame = position + 1, next(frames)
+        yield frame
