@@ -1,6 +1,7 @@
 """Written videos: their colours, as FFmpeg and a browser show them, and the same bytes everywhere."""
 
 import base64
+import os
 
 import av
 import cv2
@@ -101,3 +102,18 @@ def test_a_browser_shows_the_colours_that_were_written(colours, browser):
     assert isinstance(shown, list), shown
     images = [np.frombuffer(base64.b64decode(url.partition(",")[2]), np.uint8) for url in shown]
     check_colours([cv2.imdecode(image, cv2.IMREAD_COLOR)[..., ::-1] for image in images], size)
+
+
+def test_the_same_frames_give_the_same_file(tmp_path):
+    rng = np.random.default_rng(0)
+    still = rng.integers(20, 236, (64, 8, 3)).repeat(8, 0).repeat(8, 1)
+    moving = np.stack([np.roll(still, 3 * index, axis=1) for index in range(13)])
+    noise = (moving + rng.integers(-20, 20, moving.shape)).astype(np.uint8)
+    files, held, cores = set(), [], os.sched_getaffinity(0)
+    for size in rng.integers(100, 100_000, 20):
+        held.append(rng.bytes(size))  # gives the encoder other memory each time
+        os.sched_setaffinity(0, {min(cores)} if len(held) % 2 else cores)
+        write_video(tmp_path / "a.mp4", noise, 12)
+        files.add((tmp_path / "a.mp4").read_bytes())
+    os.sched_setaffinity(0, cores)
+    assert len(files) == 1
