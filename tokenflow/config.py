@@ -158,6 +158,8 @@ class EditConfig(ModelConfig):
     mask: str = "none"
     """Where the edit may change the video. none: everywhere. auto: where prompt and inversion_prompt
     differ. A video or folder of images: where it is white."""
+    sound: bool = True
+    """Give the edited video what is heard in the source, if the source has sound."""
     fuse: int | None = option(None, 0, 50)
     """Number of frames on each side with which finished frames are averaged along the source's motion. More
     take flicker and fine detail. None: 1, but 0 with propagation previous."""

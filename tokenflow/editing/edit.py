@@ -277,13 +277,13 @@ class EditRun:
 
     def _write_videos(self) -> None:
         inversion, folder, n_frames = self.inversion, self.folder, self.n_frames
-        fps = inversion.manifest.frame_rate
+        fps, sound = inversion.manifest.frame_rate, self._find_sound()
         shown = {"source": inversion.source_frames}
         if inversion.reconstruction.exists():
             shown["reconstruction"] = inversion.reconstruction
         shown[f"edit: {self.config.prompt}"] = folder / "frames"
         comparison, sheet = folder / "comparison.mp4", folder / "contact_sheet.png"
-        write_video_from_folders(comparison, list(shown.values()), n_frames, fps)
+        write_video_from_folders(comparison, list(shown.values()), n_frames, fps, sound)
         rows = {label: load_frames(f, moments(n_frames)) for label, f in shown.items()}
         write_image(sheet, contact_sheet(rows))
         write_video_from_folders(folder / "vae_reconstruction.mp4", [inversion.vae], n_frames, fps)
@@ -292,8 +292,19 @@ class EditRun:
         if depth := inversion.depth:
             size = self._choice.H, self._choice.W
             write_depth_video(folder / DEPTH_VIDEO, depth, n_frames, size, fps)
-        write_video_from_folders(self.video, [folder / "frames"], n_frames, fps)
+        write_video_from_folders(self.video, [folder / "frames"], n_frames, fps, sound)
         log.info("to compare: %s and %s", comparison, sheet)
+
+    def _find_sound(self) -> Path | None:
+        """The source's sound, if it is wanted and undamaged."""
+        if not self.config.sound:
+            return None
+        try:
+            self.inversion.check_sound()
+        except DamagedError as damage:
+            log.warning("warning: %s; the edit has no sound", damage)
+            return None
+        return self.inversion.sound
 
     @property
     def _choice(self) -> FrameChoice:

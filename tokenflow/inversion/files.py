@@ -8,6 +8,7 @@
     source/ vae/ frames/           PNGs: the frames before encoding, after the VAE's round trip, and
                                    reconstructed from the noisiest latents
     inverted.mp4 report.html       the reconstruction as a video, and how good it is
+    sound.m4a                      what is heard during these frames, if the video has sound
     depth.npy depth.mp4            (N, 1, h, w), fp32: the frames' depth, if the UNet takes it
     source_features/               what edits need from the source stream, if it was kept
     inversion_prompt.txt           the prompt that the video was inverted under
@@ -40,6 +41,7 @@ from util import frame_path, read_frame
 CLEAN = "clean_latents"
 INVERTED = "inverted_latents"
 VIDEO = "inverted.mp4"
+SOUND = "sound.m4a"
 # What a manifest has besides the options, and how another value of it is described.
 ADDED = {
     "conditioned": "other ControlNets",
@@ -127,6 +129,11 @@ class Inversion:
         """Folder of the source's frames."""
         return self.folder / "source"
 
+    @property
+    def sound(self) -> Path:
+        """The source's sound; there is no file if it has none."""
+        return self.folder / SOUND
+
     def source_frame(self, index: int) -> np.ndarray:
         """A frame of the source, uint8 RGB (H, W, 3)."""
         return read_frame(self.source_frames, index)
@@ -202,6 +209,10 @@ class Inversion:
         names = {CLEAN, manifest.inverted, *map(noisy, timesteps)}
         read = {"inversion_prompt.txt", "depth.npy", *(f"latents/{name}.npy" for name in names)}
         check(self.folder, lambda name: name in read or name.endswith(".png"))
+
+    def check_sound(self) -> None:
+        """Check the source's sound. Raises DamagedError."""
+        check(self.folder, lambda name: name == SOUND)
 
     def check_source_features(self) -> None:
         """Check the source features. Raises DamagedError."""

@@ -4,7 +4,7 @@ import itertools
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TypeVar
@@ -17,10 +17,15 @@ from tokenflow.config_control import ControlConfig
 from tokenflow.diffusion.checkpoint import Checkpoint
 from tokenflow.errors import UserError
 from tokenflow.video.read import decode_frames, mean_rate, read_times
+from tokenflow.video.sound import keep_sound
 from util import BLACK, WHITE, fit_frame, save_frames
 
 T = TypeVar("T")
 log = logging.getLogger("tokenflow")
+
+SAME_SPEED = Fraction(
+    1, 50
+)  # as which another frame rate counts, because nobody hears the difference
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,17 @@ class FrameChoice:
                 f"n_frames: {n_frames} were asked for, but there are only {count} frames in {used}; "
                 f"use --n_frames {count}, or 0 for all"
             )
+
+    def write_sound(self, video: Path, path: Path, n_frames: int, fps: Fraction) -> None:
+        """Write what is heard during these frames, unless `fps` plays them faster or slower."""
+        stamped = replace(self, fps=None)
+        (start,) = stamped.times(video, 1)
+        keep_sound(video, path, start, n_frames / fps)
+        if self.fps and path.exists():
+            rate = mean_rate(stamped.times(video, n_frames))
+            if abs(rate / fps - 1) > SAME_SPEED:
+                log.info("fps: the sound is left out, because the video plays at another speed")
+                path.unlink()
 
     def _choose(self, frames: Iterator[T], n_frames: int) -> Iterator[T]:
         stop = self.start_frame + n_frames * self.stride if n_frames else None

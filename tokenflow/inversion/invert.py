@@ -124,7 +124,9 @@ class InversionRun:
         folder, n_frames = self.inversion.source_frames, self.manifest.n_frames
         files, frames = FrameFiles([], folder), torch.arange(n_frames)
         if self.processes.is_main and not self._progress.is_done("read", files.read(frames)):
-            self._choice.write(Path(self.config.data_path), folder, n_frames)
+            video, fps = Path(self.config.data_path), self.manifest.frame_rate
+            self._choice.write(video, folder, n_frames)
+            self._choice.write_sound(video, self.inversion.sound, n_frames, fps)
             self._progress.record("read", files.read(frames))
 
     def invert(self) -> None:
@@ -189,7 +191,8 @@ class InversionRun:
         is_reconstructed = not self.config.no_reconstruction
         if is_reconstructed:
             video, folders = inversion.folder / VIDEO, [inversion.reconstruction]
-            write_video_from_folders(video, folders, manifest.n_frames, manifest.frame_rate)
+            n_frames, fps = manifest.n_frames, manifest.frame_rate
+            write_video_from_folders(video, folders, n_frames, fps, inversion.sound)
         else:
             remove(inversion.reconstruction)
         kept = self._keyframe_schedule if self._keeps_source_features else None

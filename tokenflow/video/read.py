@@ -94,6 +94,12 @@ def frame_rate(path: Path) -> Fraction:
     return mean_rate(list(read_times(path)))
 
 
+def open_container(path: Path) -> av.container.InputContainer:
+    """Open a file that holds a video and perhaps sound. Raises FFmpegError."""
+    # An absolute path is no URL, even if a colon is in it.
+    return av.open(str(path.absolute()), options={"format_whitelist": _FORMATS})
+
+
 @contextmanager
 def _open_video(path: Path) -> Iterator[_Video]:
     """Open a video file. Raises UserError, also in the block, if it cannot be decoded."""
@@ -102,9 +108,8 @@ def _open_video(path: Path) -> Iterator[_Video]:
             with Image.open(path) as image:
                 yield _Video(_decode_webp(image))
             return
-        # An absolute path is no URL, even if a colon is in it.
-        with av.open(str(path.absolute()), options={"format_whitelist": _FORMATS}) as container:
-            stream = _find_stream(path, container)
+        with open_container(path) as container:
+            stream = find_stream(path, container)
             yield _Video(
                 frames=_decode(path, container, stream),
                 fps=stream.guessed_rate or stream.average_rate or FOLDER_FPS,
@@ -118,7 +123,7 @@ def _open_video(path: Path) -> Iterator[_Video]:
         ) from error
 
 
-def _find_stream(path: Path, container: av.container.InputContainer) -> av.VideoStream:
+def find_stream(path: Path, container: av.container.InputContainer) -> av.VideoStream:
     """The stream that is the video: no cover, no still beside a video, else the container's default."""
     best = container.streams.best("video")
     streams = [s for s in container.streams.video if not s.disposition & _COVER]

@@ -10,6 +10,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
 from tokenflow.runtime.ahead import in_parallel
 from tokenflow.runtime.run_folder import stage
+from tokenflow.video.sound import SoundTrack
 from util import read_frame
 
 # Without these tags players guess: BT.601 or BT.709 by the size, and some always one of them.
@@ -27,26 +28,37 @@ X264_OPTIONS = COLOURS | {"crf": "12", "x264-params": "cpu-independent=1:threads
 EXACT = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
 
 
-def write_video(path: Path, frames: Iterable[np.ndarray], fps: Fraction) -> None:
-    """Encode uint8 RGB frames (H, W, 3), H and W even, as H.264 of BT.709 and limited range, one by one."""
+def write_video(
+    path: Path, frames: Iterable[np.ndarray], fps: Fraction, sound: Path | None = None
+) -> None:
+    """Encode uint8 RGB frames (H, W, 3), H and W even, as H.264 of BT.709 and limited range, one by one.
+
+    sound: what `keep_sound` has written, if it has; what is longer than the video is left out.
+    """
     with stage(path) as unfinished, av.open(str(unfinished.absolute()), "w") as container:
-        stream = None
-        for frame in frames:
+        stream, track = None, None
+        for index, frame in enumerate(frames, 1):
             if stream is None:
                 stream = container.add_stream("libx264", rate=fps, options=X264_OPTIONS)
                 stream.height, stream.width = frame.shape[:2]
                 stream.pix_fmt = "yuv420p"
+                if sound and sound.exists():
+                    track = SoundTrack(sound, container)
             container.mux(stream.encode(_convert(frame)))
+            if track:
+                track.write(index / fps)
         container.mux(stream.encode())
 
 
-def write_video_from_folders(path: Path, folders: list[Path], n_frames: int, fps: Fraction) -> None:
-    """Encode a video of the first `n_frames` frames of the `folders`, side by side."""
+def write_video_from_folders(
+    path: Path, folders: list[Path], n_frames: int, fps: Fraction, sound: Path | None = None
+) -> None:
+    """Encode a video of the first `n_frames` frames of the `folders`, side by side, as `write_video` does."""
 
     def beside_each_other(index: int) -> np.ndarray:
         return np.concatenate([read_frame(folder, index) for folder in folders], axis=1)
 
-    write_video(path, in_parallel(beside_each_other, range(n_frames)), fps)
+    write_video(path, in_parallel(beside_each_other, range(n_frames)), fps, sound)
 
 
 def _convert(frame: np.ndarray) -> av.VideoFrame:
