@@ -11,7 +11,7 @@ The algorithm of Geyer et al., TokenFlow (ICLR 2024, arXiv 2307.10373):
         pass all other frames through the UNet, and in every self-attention:
             source: find each token in two keyframes               flanking_blend, find_correspondences
             the edit: blend the outputs of those tokens            propagate
-        noise = uncond + guidance_scale * (cond - uncond)          propagation.guidance
+        noise = uncond + guidance_scale * (cond - uncond)          editing.guidance
         latents = one DDIM step along the noise                    diffusion.ddim.ddim_step
 
 In the first steps Plug-and-Play gives the edit the source's queries, keys and features. Pure tensor functions

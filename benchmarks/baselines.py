@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import torch
 
 from tokenflow.editing.denoise import Denoiser, Latents
-from tokenflow.editing.guidance import Guidance, guide_streams
+from tokenflow.editing.guidance import guide
+from tokenflow.editing.steps import Guidance
 from tokenflow.runtime.frame_array import FrameArray
 from tokenflow_utils import SOURCE, JointEdit
 
@@ -23,21 +24,19 @@ class FrameByFrame(Denoiser):
         memory: FrameArray | None = None,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """As `Denoiser.predict`, chunk by chunk."""
-        t, (attention, features) = self.technique.schedule.timesteps[step], self.injects(step)
-        streams = (SOURCE, *self.choose_streams(Guidance.EVERY_FRAME))
+        planned = self.steps.plan(step)
+        streams = (SOURCE, *self.steps.choose_streams(Guidance.EVERY_FRAME))
         for frames in chunks:
             self.tokenflow.cache.keep([])
             self.tokenflow.task = JointEdit(
                 frames.tolist(),
-                inject_attention=attention,
-                inject_features=features,
+                inject_attention=planned.injects_attention,
+                inject_features=planned.injects_features,
                 extended=self.extended,
             )
-            noise, self.strong = (
-                self.streams.predict_noise(latents[frames], t, frames, streams),
-                None,
-            )
-            yield frames, *guide_streams(noise, self.find_scale(noise))
+            noise = self.predict_noise(latents[frames], planned.t, frames, streams)
+            self.strong = None
+            yield frames, *guide(noise, self.find_scale(noise))
 
 
 class ExtendedAttention(FrameByFrame):
@@ -45,6 +44,6 @@ class ExtendedAttention(FrameByFrame):
 
     extended = True
 
-    def plan(self, step: int) -> list[torch.Tensor]:
+    def divide(self, step: int) -> list[torch.Tensor]:
         """All frames together, since they attend to each other."""
         return [torch.arange(self.source.n_frames)]

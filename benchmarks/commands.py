@@ -12,11 +12,10 @@ from benchmarks.meter import Meter
 from tokenflow.cli import parse
 from tokenflow.config import ControlNetConfig, PnPConfig, PreprocessConfig, SDEditConfig
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
-from tokenflow.editing.denoise import Denoiser
+from tokenflow.editing.denoise import Denoiser, TokenFlowDenoiser
 from tokenflow.editing.edit import EditRun
 from tokenflow.editing.sweep import open_edits
 from tokenflow.editing.techniques import ControlNet, PlugAndPlay, SDEdit, Technique
-from tokenflow.editing.tokenflow_denoiser import TokenFlowDenoiser
 from tokenflow.inversion.invert import open_inversion
 from util import load_frames, save_frames
 

@@ -15,9 +15,8 @@ from test_tokenflow import edit_of, source_of, video_of
 from tokenflow.config import PnPConfig
 from tokenflow.editing.checkpoint import EditCheckpoint
 from tokenflow.editing.consensus import DISTANCES, Consensus, choose_steps
-from tokenflow.editing.denoise import denoise
+from tokenflow.editing.denoise import TokenFlowDenoiser, denoise
 from tokenflow.editing.source import Source, find_flow, open_motion
-from tokenflow.editing.tokenflow_denoiser import TokenFlowDenoiser
 from tokenflow.motion.averaging import average, carry, find_reliability, warp
 from tokenflow.motion.dense import DenseMotion
 from tokenflow.motion.fusion import FLICKER, Fusion

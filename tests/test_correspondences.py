@@ -101,9 +101,7 @@ def test_equals_reference(sd, propagation, window):
 @torch.no_grad()
 def test_kept_source_features_equal_the_reference(sd, tmp_path, monkeypatch, together):
     """What the flow loses takes the correspondences that the inversion kept."""
-    monkeypatch.setattr(
-        "tokenflow.editing.tokenflow_denoiser.FILLED_CPU", 1 << 12 if together else 1
-    )
+    monkeypatch.setattr("tokenflow.editing.denoise.FILLED_CPU", 1 << 12 if together else 1)
     source, latents = video_of(9)
     files, _ = record(sd, tmp_path, source, 3, batch_size=9, segment=9)
     known = source_of(source, files, Motion())

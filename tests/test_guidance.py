@@ -12,10 +12,9 @@ from tokenflow.diffusion.ddim import predict_x0
 from tokenflow.diffusion.layouts import count_tokens, features_shape
 from tokenflow.editing.checkpoint import EditCheckpoint
 from tokenflow.editing.consensus import Consensus, choose_steps
-from tokenflow.editing.denoise import denoise
-from tokenflow.editing.guidance import Guidance, find_difference, find_scale, plan_guidance
-from tokenflow.editing.streams import Streams
-from tokenflow.editing.tokenflow_denoiser import TokenFlowDenoiser
+from tokenflow.editing.denoise import TokenFlowDenoiser, denoise
+from tokenflow.editing.guidance import find_difference, find_scale
+from tokenflow.editing.steps import Guidance, plan_guidance
 from tokenflow.runtime.distributed import Processes
 from tokenflow_utils import SourceFeatures, attention, extended_attention
 
@@ -76,7 +75,7 @@ def test_evaluations_of_a_frame(sd, tmp_path, monkeypatch, options, steps, most)
         evaluated.append(len(frames) * len(streams))
         return {stream: torch.zeros_like(edited) for stream in streams}
 
-    monkeypatch.setattr(Streams, "predict_noise", count)
+    monkeypatch.setattr(TokenFlowDenoiser, "predict_noise", count)
     run(replace(edit, consensus=averaged), tmp_path)
     assert most - 10 < sum(evaluated) / 40 <= most
 
@@ -156,8 +155,8 @@ def predict_at(edit, latents, guidance=None, memory=None):
     """The guided noise (N, 4, h, w) of all frames at the first step, if it has that guidance."""
     noise = torch.empty_like(latents)
     with TokenFlowDenoiser.install(edit) as denoiser:
-        denoiser.guidance[0] = guidance or denoiser.guidance[0]
-        for frames, predicted, _ in denoiser.predict(latents, 0, denoiser.plan(0), memory):
+        denoiser.steps.guidance[0] = guidance or denoiser.steps.guidance[0]
+        for frames, predicted, _ in denoiser.predict(latents, 0, denoiser.divide(0), memory):
             noise[frames] = predicted
     return noise
 

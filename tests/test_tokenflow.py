@@ -21,10 +21,9 @@ from test_cli import ROOT
 from tokenflow.config import PnPConfig
 from tokenflow.diffusion.checkpoint import Checkpoint
 from tokenflow.diffusion.ddim import Schedule
-from tokenflow.editing.denoise import Edit
+from tokenflow.editing.denoise import Edit, TokenFlowDenoiser
 from tokenflow.editing.source import Source
 from tokenflow.editing.techniques import Technique
-from tokenflow.editing.tokenflow_denoiser import TokenFlowDenoiser
 from tokenflow.editing.windows import (
     choose_anchors,
     divide_into_windows,
@@ -122,7 +121,7 @@ def predicted(edit, latents):
 def predict_all(denoiser, latents):
     """The guided noise of all frames at the first step."""
     noise = torch.empty(latents.shape)
-    for frames, predicted, _ in denoiser.predict(latents, 0, denoiser.plan(0)):
+    for frames, predicted, _ in denoiser.predict(latents, 0, denoiser.divide(0)):
         noise[frames] = predicted
     return noise
 
@@ -153,16 +152,14 @@ def test_equals_reference(sd, video, options, injects):
 @torch.no_grad()
 def test_windows_equal_the_reference(sd, monkeypatch, propagation, window, together):
     """Anchors, shared boundaries and inner keyframes, with all streams in one pass or one by one."""
-    monkeypatch.setattr(
-        "tokenflow.editing.tokenflow_denoiser.FILLED_CPU", 1 << 12 if together else 1
-    )
+    monkeypatch.setattr("tokenflow.editing.denoise.FILLED_CPU", 1 << 12 if together else 1)
     source, latents = video_of(21)
     sizes = {"batch_size": 3, "keyframe_interval": 2, "keyframe_window": window}
     edit = edit_of(sd, source_of(source), latents, propagation=propagation, **sizes)
     with TokenFlowDenoiser.install(edit) as denoiser:
         ours = predict_all(denoiser, latents)
         # The noise is the same however processes divide the chunks.
-        chunks = denoiser.plan(0)
+        chunks = denoiser.divide(0)
         for part in (chunks[: len(chunks) // 2], chunks[len(chunks) // 2 :]):
             for frames, noise, _ in denoiser.predict(latents, 0, part):
                 assert torch.equal(noise, ours[frames])
@@ -216,9 +213,7 @@ def test_windows_share_one_keyframe_each(n_keyframes, size):
 @torch.no_grad()
 def test_two_streams_equal_the_reference(sd, tmp_path, monkeypatch, batch_size, window, together):
     """With source features recorded in the inversion's passes, an edit needs no source stream."""
-    monkeypatch.setattr(
-        "tokenflow.editing.tokenflow_denoiser.FILLED_CPU", 1 << 12 if together else 1
-    )
+    monkeypatch.setattr("tokenflow.editing.denoise.FILLED_CPU", 1 << 12 if together else 1)
     source, latents = video_of(13)
     files, noise = record(sd, tmp_path, source, 2, batch_size, segment=5)
     plain = sd.predict_noise(source, FIRST, sd.encode_text(PROMPTS[0]).expand(13))

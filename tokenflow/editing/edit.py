@@ -19,14 +19,14 @@ from tokenflow.diffusion.ddim import Schedule
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.checkpoint import EditCheckpoint, KeptArray
 from tokenflow.editing.consensus import DISTANCES, Consensus, choose_steps
-from tokenflow.editing.denoise import Denoiser, Edit, denoise
+from tokenflow.editing.denoise import Denoiser, Edit, TokenFlowDenoiser, denoise
 from tokenflow.editing.find_inversion import conditions_of
 from tokenflow.editing.identity import Identity
 from tokenflow.editing.mask import Mask, PromptDifference, read_mask
 from tokenflow.editing.shared import Shared
 from tokenflow.editing.source import Source, find_features, find_flow, open_motion
+from tokenflow.editing.steps import plan_keyframes
 from tokenflow.editing.techniques import Technique
-from tokenflow.editing.tokenflow_denoiser import TokenFlowDenoiser, plan_keyframes
 from tokenflow.errors import DamagedError, UserError
 from tokenflow.evaluation.contact_sheet import contact_sheet, moments
 from tokenflow.evaluation.report import discard_report
