@@ -111,6 +111,9 @@ class EditConfig(ModelConfig):
     format, folders that hold one, or hub ids."""
     lora_scale: tuple[float, ...] = option((1.0,), -10, 10)
     """Strength of the LoRAs: one for all, or one for each."""
+    embeddings: tuple[str, ...] = ()
+    """Textual inversions, for the edit alone: files of which mine.safetensors or mine.pt is <mine> in the
+    prompts."""
     n_inversion_steps: int = option(50, 1, 999)
     """Number of inversion steps of the inversion (steps of preprocess.py)."""
     n_timesteps: int = option(50, 1, 999)

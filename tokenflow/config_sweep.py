@@ -16,7 +16,7 @@ C = TypeVar("C")
 MOST = 64  # edits in a sweep
 # What all edits of a sweep share: where things are, the inversion, the checkpoint, and how they are computed.
 SHARED = ("data_path", "latents_path", "output_path", "n_frames", "n_inversion_steps")
-SHARED += ("sd_version", "model", "vae", "dtype", "clip_skip", "reuse_source", *HOW)
+SHARED += ("sd_version", "model", "vae", "dtype", "clip_skip", "embeddings", "reuse_source", *HOW)
 
 
 def parse_sweep(

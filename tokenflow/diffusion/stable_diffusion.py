@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,6 +26,12 @@ from tokenflow.runtime.transfer import to_device
 # Of several frames in one pass of the VAE, which works at full resolution and needs the most memory. A GPU
 # takes two thirds of the time for a frame of 512 x 512 if four pass together (H100).
 VAE_PIXELS, VAE_PIXELS_ON_CUDA = 1 << 16, 1 << 20
+
+CUT = "warning: the prompt is longer than %d tokens; this end of it is cut off: %r"
+OTHER_SYNTAX = (
+    "warning: %r in the prompt is read as words, though not by web interfaces; a weight is written "
+    "(words:1.3), LoRAs and textual inversions are options"
+)
 
 log = logging.getLogger("tokenflow")
 
@@ -78,7 +84,8 @@ class StableDiffusion:
     tokenizer_2, text_encoder_2: Stable Diffusion XL's others. zero_if_empty: whether its embeddings of an
     empty prompt are zeros, which is how it was trained to denoise without a prompt.
     clip_skip: layers that are left out at the end of the text encoders. adapted: networks that LoRAs change.
-    compiled: whether the UNet is. limits: of the samples and frames that fit in memory at once.
+    compiled: whether the UNet is. words: what words of prompts stand for (`use_embeddings`).
+    limits: of the samples and frames that fit in memory at once.
     """
 
     vae: AutoencoderKL
@@ -95,6 +102,7 @@ class StableDiffusion:
     clip_skip: int = 0
     adapted: tuple[torch.nn.Module, ...] = ()
     compiled: bool = False
+    words: Mapping[str, str] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -135,19 +143,15 @@ class StableDiffusion:
         The tokens of `(words:1.3)` go further from those of the empty prompt, as in ComfyUI; the pooled
         embedding is of the words alone. What is cut, or is only read by others, is logged.
         """
+        plain = prompt
+        for word, tokens in self.words.items():
+            prompt, plain = prompt.replace(word, tokens), plain.replace(word, word.strip("<>"))
         words, weights = split_weights(prompt)
         if cut := find_cut_words(self.tokenizer, words):
-            log.warning(
-                "warning: the prompt is longer than %d tokens; this end of it is cut off: %r",
-                self.tokenizer.model_max_length,
-                cut,
-            )
-        if other := find_other_syntax(words):
-            log.warning(
-                "warning: %r in the prompt is read as words, though not by web interfaces; a weight is "
-                "written (words:1.3), and a LoRA is an option",
-                other,
-            )
+            length = self.tokenizer.model_max_length
+            log.warning(CUT, length, cut)
+        if other := find_other_syntax(split_weights(plain)[0]):
+            log.warning(OTHER_SYNTAX, other)
         text = self._encode(words)
         if not prompt and self.zero_if_empty:
             return Text(torch.zeros_like(text.tokens), torch.zeros_like(text.pooled))

@@ -7,6 +7,7 @@ from tokenflow.diffusion.checkpoint import Checkpoint
 from tokenflow.diffusion.controlnets import check_controlnets
 from tokenflow.diffusion.ddim import Schedule
 from tokenflow.diffusion.device import choose_device
+from tokenflow.diffusion.embeddings import identify_embeddings, read_embeddings
 from tokenflow.diffusion.lora import check_loras, identify_lora
 from tokenflow.editing.edit import EditRun
 from tokenflow.editing.find_inversion import conditions_of, find_inversion, preprocess_command
@@ -43,6 +44,9 @@ def check_edit(config: EditConfig, technique: str, shared: Shared) -> EditRun:
     choice = FrameChoice.of(inversion.manifest.config)
     check_loras(config.lora, checkpoint.unet_config)
     files = [identify_lora(lora) for lora in config.lora]
+    for file in config.embeddings:
+        read_embeddings(file)  # before anything is loaded
+        files.append(identify_embeddings(file))
     if isinstance(config, ControlNetConfig):
         check_controlnets(config.controlnet_ids)
         check_detectors(config)

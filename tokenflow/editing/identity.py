@@ -23,6 +23,7 @@ PATHS = (
     "model",
     "vae",
     "lora",
+    "embeddings",
     "controlnet",
     "control_path",
 )

@@ -10,6 +10,7 @@ import torch
 from tokenflow.config import ControlNetConfig, EditConfig
 from tokenflow.diffusion.checkpoint import Checkpoint
 from tokenflow.diffusion.controlnets import use_controlnets
+from tokenflow.diffusion.embeddings import use_embeddings
 from tokenflow.diffusion.lora import use_loras
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 
@@ -37,17 +38,18 @@ class Shared:
     def load(
         self, checkpoint: Checkpoint, config: EditConfig, device: torch.device, dtype: torch.dtype
     ) -> StableDiffusion:
-        """The networks of the checkpoint, with the ControlNets and LoRAs of an edit."""
+        """The networks of the checkpoint, with the textual inversions, ControlNets and LoRAs of an edit."""
 
         def load() -> StableDiffusion:
             log.info("loading %s on %s in %s", config.model_id, device, dtype)
-            return checkpoint.load(
+            sd = checkpoint.load(
                 device,
                 dtype,
                 cpu_offload=config.cpu_offload,
                 compiled=config.compile,
                 clip_skip=config.clip_skip,
             )
+            return use_embeddings(sd, config.embeddings)
 
         sd = self.get("networks", None, load)
         controlnets = config.controlnet_ids if isinstance(config, ControlNetConfig) else ()
