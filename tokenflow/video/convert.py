@@ -13,7 +13,7 @@ from util import lay_on
 
 UNTAGGED = 2  # what FFmpeg calls an unspecified colour matrix
 HD_WIDTH, SD_HEIGHT = 1280, 576  # of this width, or higher than this, a video is of HD size
-
+# FFmpeg's filters and their options.
 DEINTERLACE = [("bwdif", "mode=send_frame:deint=interlaced")]  # into the first field of each frame
 TO_BT709 = [
     ("scale", "out_transfer=bt709:out_primaries=bt709:out_color_matrix=bt709"),
@@ -33,10 +33,10 @@ def filter_frames(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
     def describe(frame: av.VideoFrame) -> tuple:
         nonlocal interlaced
         interlaced = interlaced or frame.interlaced_frame
-        return interlaced, is_hdr(frame), frame.format.name, frame.width, frame.height
+        filters = DEINTERLACE * interlaced + TO_BT709 * is_hdr(frame)
+        return filters, frame.format.name, frame.width, frame.height
 
-    for (has_fields, has_high_range, *_), alike in itertools.groupby(frames, describe):
-        filters = [*DEINTERLACE] * has_fields + [*TO_BT709] * has_high_range
+    for (filters, *_), alike in itertools.groupby(frames, describe):
         if filters:
             alike = _pass_through(filters, alike)
         yield from alike
