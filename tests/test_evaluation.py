@@ -30,6 +30,7 @@ from tokenflow.evaluation.report import write_table
 from tokenflow.evaluation.subject import EDIT, PER_FRAME, RECONSTRUCTION, SOURCE, VAE
 from tokenflow.evaluation.verdict import FAIR, GOOD, POOR, verdict
 from tokenflow.motion.optical_flow import DenseInverseSearch, NetworkFlow, find_consistent
+from tokenflow.video import read as video_read
 from tokenflow.video.read import decode_frames, frame_rate
 from tokenflow.video.write import write_video
 
@@ -254,9 +255,14 @@ def page_data(path):
 def evaluated(edited, models):
     """What evaluate.py prints about both edits, and the folders that it read pictures from."""
     flags = ["--edits", "out/pnp_clip", "out/pnp_clip_2", "--clip", models[0], "--dino", models[1]]
-    read, read_image = [], util.read_image
+    read, read_image = [], video_read.read_image
+
+    def note(path, background):
+        read.append(path.parent)
+        return read_image(path, background)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(util, "read_image", lambda path: read.append(path.parent) or read_image(path))
+        patch.setattr(video_read, "read_image", note)
         # With one prompt they are measured together.
         return run("evaluate.py", *flags, "--prompt", "a circle", cwd=edited), read
 

@@ -96,7 +96,7 @@ def test_sound_is_cut_to_the_frames(tmp_path, frames, name):
     """Frames 6 to 17 of 24 are used: the low tone sounds for the half of them, and then the high one."""
     codec, expected = CODECS[name]
     write_with_sound(tmp_path / name, codec, frames, make_tones())
-    keep_sound(tmp_path / name, tmp_path / "sound.m4a", Fraction(6, FPS), Fraction(12, FPS))
+    keep_sound(tmp_path / name, tmp_path / "sound.m4a", Fraction(6, FPS), Fraction(18, FPS))
     write_video(tmp_path / "edited.mp4", frames[:12], FPS, tmp_path / "sound.m4a")
     found, low, high = hear(tmp_path / "edited.mp4")
     assert found == expected and 9 <= len(low) <= 10

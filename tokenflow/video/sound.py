@@ -59,8 +59,8 @@ def _copy(
     """The packets of a stream from `start` on, as they are."""
     copy = kept.add_stream_from_template(sound)
     for packet in sound.container.demux(sound):
-        if packet.pts is None:  # the end
-            break
+        if packet.pts is None:  # as of the empty one at the end
+            continue
         time = packet.pts * packet.time_base - start
         if time >= duration:
             break
@@ -79,9 +79,8 @@ def _encode(
     graph.link_nodes(
         graph.add_abuffer(sound),
         graph.add("asetpts", f"PTS-{float(start)}/TB"),
-        graph.add(
-            "aresample", f"{AAC_RATE}:async=1:first_pts=0"
-        ),  # cuts, and fills gaps with silence
+        # Cuts off what is before 0, and fills gaps with silence.
+        graph.add("aresample", f"{AAC_RATE}:async=1:first_pts=0"),
         graph.add("abuffersink"),
     ).configure()
     for frame in chain(takewhile(lambda f: f.time < start + duration, _decode(sound)), [None]):
