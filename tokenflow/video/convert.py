@@ -84,7 +84,14 @@ def _pass_through(
     source = graph.add_buffer(first, format=first.format.name)
     nodes = [graph.add(name, options) for name, options in filters]
     graph.link_nodes(source, *nodes, graph.add("buffersink")).configure()
-    for frame in itertools.chain([first], frames, [None]):
+    yield from push_through(graph, itertools.chain([first], frames))
+
+
+def push_through(
+    graph: av.filter.Graph, frames: Iterator[av.frame.Frame]
+) -> Iterator[av.frame.Frame]:
+    """Push frames of pictures or sound through a graph of FFmpeg's filters; yield what comes out."""
+    for frame in itertools.chain(frames, [None]):
         graph.push(frame)
         with suppress(av.BlockingIOError, av.EOFError):  # it wants more, or has given all
             while True:

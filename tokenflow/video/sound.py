@@ -3,7 +3,6 @@
 import logging
 from collections import deque
 from collections.abc import Iterator
-from contextlib import suppress
 from fractions import Fraction
 from itertools import chain, takewhile
 from pathlib import Path
@@ -14,6 +13,7 @@ from av.container import OutputContainer
 from av.filter import Graph
 
 from tokenflow.errors import describe, is_out_of_resources
+from tokenflow.video.convert import push_through
 from tokenflow.video.read import find_stream, open_container
 
 log = logging.getLogger("tokenflow")
@@ -83,12 +83,9 @@ def _encode(
         graph.add("aresample", f"{AAC_RATE}:async=1:first_pts=0"),
         graph.add("abuffersink"),
     ).configure()
-    for frame in chain(takewhile(lambda f: f.time < start + duration, _decode(sound)), [None]):
-        graph.push(frame)
-        with suppress(av.BlockingIOError, av.EOFError):  # until it wants more, or there is no more
-            while True:
-                yield from encoder.encode(graph.pull())
-    yield from encoder.encode()
+    frames = takewhile(lambda frame: frame.time < start + duration, _decode(sound))
+    for frame in chain(push_through(graph, frames), [None]):
+        yield from encoder.encode(frame)
 
 
 def _decode(sound: AudioStream) -> Iterator[av.AudioFrame]:
