@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from test_cli import last_line, refusal, run
 
 import util
+from shapes.versions import build_narrow
 from tokenflow.diffusion.checkpoint import Checkpoint
 from tokenflow.diffusion.embeddings import use_embeddings
 from tokenflow.errors import UserError
@@ -46,6 +47,20 @@ def test_a_word_stands_for_embeddings(loaded, tmp_path, caplog):
     assert not caplog.messages
     sd.encode_text("a <mine> dog")
     assert "'<mine>' in the prompt" in caplog.text
+
+
+def test_both_text_encoders_of_xl(tmp_path):
+    sd = Checkpoint.find(str(build_narrow(tmp_path / "xl", "XL"))).load(CPU, torch.float32)
+    vectors = {
+        "clip_l": vectors_of(sd, "red circle"),
+        "clip_g": vectors_of(replace(sd, text_encoder=sd.text_encoder_2), "red circle"),
+    }
+    expected = sd.encode_text("a red circle on a dog")
+    save_file(vectors, tmp_path / "mine.safetensors")
+    told = use_embeddings(sd, [str(tmp_path / "mine.safetensors")])
+    found = told.encode_text("a <mine> on a dog")
+    assert torch.equal(found.tokens, expected.tokens)
+    assert torch.equal(found.pooled, expected.pooled)
 
 
 def test_what_is_refused(sd, tmp_path):

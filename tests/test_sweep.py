@@ -72,7 +72,11 @@ def test_flags_and_yaml(tmp_path):
 @pytest.mark.parametrize(
     "values, words",
     [
-        *(({name: ["1", "2"]}, f"{name}: the edits of a sweep share it") for name in SHARED),
+        *(
+            # A list of lists is a sweep of an option that takes a list itself.
+            ({name: [["1"], ["2"]] if name == "embeddings" else ["1", "2"]}, f"{name}: .* share it")
+            for name in SHARED
+        ),
         ({"pnp_attn_t": []}, "pnp_attn_t: its list is empty"),
         ({"pnp_attn_t": [0.5, [1]]}, "pnp_attn_t 1: pnp_attn_t: .* is not a number"),
         ({"pnp_attn_t": [0.5, 1.5]}, "pnp_attn_t 1.5: pnp_attn_t: 1.5 is out of range"),
