@@ -322,11 +322,15 @@ def test_a_damaged_mask_of_a_stopped_edit_is_found_again(finished, monkeypatch):
 def test_an_edit_is_not_resumed_from_a_damaged_step(tmp_path, way):
     saved = EditCheckpoint(tmp_path, (3, 4, 2, 2), Processes(torch.device("cpu")))
     for step in range(3):
-        with saved.writing(step) as latents:
+        with saved.writing(step, remembers=step == 2) as (latents, memory):
             latents[torch.arange(3)] = torch.full((3, 4, 2, 2), float(step + 1))
-    assert saved.steps_done == 2
+            if memory:
+                memory[torch.arange(3)] = torch.ones(3, 4, 2, 2)
+    assert saved.steps_done == 2 and saved.memory(2).shape == (3, 4, 2, 2)
     with damaged(tmp_path / "2.npy", way):
         assert saved.steps_done is None
+    with damaged(tmp_path / "memory_2.npy", way):  # which a step can do without
+        assert saved.steps_done == 2 and saved.memory(2) is None
     assert saved.steps_done == 2 and saved.latents(2).shape == (3, 4, 2, 2)
 
 
