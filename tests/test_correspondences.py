@@ -103,7 +103,7 @@ def test_kept_source_features_equal_the_reference(sd, tmp_path, monkeypatch, tog
     """What the flow loses takes the correspondences that the inversion kept."""
     monkeypatch.setattr("tokenflow.editing.denoise.FILLED_CPU", 1 << 12 if together else 1)
     source, latents = video_of(9)
-    files, _ = record(sd, tmp_path, source, 3, batch_size=9, segment=9)
+    files, _ = record(sd, tmp_path, source, 3, batch_size=9, chunk=9)
     known = source_of(source, files, Motion())
     edit = edit_of(sd, known, latents, keyframe_interval=3)
     ours = predicted(edit, latents)

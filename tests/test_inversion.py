@@ -1,6 +1,7 @@
 """Inversion and sampling, which do not depend on how frames are batched."""
 
 import dataclasses
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,15 @@ from test_cli import last_line, run
 
 from shapes.checkpoint import build_scheduler
 from tokenflow.config import PreprocessConfig, SDEditConfig
-from tokenflow.diffusion.ddim import Schedule, check_finite, ddim_step, invert, sample
+from tokenflow.diffusion.ddim import (
+    Inverter,
+    Schedule,
+    check_finite,
+    ddim_step,
+    find_noise_between,
+    sample,
+)
+from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.techniques import SDEdit
 from tokenflow.errors import UserError
 from tokenflow.inversion.check import make_schedules
@@ -33,10 +42,19 @@ def noise_of_gaussians(x, t, frames):
     return (1 - alpha).sqrt() * x / (alpha * SPREAD**2 + 1 - alpha)
 
 
+def invert(latents, schedule, predict, is_fixed_point=False):
+    """The noisiest latents (n, ...) of a whole inversion, and the counts of what made them."""
+    inverter, start = Inverter(predict, is_fixed_point), (schedule.alphas[-1], latents)
+    (levels,) = schedule.divide_inversion(schedule.timesteps[:1])
+    return inverter.invert([start], levels, FRAMES[: len(latents)]), inverter
+
+
 def test_steps_undo_each_other():
     latents, noise = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     there = ddim_step(latents, noise, 0.9, 0.3)
     torch.testing.assert_close(ddim_step(there, noise, 0.3, 0.9), latents)
+    torch.testing.assert_close(find_noise_between(latents, there, 0.9, 0.3), noise)
+    assert not find_noise_between(latents, latents, 0.9, 0.9).any()
 
 
 def test_schedule_is_stable_diffusions(sd):
@@ -77,7 +95,7 @@ def test_sampling_undoes_inversion():
     errors, ends = [], []
     for n_steps in (20, 200):
         schedule = Schedule.of(build_scheduler(), n_steps)
-        *_, (t, noisiest) = invert(latents, FRAMES, schedule, noise_of_gaussians)
+        noisiest, _ = invert(latents, schedule, noise_of_gaussians)
         *_, back = sample(noisiest, FRAMES, schedule, noise_of_gaussians)
         errors.append((back - latents).abs().max().item())
         a, b = schedule.alphas[0], schedule.alphas[-1]
@@ -99,16 +117,32 @@ def test_fixed_point_inversion_is_undone_by_sampling():
 
     schedule = Schedule.of(build_scheduler(), 20)
     errors = []
-    for fixed_point in (False, True):
-        *_, (_, noisiest) = invert(latents, FRAMES[:6], schedule, counted, fixed_point)
+    for is_fixed_point in (False, True):
+        evaluations[:] = 0
+        noisiest, inverter = invert(latents, schedule, counted, is_fixed_point)
         *_, back = sample(noisiest, FRAMES, schedule, noise_of_gaussians)
         errors.append((back - latents).square().mean().sqrt().item())
     assert errors[1] < errors[0] / 15 and errors[1] < 0.005
-    assert evaluations[5] == 20 + 20 and 20 + 20 < evaluations[0] < 20 + 25
+    assert evaluations[5] == 20 and 20 < evaluations[0] < 25
+    assert (inverter.steps, inverter.evaluations) == (6 * 20, evaluations.sum())
 
 
-@pytest.mark.parametrize("fixed_point, tolerance", [(False, 0.1), (True, 5e-3)])
-def test_inversion_into_pure_noise_is_undone(fixed_point, tolerance):
+def test_an_inversion_goes_on_from_saved_latents():
+    """From those of every second step, which is what a run has on disk, it ends where it would without."""
+    latents = SPREAD * torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    schedule = Schedule.of(build_scheduler(), 40)
+    whole, at_once = invert(latents, schedule, noise_of_gaussians, is_fixed_point=True)
+    ends, inverter = schedule.timesteps[::2], Inverter(noise_of_gaussians)
+    saved = [(schedule.alphas[-1], latents)]
+    for levels in schedule.divide_inversion(ends):
+        saved.append((levels[-1][1], inverter.invert(saved, levels, FRAMES[:6])))
+    assert [alpha for alpha, _ in saved[:0:-1]] == list(schedule.alphas[:-1:2])
+    assert (saved[-1][1] - whole).square().mean().sqrt() < 5e-3
+    assert inverter.evaluations <= 1.1 * at_once.evaluations
+
+
+@pytest.mark.parametrize("is_fixed_point, tolerance", [(False, 0.1), (True, 5e-3)])
+def test_inversion_into_pure_noise_is_undone(is_fixed_point, tolerance):
     """For Gaussian data of mean m and standard deviation s, as above; its noise has unit variance."""
     scheduler = zero_terminal_snr()
     m, s = 1.0, 0.5
@@ -121,8 +155,12 @@ def test_inversion_into_pure_noise_is_undone(fixed_point, tolerance):
         return -clean if alpha == 0 else (x - alpha.sqrt() * clean) / (1 - alpha).sqrt()
 
     schedule = Schedule.of(scheduler, 50)
-    *_, (t, noisiest) = invert(latents, FRAMES[:6], schedule, predict, fixed_point)
-    assert t == 999 and abs(noisiest.mean()) < 0.2 and abs(noisiest.std() - 1) < 0.2
+    noisiest, _ = invert(latents, schedule, predict, is_fixed_point)
+    assert (
+        schedule.timesteps[0] == 999
+        and abs(noisiest.mean()) < 0.2
+        and abs(noisiest.std() - 1) < 0.2
+    )
     *_, back = sample(noisiest, FRAMES, schedule, predict)
     assert (back - latents).square().mean().sqrt() < tolerance
 
@@ -187,6 +225,25 @@ def test_latents_do_not_depend_on_the_batch_size(checkpoint, clip, tmp_path, inv
         np.testing.assert_allclose(some, all_at_once, atol=5e-3)
 
 
+def test_evaluations_of_an_inversion(clip, tmp_path, monkeypatch):
+    """On the trained checkpoint most steps take one for each frame, whose features are recorded in it."""
+    seen, predict_noise = [], StableDiffusion.predict_noise
+
+    def counted(self, latents, *args):
+        seen.append(len(latents))
+        return predict_noise(self, latents, *args)
+
+    monkeypatch.setattr(StableDiffusion, "predict_noise", counted)
+    flags = ["--data_path", clip, "--model", SHAPES_CHECKPOINT, "--H", 64, "--W", 64]
+    flags += ["--n_frames", 3, "--batch_size", 2, "--keyframe_interval", 2]  # two chunks
+    result = run("preprocess.py", *flags, cwd=tmp_path)
+    assert last_line(result) and sum(seen) <= 3 * 104
+    of_inversion = sum(seen) - 3 * 50  # of the reconstruction
+    assert of_inversion <= 3 * 53 and "did not converge" not in result.stderr
+    mean = float(re.search(r"took (\S+) UNet evaluations for each step", result.stderr)[1])
+    assert abs(of_inversion - mean * 3 * 50) < 1
+
+
 @torch.no_grad()
 def test_few_sizes_pass_where_each_is_planned(sd, monkeypatch):
     """Batches are padded to sizes that passed before; the noise is equal, and a CPU passes no more."""
@@ -215,7 +272,7 @@ def test_non_finite_values_stop_the_run():
         return x * (float("inf") if t > 200 else 1)
 
     with pytest.raises(FloatingPointError, match=r"timestep 201 .*--dtype"):
-        list(invert(draw_latents(), FRAMES[:2], schedule, overflowing))
+        invert(draw_latents(), schedule, overflowing)
     check_finite(torch.ones(1), "ones")
 
 

@@ -7,16 +7,11 @@ import pytest
 import safetensors.torch
 import torch
 from test_cli import last_line, refusal, run
-from test_tokenflow import PROMPTS, SEED, edit_of, predicted, source_of, video_of
+from test_tokenflow import edit_of, predicted, record, source_of, video_of
 
 import util
-from tokenflow.diffusion.ddim import Schedule
 from tokenflow.diffusion.lora import use_loras
 from tokenflow.errors import UserError
-from tokenflow.inversion.predictor import VideoNoisePredictor
-from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles
-from tokenflow.propagation.keyframes import KeyframeSchedule
-from tokenflow.runtime.batching import Batches
 
 RANK, ALPHA = 4, 2.0
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "resnets.1.conv2", "proj_in")
@@ -125,15 +120,7 @@ def test_the_source_is_without_it(sd, factors, tmp_path):
     """Source features kept without LoRA give an edit with LoRA what it computes without them."""
     lora = write(tmp_path / "lora.safetensors", kohya(factors))
     source, latents = video_of(7)
-    schedule, files = Schedule.of(sd.scheduler, 10), SourceFeatureFiles(tmp_path / "source")
-    t = schedule.timesteps[0]
-    files.create(sd.unet, source.shape, [t])
-    predictor = VideoNoisePredictor(sd, PROMPTS[0], Batches(4, adapts=False))
-    keyframes = KeyframeSchedule(7, 2, schedule.timesteps, SEED)
-    recording = RecordingPredictor(predictor, keyframes, lambda t, f: source[f], files)
-    with recording.install():
-        recording(source, t, torch.arange(7))
-
+    files, _ = record(sd, tmp_path / "source", source, 2, batch_size=4, chunk=7)
     adapted = use_loras(copied(sd), [str(lora)], [1.0])
 
     def noise(sd, features=None):

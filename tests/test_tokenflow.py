@@ -32,7 +32,8 @@ from tokenflow.editing.windows import (
 )
 from tokenflow.errors import UserError
 from tokenflow.inversion.predictor import VideoNoisePredictor
-from tokenflow.inversion.source_features import RecordingPredictor, SourceFeatureFiles, bytes_needed
+from tokenflow.inversion.recording import RecordingPredictor
+from tokenflow.inversion.source_features import SourceFeatureFiles, bytes_needed
 from tokenflow.propagation.cache import BlendedRows, KeyframeCache
 from tokenflow.propagation.keyframes import KeyframeSchedule
 from tokenflow.propagation.nearest import find_nearest, find_nearest_in_blocks
@@ -100,16 +101,19 @@ def edit_of(sd, source, latents, injects=(True, True), **changes):
     return Edit(sd, technique, source, PROMPTS, config)
 
 
-def record(sd, folder, source, interval, batch_size, segment):
-    """Source features at the first step, recorded as an inversion does, segment by segment; and the noise."""
-    files = SourceFeatureFiles(folder)
+def record(sd, folder, source, interval, batch_size, chunk):
+    """Source features at the first step, recorded as an inversion does, chunk by chunk; and the noise."""
+    files, noise = SourceFeatureFiles(folder), torch.empty(source.shape)
     files.create(sd.unet, source.shape, [FIRST])
     keyframes = KeyframeSchedule(len(source), interval, (FIRST,), SEED)
     predictor = VideoNoisePredictor(sd, PROMPTS[0], Batches(batch_size, adapts=False))
-    recording = RecordingPredictor(predictor, keyframes, lambda t, frames: source[frames], files)
-    with recording.install():
-        segments = torch.arange(len(source)).split(segment)
-        return files, torch.cat([recording(source[frames], FIRST, frames) for frames in segments])
+    with WriteBehind() as writer:
+        recorder = RecordingPredictor(predictor, keyframes, files, writer)
+        with recorder.install():
+            for frames in recorder.plan(FIRST, len(source), chunk):
+                for passing in recorder.begin(FIRST, frames):
+                    noise[passing] = recorder(source[passing], FIRST, passing)
+    return files, noise
 
 
 def predicted(edit, latents):
@@ -215,7 +219,7 @@ def test_two_streams_equal_the_reference(sd, tmp_path, monkeypatch, batch_size, 
     """With source features recorded in the inversion's passes, an edit needs no source stream."""
     monkeypatch.setattr("tokenflow.editing.denoise.FILLED_CPU", 1 << 12 if together else 1)
     source, latents = video_of(13)
-    files, noise = record(sd, tmp_path, source, 2, batch_size, segment=5)
+    files, noise = record(sd, tmp_path, source, 2, batch_size, chunk=5)
     plain = sd.predict_noise(source, FIRST, sd.encode_text(PROMPTS[0]).expand(13))
     torch.testing.assert_close(noise, plain, atol=1e-3, rtol=1e-3)
 
@@ -225,6 +229,28 @@ def test_two_streams_equal_the_reference(sd, tmp_path, monkeypatch, batch_size, 
     assert_same_noise(predicted(edit, latents), edit, source, latents, tolerance=1e-2)
     written = sum(path.stat().st_size - 128 for path in tmp_path.glob(f"*_{FIRST}.npy"))
     assert written == bytes_needed(sd.unet, source.shape, 1)
+
+
+@pytest.mark.parametrize(
+    "n_frames, interval, size", [(13, 2, 4), (13, 5, 1), (9, 1, 4), (40, 8, 16)]
+)
+def test_keyframes_pass_before_the_frames_that_blend_them(n_frames, interval, size):
+    """Each frame passes once, and keyframes again if the chunk that they are in did not pass."""
+    keyframes = KeyframeSchedule(n_frames, interval, (FIRST,), SEED)
+    recorder = RecordingPredictor(None, keyframes, None, None)
+    chunks = recorder.plan(FIRST, n_frames, size)
+    assert [recorder.begin(FIRST, frames) for frames in chunks] == [[frames] for frames in chunks]
+    order = torch.cat(chunks)
+    assert torch.equal(order.sort().values, torch.arange(n_frames))
+    (drawn,) = keyframes.draw().values()
+    passed_at = order.argsort()
+    blended = drawn[flanking_blend(order, drawn).positions]
+    assert (passed_at[blended] <= torch.arange(n_frames)[:, None]).all()
+    recorder.plan(FIRST, n_frames, size)
+    *before, frames = recorder.begin(FIRST, chunks[-1])
+    needed = drawn[flanking_blend(frames, drawn).positions].unique()
+    assert torch.equal(torch.cat(before + [needed[:0]]), needed[~torch.isin(needed, frames)])
+    assert recorder.plan(1, n_frames, size)[0][0] == 0  # no timestep of the schedule
 
 
 def assert_same_noise(ours, edit, source, latents, tolerance=1e-3, motion=None):

@@ -1,19 +1,18 @@
 """From a video to its inversion on disk, stage by stage, by all processes of a run.
 
-Frames are inverted and reconstructed in independent segments. Processes can divide the segments, a killed
-run is resumed with the missing segments, and memory does not grow with the length of the video.
+Frames pass in chunks. Processes can divide the chunks, a killed run is resumed with the missing chunks, and
+memory does not grow with the length of the video.
 """
 
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from tokenflow.config import PreprocessConfig
 from tokenflow.control.control_images import ControlImages
@@ -21,7 +20,7 @@ from tokenflow.control.depth import DEPTH_VIDEO, load_depth_model, write_depth_v
 from tokenflow.control.detectors import check_detectors
 from tokenflow.diffusion.checkpoint import Checkpoint
 from tokenflow.diffusion.controlnets import check_controlnets
-from tokenflow.diffusion.ddim import Schedule, invert, sample
+from tokenflow.diffusion.ddim import GUESSED_FROM, Inverter, Schedule, sample
 from tokenflow.diffusion.device import choose_device
 from tokenflow.diffusion.stable_diffusion import Control, StableDiffusion
 from tokenflow.evaluation.report import PAGE
@@ -31,8 +30,10 @@ from tokenflow.inversion.check import is_up_to_date, make_manifest, make_schedul
 from tokenflow.inversion.files import CLEAN, VIDEO, FrameFiles, Inversion, Manifest
 from tokenflow.inversion.frames import FrameChoice, check_control_frames, choose_size
 from tokenflow.inversion.predictor import VideoNoisePredictor
+from tokenflow.inversion.recording import RecordingPredictor
 from tokenflow.inversion.report import Quality, write_page
-from tokenflow.inversion.source_features import RecordingPredictor, can_keep_source_features
+from tokenflow.inversion.source_features import can_keep_source_features
+from tokenflow.inversion.stage import Stage
 from tokenflow.propagation.keyframes import KeyframeSchedule
 from tokenflow.runtime.ahead import WriteBehind
 from tokenflow.runtime.batching import Batches, Limits, frames_per_pass, split_evenly
@@ -50,6 +51,8 @@ from tokenflow.video.write import write_video_from_folders
 from util import load_frames, read_frames, save_frames
 
 log = logging.getLogger("tokenflow")
+
+FEW_STEPS = 20  # with fewer, fixed-point iteration has further to go from its guess in each
 
 
 @contextmanager
@@ -84,6 +87,12 @@ def open_inversion(config: PreprocessConfig) -> Iterator["InversionRun"]:
         log.info("this inversion exists already; --overwrite recomputes it")
         yield replace(run, is_finished=True)
         return
+    if config.inversion == "fixed_point" and config.steps < FEW_STEPS:
+        log.info(
+            "fewer than %d inversion steps save little: each takes more UNet evaluations, and the inversion "
+            "is less exact",
+            FEW_STEPS,
+        )
     with ExitStack() as held:
         if run.processes.is_main:
             held.enter_context(lock(final.folder))
@@ -130,58 +139,63 @@ class InversionRun:
             self._progress.record("read", files.read(frames))
 
     def invert(self) -> None:
-        """Encode the frames, invert them, and save their latents at every editing timestep."""
+        """Encode the frames, invert them, and save their latents at every editing timestep.
+
+        At each of these, frames pass the UNet in chunks, and their source features are recorded.
+        """
         if self.processes.is_main:
             self._create_files()
             self._find_control_images()
             self._find_depth()
         self.processes.wait()
+        self._encode()
         inversion, names = self.inversion, self.manifest.latents_by_timestep
-        arrays = [inversion.latents(name) for name in (CLEAN, *names.values())]
-        segments = self._segments(
-            "Inverting", len(self.schedule.timesteps), FrameFiles(arrays, inversion.vae)
-        )
-        is_fixed_point = self.config.inversion == "fixed_point"
-        for frames, bar in segments:
-            clean = self.sd.encode_frames(load_frames(inversion.source_frames, frames.tolist()))
-            inversion.latents(CLEAN)[frames] = clean
-            save_frames(inversion.vae, frames[0].item(), self.sd.decode_latents(clean))
-            for t, latents in invert(clean, frames, self.schedule, self._predictor, is_fixed_point):
-                if t in names:
-                    inversion.latents(names[t])[frames] = latents
-                bar.update()
+        saved = [(self.schedule.alphas[-1], inversion.latents(CLEAN))]  # the noise levels so far
+        with (
+            self._stage("Inverting", len(names)) as stage,
+            self._recorder(stage.writer).install() as recorder,
+        ):
+            inverter = Inverter(recorder, self.config.inversion == "fixed_point")
+            for levels in self.schedule.divide_inversion(names):
+                t, alpha = levels[-1]
+                latents = inversion.latents(names[t])
+                files = FrameFiles([latents, *recorder.arrays(t)], None)
+                chunks = recorder.plan(t, self.manifest.n_frames, self._frames_per_pass)
+                for frames in stage.missing(chunks, files, f"at_{t}"):
+                    for passing in recorder.begin(t, frames):
+                        trajectory = [(level, array[passing]) for level, array in saved]
+                        inverted = inverter.invert(trajectory, levels, passing)
+                    latents[frames] = inverted
+                    stage.bar.update()
+                saved = [*saved, (alpha, latents)][-GUESSED_FROM:]
+                self.processes.wait()  # chunks of another timestep have other frames
+        inverter.log()
+
+    def _encode(self) -> None:
+        """Save the clean latents, and the frames that the VAE makes of them."""
+        inversion, clean = self.inversion, self.inversion.latents(CLEAN)
+        with self._stage("Encoding") as stage:
+            for frames in stage.missing(self._chunks, FrameFiles([clean], inversion.vae)):
+                images = load_frames(inversion.source_frames, frames.tolist())
+                latents = self.sd.encode_frames(images)
+                clean[frames] = latents
+                save_frames(inversion.vae, frames[0].item(), self.sd.decode_latents(latents))
+                stage.bar.update()
 
     def reconstruct(self) -> None:
-        """Sample the frames back from their noise, and record the source features on the way.
-
-        If only the features are wanted, the saved latents pass the UNet instead of sampled ones.
-        """
-        inversion, timesteps = self.inversion, self.editing.timesteps
-        wants_frames = not self.config.no_reconstruction
-        keeps_features = self._keeps_source_features
-        if not (wants_frames or keeps_features):
+        """Sample the frames back from their noise."""
+        if self.config.no_reconstruction:
             return
-        files = FrameFiles(
-            inversion.source_features.arrays(timesteps) if keeps_features else [],
-            inversion.reconstruction if wants_frames else None,
-        )
-        with WriteBehind() as writer, ExitStack() as installed:
-            predict_noise = self._predictor
-            if keeps_features:
-                predict_noise = installed.enter_context(self._recording_predictor(writer).install())
-            for frames, bar in self._segments("Reconstructing", len(timesteps), files):
-                if wants_frames:
-                    latents = inversion.noisy_latents(timesteps[0], frames)
-                    for sampled in sample(latents, frames, self.editing, predict_noise):
-                        latents = sampled
-                        bar.update()
-                    decoded = self.sd.decode_latents(latents)
-                    save_frames(inversion.reconstruction, frames[0].item(), decoded)
-                else:
-                    for t in timesteps:
-                        predict_noise(inversion.noisy_latents(t, frames), t, frames)
-                        bar.update()
-                writer.flush()  # before the segment counts as done
+        inversion, timesteps = self.inversion, self.editing.timesteps
+        files = FrameFiles([], inversion.reconstruction)
+        with self._stage("Reconstructing", len(timesteps)) as stage:
+            for frames in stage.missing(self._chunks, files, n_steps=len(timesteps)):
+                latents = inversion.noisy_latents(timesteps[0], frames)
+                for sampled in sample(latents, frames, self.editing, self._predictor):
+                    latents = sampled
+                    stage.bar.update()
+                images = self.sd.decode_latents(latents)
+                save_frames(inversion.reconstruction, frames[0].item(), images)
 
     def finish(self) -> None:
         """Write the video and the manifest, and say how good the reconstruction is."""
@@ -195,8 +209,7 @@ class InversionRun:
             write_video_from_folders(video, folders, n_frames, fps, inversion.sound)
         else:
             remove(inversion.reconstruction)
-        kept = self._keyframe_schedule if self._keeps_source_features else None
-        inversion.write_manifest(replace(manifest, keyframes=kept))
+        inversion.write_manifest(replace(manifest, keyframes=self._kept_keyframes))
         quality = Quality.measure(inversion, manifest.n_frames, self.processes.device)
         log.info(quality.describe())
         if is_reconstructed:
@@ -265,13 +278,28 @@ class InversionRun:
         return self.inversion.source_features.folder.exists()
 
     @property
-    def _keyframe_schedule(self) -> KeyframeSchedule:
+    def _kept_keyframes(self) -> KeyframeSchedule | None:
+        """The keyframes with which source features are kept, if they are."""
+        if not self._keeps_source_features:
+            return None
         return KeyframeSchedule(
             n_frames=self.manifest.n_frames,
             interval=self.config.keyframe_interval,
             timesteps=self.editing.timesteps,
             seed=self.config.seed,
         )
+
+    @property
+    def _chunks(self) -> tuple[torch.Tensor, ...]:
+        """The frames in chunks that may pass at once."""
+        return split_evenly(torch.arange(self.manifest.n_frames), self._frames_per_pass)
+
+    def _stage(self, name: str, n_steps: int = 1) -> AbstractContextManager[Stage]:
+        return Stage.begin(name, self._progress, self.processes, len(self._chunks), n_steps)
+
+    def _recorder(self, writer: WriteBehind) -> RecordingPredictor:
+        files = self.inversion.source_features
+        return RecordingPredictor(self._predictor, self._kept_keyframes, files, writer)
 
     def _create_files(self) -> None:
         config, inversion = self.config, self.inversion
@@ -309,37 +337,6 @@ class InversionRun:
         video, fps = inversion.folder / DEPTH_VIDEO, self.manifest.frame_rate
         write_depth_video(video, depth, n_frames, (config.H, config.W), fps)
 
-    def _segments(
-        self, stage: str, n_steps: int, files: FrameFiles
-    ) -> Iterator[tuple[torch.Tensor, tqdm]]:
-        """Yield the frames (n,) of each segment that this process has yet to do, and a progress bar.
-
-        A segment is recorded as done when the caller asks for the next one. At the end all processes wait
-        for each other. files: what the stage writes.
-        """
-        progress = self._progress
-        segments = split_evenly(torch.arange(self.manifest.n_frames), self._frames_per_pass)
-        missing = [
-            frames
-            for frames in self.processes.share(segments)
-            if not progress.is_done(name_segment(stage, frames), files.read(frames))
-        ]
-        total, hidden = len(missing) * n_steps, not self.processes.is_main
-        with tqdm(total=total, desc=stage, unit="step", disable=hidden) as bar:
-            for frames in missing:
-                yield frames, bar
-                progress.record(name_segment(stage, frames), files.read(frames))
-        self.processes.wait()
-
-    def _recording_predictor(self, writer: WriteBehind) -> RecordingPredictor:
-        return RecordingPredictor(
-            self._predictor,
-            self._keyframe_schedule,
-            self.inversion.noisy_latents,
-            self.inversion.source_features,
-            writer,
-        )
-
     def _warn_if_poor(self, quality: Quality) -> None:
         """Say why a reconstruction is too poor to edit, and what to do."""
         if quality.psnr(RECONSTRUCTION) >= POOR_PSNR:
@@ -359,8 +356,3 @@ class InversionRun:
         clean = clean[torch.arange(min(len(clean), self.config.frames_at_once))]
         empty, seed = self._predictor_for(""), self.config.seed
         return self._predictor.measure_error(clean, seed) > empty.measure_error(clean, seed)
-
-
-def name_segment(stage: str, frames: torch.Tensor) -> str:
-    """The name of what a stage does for the frames (n,) of a segment."""
-    return f"{stage}_{frames[0].item()}_{len(frames)}"

@@ -1,6 +1,7 @@
 """Noise prediction for any frames of one video under one prompt, for inversion and reconstruction."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -29,19 +30,17 @@ class VideoNoisePredictor:
 
     def __call__(self, latents: torch.Tensor, t: int, frames: torch.Tensor) -> torch.Tensor:
         """The noise (n, 4, h, w) in latents (n, 4, h, w) of the frames (n,)."""
-
-        def predict(latents: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
-            n = len(frames)
-            places = torch.arange(self._size_for(n)).clamp(max=n - 1)  # repeats the last sample
-            return self.predict_batch(t, latents[places], frames[places])[:n]
-
-        return self.batches.map(predict, latents, frames)
+        return self.batches.map(partial(self.predict_batch, t), latents, frames)
 
     def predict_batch(self, t: int, latents: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
-        """The noise of one batch, in one UNet pass."""
+        """The noise of one batch, in one UNet pass, in which the last sample may be repeated at the end."""
+        n = len(frames)
+        places = torch.arange(self._size_for(n)).clamp(max=n - 1)
+        latents, frames = latents[places], frames[places]
         control = self.control(frames) if self.control else None
         depth = self.depth(frames) if self.depth else None
-        return self.sd.predict_noise(latents, t, self.text.expand(len(frames)), control, depth)
+        text = self.text.expand(len(frames))
+        return self.sd.predict_noise(latents, t, text, control, depth)[:n]
 
     def measure_error(self, clean: torch.Tensor, seed: int) -> float:
         """Mean square error of the noise predicted in the first n frames' `clean` latents, after noising."""

@@ -7,6 +7,8 @@ from typing import Any, Self, TypeVar
 
 import torch
 
+WAITING = 2  # calls to a `WriteBehind`
+
 A = TypeVar("A")
 R = TypeVar("R")
 
@@ -41,11 +43,12 @@ def in_parallel(function: Callable[[A], R], items: Iterable[A]) -> Iterator[R]:
 class WriteBehind:
     """Calls functions that write, one after the other, in a thread that ends with the `with` block.
 
-    Each waits for the one before it, so that what is to be written does not fill the memory.
+    Few wait at a time, so that what is to be written does not fill the memory. After one that fails none is
+    called.
     """
 
     def __enter__(self) -> Self:
-        self._thread, self._last = ThreadPoolExecutor(1).__enter__(), None
+        self._thread, self._waiting = ThreadPoolExecutor(1).__enter__(), deque()
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -54,12 +57,19 @@ class WriteBehind:
             self.flush()
 
     def later(self, write: Callable[..., Any], *arguments: Any) -> None:
-        """Wait for the call before, raise its error, and begin to call `write` with these arguments."""
-        self.flush()
-        self._last = self._thread.submit(write, *arguments)
+        """Call `write` with these arguments when the calls before have ended. Raises the error of one."""
+        if len(self._waiting) == WAITING:
+            self._waiting.popleft().result()
+        before = self._waiting[-1] if self._waiting else None
+        self._waiting.append(self._thread.submit(self._call, before, write, arguments))
 
     def flush(self) -> None:
         """Wait until all is written. Raises the error of a call that failed."""
-        last, self._last = self._last, None
-        if last:
-            last.result()
+        while self._waiting:
+            self._waiting.popleft().result()
+
+    @staticmethod
+    def _call(before: Future | None, write: Callable[..., Any], arguments: tuple) -> None:
+        if before:
+            before.result()  # or else its error
+        write(*arguments)
