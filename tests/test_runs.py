@@ -433,7 +433,7 @@ def test_what_did_not_fit_is_known_to_a_resumed_run(source, checkpoint, monkeypa
     edit += ["--n_inversion_steps", 2, "--n_timesteps", 2]
     for script, flags, halfway in (
         ("preprocess.py", inversion, 25),
-        ("run_tokenflow_pnp.py", edit, 15),
+        ("run_tokenflow_pnp.py", edit, 14),
     ):
         seen.clear()
         stop_at = halfway
