@@ -70,8 +70,8 @@ def measure_methods(
     methods = {
         PUBLISHED: None,
         "ours": Method(),
-        "in half the steps": Method(
-            f"--n_inversion_steps {half} --n_timesteps {half}",
+        "fast": Method(  # configs/fast.yaml
+            f"--n_inversion_steps {half} --n_timesteps {half} --alternate true",
             f"--steps {half} --save_steps {half}",
         ),
         "frame by frame": METHODS["per_frame"],
