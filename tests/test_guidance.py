@@ -109,7 +109,7 @@ def test_keyframes_alone_move_the_others(sd, tmp_path):
     expected[keyframes] = guided[keyframes]
     close = torch.isclose(found, expected, atol=1e-4, rtol=1e-3)
     assert close.float().mean() > 0.999
-    files, _ = record(sd, tmp_path, source, 3, batch_size=7, segment=7)
+    files, _ = record(sd, tmp_path, source, 3, batch_size=7, chunk=7)
     kept = predict_at(replace(edit, source=source_of(source, files)), latents, ALONE, memory)
     assert torch.isclose(kept, found, atol=1e-3, rtol=1e-2).float().mean() > 0.999
 

@@ -121,5 +121,7 @@ def test_tokenflow_is_steadier_than_editing_frame_by_frame(tmp_path):
         alone["edited_right"] + alone["kept_right"]
     )
     stages = commands.meter.stages
-    # Of the inversion, 6 samples in each of 8 steps at least; of the default's edit two streams of 6 frames.
-    assert stages["inversion"].evaluations >= 6 * 8 and stages["edit"].evaluations >= 2 * 6 * 8
+    # Of the inversion, 6 samples in each of 8 steps at least; of the default's edit fewer than two streams of
+    # 6 frames, since the negative prompt is evaluated for keyframes alone in most steps.
+    assert stages["inversion"].evaluations >= 6 * 8
+    assert 6 * 8 < stages["edit"].evaluations < 2 * 6 * 8
