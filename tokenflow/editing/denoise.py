@@ -104,11 +104,12 @@ def denoise(denoiser: "Denoiser", checkpoint: EditCheckpoint) -> Iterator[int]:
                 moved = ddim_step(latents[frames], noise, *alphas)
                 check_finite(moved, f"the edited latents at timestep {t}")
                 cleaner[frames] = edit.confine(moved, step + 1, frames)
-                clean = predict_x0(latents[frames], noise, alphas[0])
                 if consensus:
-                    consensus.note(frames, clean)
-                if remembered:
-                    remembered[frames] = clean if coming is Guidance.ALONE else difference
+                    consensus.note(frames, predict_x0(latents[frames], noise, alphas[0]))
+                if coming is Guidance.ALONE:
+                    remembered[frames] = predict_x0(latents[frames], noise, alphas[0])
+                elif coming is Guidance.REUSED:
+                    remembered[frames] = difference
             if consensus:
                 for frames, correction in consensus.find_corrections(edit.config.frames_at_once):
                     moved = cleaner[frames] + math.sqrt(alphas[1]) * correction
@@ -193,6 +194,8 @@ class Denoiser:
         edited: the edit's latents (n, 4, h, w). streams: those that pass the UNet, ascending. together:
         whether in one pass; the original network's streams pass apart if LoRAs change it.
         """
+        if not streams:  # nor are their conditions read
+            return {}
         passes = [streams] if together else [(stream,) for stream in streams]
         if together and self.sd.adapted:
             original = tuple(stream for stream in streams if stream in ORIGINAL)
