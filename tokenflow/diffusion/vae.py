@@ -13,9 +13,8 @@ from tokenflow.diffusion.parts import load_config, load_network
 from tokenflow.diffusion.single_file import SingleFile
 from tokenflow.errors import UserError
 
-SCALE = (
-    0.18215  # of the latents of versions 1 and 2, which diffusers takes if a configuration has none
-)
+# Of the latents of versions 1 and 2, which diffusers takes if a configuration has none.
+SCALE = 0.18215
 
 
 @dataclass(frozen=True)
