@@ -282,10 +282,10 @@ def finest_layer(unet):
     ]
 
 
-def find_relevance_by_hand(cond, unedited, deciding, quantile):
+def find_relevance_by_hand(cond, unedited, deciding):
     """How strongly the noise (k, 4, h, w) under two prompts differs at each place, 0 to 1: (k, h, w).
 
-    deciding: the keyframes whose differences decide what is strong.
+    deciding: the keyframes whose differences decide which are strong.
     """
     difference = (cond - unedited).abs().mean(1)
     n, height, width = difference.shape
@@ -294,7 +294,18 @@ def find_relevance_by_hand(cond, unedited, deciding, quantile):
         for x in range(width):
             rows, columns = slice(max(0, y - 2), y + 3), slice(max(0, x - 2), x + 3)
             around[:, y, x] = difference[:, rows, columns].mean((1, 2))
-    return (around / around[deciding].quantile(quantile)).clamp(max=1)
+    values = around[deciding].flatten().tolist()
+
+    def spread(threshold):
+        groups = [v for v in values if v <= threshold], [v for v in values if v > threshold]
+        return sum(sum((v - sum(g) / len(g)) ** 2 for v in g) for g in groups)
+
+    threshold = min(sorted(set(values))[:-1], key=spread)
+    weak = [v for v in values if v <= threshold]
+    strong = [v for v in values if v > threshold]
+    weak, strong = sum(weak) / len(weak), sum(strong) / len(strong)
+    floor = min(weak, strong - weak)
+    return ((around - floor) / (strong - floor)).clamp(0, 1)
 
 
 def propagate_by_hand(maps, nearest, n_frames):

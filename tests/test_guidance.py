@@ -13,7 +13,7 @@ from tokenflow.diffusion.layouts import count_tokens, features_shape
 from tokenflow.editing.checkpoint import EditCheckpoint
 from tokenflow.editing.consensus import Consensus, choose_steps
 from tokenflow.editing.denoise import TokenFlowDenoiser, denoise
-from tokenflow.editing.guidance import find_difference, find_scale
+from tokenflow.editing.guidance import find_difference, find_groups, find_relevance
 from tokenflow.editing.steps import Guidance, plan_guidance
 from tokenflow.runtime.distributed import Processes
 from tokenflow_utils import SourceFeatures, attention, extended_attention
@@ -115,16 +115,21 @@ def test_keyframes_alone_move_the_others(sd, tmp_path):
 
 
 def test_guidance_where_prompts_differ():
-    """Prompts agree in the left half of a frame: there the scale is 1, and in the right half it is whole."""
+    """Prompts agree in the left half of a frame: there guidance is not relevant, in the right half it is."""
+
+    def find(cond, unedited):
+        difference = find_difference(cond, unedited)
+        return find_relevance(difference, find_groups(difference))
+
     cond, unedited = torch.zeros(1, 4, 12, 12), torch.zeros(1, 4, 12, 12)
     cond[..., 6:] = 2.0
-    difference = find_difference(cond, unedited)
-    scale = find_scale(difference, difference.flatten().quantile(0.8), 5.0)
-    assert (scale[..., :4] == 1).all() and (scale[..., 8:] == 5).all()
-    between = scale[0, 0, 5, 3:9]
-    assert (between.diff() > 0)[:4].all() and scale.shape == (1, 1, 12, 12)
-    same = find_difference(cond, cond)
-    assert (find_scale(same, same.flatten().quantile(0.8), 5.0) == 1).all()
+    relevance = find(cond, unedited)
+    assert relevance.shape == (1, 1, 12, 12)
+    assert (relevance[..., :4] == 0).all() and (relevance[..., 8:] == 1).all()
+    assert (relevance[0, 0, 5, 4:9].diff() > 0)[:3].all()
+    cond[..., :6] = 1.6  # now the prompts differ everywhere, in half of the frame a little less
+    assert (find(cond, unedited)[..., :4] - 0.75).abs().max() < 0.05
+    assert (find(cond, cond) == 0).all()
 
 
 def test_own_tokens_count_several_times():

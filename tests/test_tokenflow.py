@@ -137,7 +137,7 @@ PLAIN = {"guidance": "every_frame", "relevance": 0, "own_weight": 1}
     "options, injects",
     [
         *(({}, injects) for injects in itertools.product((False, True), repeat=2)),
-        ({"guidance": "every_frame"}, (True, True)),
+        ({"guidance": "every_frame", "relevance": 0.5}, (True, True)),
         ({"relevance": 0.0, "own_weight": 2.0}, (True, True)),
         *((PLAIN, injects) for injects in ((False, False), (True, True))),
         *(({"propagation": "previous"}, injects) for injects in ((False, False), (True, True))),
@@ -283,13 +283,13 @@ def predict_by_reference(edit, source, latents, motion=None):
     _, uncond, cond, unedited = reference.predict(*passed)
     nearest = reference.nearest[finest_layer(sd.unet)]
     stronger = torch.full((n_frames, 1, 1, 1), config.guidance_scale - 1)
-    if config.relevance_quantile:
+    if config.share_kept:
         relevant = find_relevance_by_hand(
             cond[keyframes],
             unedited[keyframes],
             reference._groups(len(keyframes))[0][0],
-            config.relevance_quantile,
         )[:, None]
+        relevant = 1 - config.share_kept * (1 - relevant)
         stronger = propagate_by_hand(relevant * (config.guidance_scale - 1), nearest, n_frames)
     if config.guides_every_frame:
         return cond + stronger * (cond - uncond), nearest, keyframes

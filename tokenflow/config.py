@@ -138,9 +138,8 @@ class EditConfig(ModelConfig):
     difference that it makes is propagated to the others. every_frame: all. None: keyframes, but every_frame
     with propagation previous."""
     relevance: float | None = option(None, 0, 1)
-    """Quantile of the difference between prompt and inversion_prompt from which on guidance has its whole
-    scale; where they differ less it is weaker, and the source stays. Less guides more. 0: everywhere the
-    same. None: 0.8, but 0 with propagation previous."""
+    """How much weaker guidance is where prompt and inversion_prompt agree, so that the source stays. 1: there
+    is none. 0: it is the same everywhere. None: 1, but 0 with propagation previous."""
     own_weight: float | None = option(None, 1, 1000)
     """How often a keyframe's own tokens count when keyframes are edited jointly. More keep textures that
     turn or change. 1: once, as in the paper. None: 3, but 1 with propagation previous."""
@@ -206,9 +205,9 @@ class EditConfig(ModelConfig):
         return self._unless_published(self.guidance, "keyframes", "every_frame") == "every_frame"
 
     @property
-    def relevance_quantile(self) -> float:
-        """The quantile of the prompts' differences from which on guidance has its whole scale."""
-        return self._unless_published(self.relevance, 0.8)
+    def share_kept(self) -> float:
+        """How much weaker guidance is where the prompts agree, 0 to 1."""
+        return self._unless_published(self.relevance, 1.0)
 
     @property
     def own_token_weight(self) -> float:

@@ -22,7 +22,13 @@ from tokenflow.diffusion.layouts import find_finest_self_attention
 from tokenflow.diffusion.stable_diffusion import Control, StableDiffusion, Text
 from tokenflow.editing.checkpoint import EditCheckpoint
 from tokenflow.editing.consensus import Consensus
-from tokenflow.editing.guidance import find_difference, find_scale, guide, propagate_maps
+from tokenflow.editing.guidance import (
+    find_difference,
+    find_groups,
+    find_relevance,
+    guide,
+    propagate_maps,
+)
 from tokenflow.editing.mask import Mask
 from tokenflow.editing.source import Source
 from tokenflow.editing.steps import Guidance, Step, Steps
@@ -138,8 +144,8 @@ class Denoiser:
             unedited = self.sd.encode_text(edit.prompts[SOURCE])
         uncond, cond = (self.sd.encode_text(prompt) for prompt in edit.prompts[1:])
         self.text = unedited, uncond, cond, unedited  # by stream
-        # From this difference between prompts on, guidance has its whole scale; None until a step finds it.
-        self.strong: torch.Tensor | None = None
+        # The means of weak and strong differences between prompts; None until a step finds them.
+        self.groups: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
     @contextmanager
@@ -171,15 +177,15 @@ class Denoiser:
     def find_scale(self, noise: dict[int, torch.Tensor]) -> float | torch.Tensor:
         """The guidance scale; where it depends on the difference between prompts, by place: (n, 1, h, w).
 
-        noise: of keyframes, by stream. The first of a step decide what is a strong difference.
+        noise: of keyframes, by stream. The first of a step decide which differences are strong.
         """
         scale = self.config.guidance_scale
         if UNEDITED not in noise:
             return scale
         difference = find_difference(noise[COND], noise[UNEDITED])
-        if self.strong is None:
-            self.strong = difference.flatten().quantile(self.config.relevance_quantile)
-        return find_scale(difference, self.strong, scale)
+        self.groups = self.groups or find_groups(difference)
+        agreement = 1 - find_relevance(difference, self.groups)
+        return 1 + (scale - 1) * (1 - self.config.share_kept * agreement)
 
     def predict_noise(
         self,
@@ -255,7 +261,7 @@ class TokenFlowDenoiser(Denoiser):
             limits=self.sd.limits,
             kind="propagation",
         )
-        self.strong = None
+        self.groups = None
         cache.keep([])
         for window, of_window in groupby(chunks, itemgetter(0)):
             shared = find_shared(window, n_keyframes)

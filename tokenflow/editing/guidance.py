@@ -38,12 +38,31 @@ def find_difference(cond: torch.Tensor, unedited: torch.Tensor) -> torch.Tensor:
     return F.avg_pool2d(difference, WINDOW, 1, WINDOW // 2, count_include_pad=False)
 
 
-def find_scale(difference: torch.Tensor, strong: torch.Tensor, scale: float) -> torch.Tensor:
-    """The guidance scale at each place (n, 1, h, w): `scale` where the prompts differ strongly, else less.
+def find_groups(difference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean of the weak differences and that of the strong ones, () each.
 
-    difference: of `find_difference`. strong: (), the least that is strong. Where the prompts agree it is 1.
+    They are parted by the threshold of Otsu (IEEE Transactions on Systems, Man, and Cybernetics 9, 1979).
+    difference: of `find_difference`, at least two.
     """
-    return 1 + (scale - 1) * (difference / strong.clamp(min=1e-12)).clamp(max=1)
+    values = difference.flatten().float().sort().values
+    below, n = torch.arange(1, len(values), device=values.device), len(values)
+    sums = values.cumsum(0)
+    weak, strong = sums[:-1] / below, (sums[-1] - sums[:-1]) / (n - below)
+    best = (below * (n - below) * (strong - weak).square()).argmax()
+    return weak[best], strong[best]
+
+
+def find_relevance(
+    difference: torch.Tensor, groups: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
+    """How far the prompts differ at each place, 0 to 1: (n, 1, h, w).
+
+    difference: of `find_difference`. groups: of `find_groups`. Weak differences count as none, if the groups
+    are far apart: else the prompts differ everywhere, here more and there less.
+    """
+    weak, strong = groups
+    floor = torch.minimum(weak, strong - weak)
+    return ((difference - floor) / (strong - floor).clamp(min=1e-12)).clamp(0, 1)
 
 
 def propagate_maps(maps: torch.Tensor, nearest: torch.Tensor, blended: BlendedRows) -> torch.Tensor:

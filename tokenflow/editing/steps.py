@@ -117,9 +117,7 @@ class Steps:
         averaged = consensus.steps if consensus else ()
         self.guidance = [*plan_guidance(config, n_steps, averaged), Guidance.NONE]
         inverted, _, prompt = prompts
-        self.compares_prompts = bool(
-            config.relevance_quantile and inverted.strip() and inverted != prompt
-        )
+        self.compares_prompts = bool(config.share_kept and inverted.strip() and inverted != prompt)
         schedule = plan_keyframes(config, scheduler, source.n_frames)
         if config.propagation == "previous":  # the authors' code draws none for skipped steps
             schedule = replace(schedule, timesteps=technique.schedule.timesteps)
