@@ -4,13 +4,14 @@ import ctypes
 import gc
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -32,6 +33,12 @@ class Cost:
     peak_mb: float
     tflop: float = 0.0
     blocking: int = 0
+
+
+def find_seconds(run: Callable[[], object], repeats: int = 5) -> float:
+    """The mean number of seconds that a call takes, after one that does not count."""
+    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    return timer.timeit(repeats).mean
 
 
 class Meter:

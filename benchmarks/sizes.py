@@ -11,8 +11,6 @@ products that the edit reaches, and the fused search for nearest tokens beside i
 import argparse
 import gc
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,7 +20,7 @@ import torch
 from benchmarks.arguments import benchmark_parser
 from benchmarks.clips import held_out_clips
 from benchmarks.commands import Commands, Method
-from benchmarks.meter import Meter
+from benchmarks.meter import Meter, find_seconds
 from benchmarks.random_checkpoint import VERSIONS, save_random
 from benchmarks.report import markdown, write_report
 from tokenflow.diffusion.device import choose_device
@@ -89,14 +87,14 @@ def run_commands(args: argparse.Namespace, folder: Path, meter: Meter) -> None:
 def compare_with_peak(device: torch.device, edit: dict) -> dict:
     """What the GPU can do at best, and the fused search for nearest tokens beside its reference."""
     matrix = torch.randn(8192, 8192, device=device, dtype=torch.float16)
-    peak = 2 * len(matrix) ** 3 / time_on_gpu(lambda: matrix @ matrix) / 1e12
+    peak = 2 * len(matrix) ** 3 / find_seconds(lambda: matrix @ matrix) / 1e12
     searches = []
     for n_tokens, depth in ((4096, 320), (1024, 640), (256, 1280)):
         tokens = torch.randn(8, n_tokens, depth, device=device, dtype=torch.float16)
         keys = torch.randn(n_tokens, depth, device=device, dtype=torch.float16)
         ways = {"fused": find_nearest, "reference": find_nearest_in_blocks}
         found = {name: way(tokens, keys) for name, way in ways.items()}
-        seconds = {name: time_on_gpu(partial(way, tokens, keys)) for name, way in ways.items()}
+        seconds = {name: find_seconds(partial(way, tokens, keys)) for name, way in ways.items()}
         equal = (found["fused"] == found["reference"]).float().mean().item()
         searches.append({"tokens": n_tokens, "channels": depth, "equal": equal} | seconds)
     return {
@@ -104,18 +102,6 @@ def compare_with_peak(device: torch.device, edit: dict) -> dict:
         "share": edit["tflop"] / edit["seconds"] / peak,
         "searches": searches,
     }
-
-
-def time_on_gpu(function: Callable[[], torch.Tensor], repeats: int = 5) -> float:
-    """The least number of seconds that a function takes on the GPU."""
-    least = float("inf")
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        function()
-        torch.cuda.synchronize()
-        least = min(least, time.perf_counter() - start)
-    return least
 
 
 def format_report(report: dict) -> str:
