@@ -88,9 +88,8 @@ def unet_loss(
     noised, noise, times, weights = add_noise(scheduler, latents[chosen], generator)
     empty = torch.rand(BATCH, 1, generator=generator) < EMPTY_CAPTIONS
     ids = torch.where(empty, empty_ids, token_ids[chosen]).to(device)
-    with torch.autocast(device.type, torch.bfloat16):
-        text = text_encoder(ids)[0]
-        predicted = unet(noised, times, text, return_dict=False)[0]
+    text = text_encoder(ids)[0]
+    predicted = unet(noised, times, text, return_dict=False)[0]
     return denoising_loss(predicted, noise, weights)
 
 
@@ -124,16 +123,15 @@ def controlnet_loss(
     noised, noise, times, _ = add_noise(scheduler, latents[chosen], generator)
     edges = torch.from_numpy(detect_canny(frames[chosen.numpy()], *CANNY_THRESHOLDS))
     edges, text = edges.permute(0, 3, 1, 2).to(device) / 255, text[chosen].to(device)
-    with torch.autocast(device.type, torch.bfloat16):
-        down, middle = controlnet(noised, times, text, edges, return_dict=False)
-        predicted = unet(
-            noised,
-            times,
-            text,
-            down_block_additional_residuals=down,
-            mid_block_additional_residual=middle,
-            return_dict=False,
-        )[0]
+    down, middle = controlnet(noised, times, text, edges, return_dict=False)
+    predicted = unet(
+        noised,
+        times,
+        text,
+        down_block_additional_residuals=down,
+        mid_block_additional_residual=middle,
+        return_dict=False,
+    )[0]
     # The weights of a v-prediction loss: edges tell most where noise hides the scene.
     weights = (1 / scheduler.alphas_cumprod.to(device)[times]).clamp(max=WEIGHT_CAP)
     return denoising_loss(predicted, noise, weights)

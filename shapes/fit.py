@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from tokenflow.diffusion.device import choose_device
+
 CHECKPOINT_SECONDS = 240
 WARMUP_STEPS = 100
 
@@ -32,6 +34,7 @@ def fit(
     live = nn.ModuleDict(modules)
     average = copy.deepcopy(live).requires_grad_(False).eval()
     device = next(live.parameters()).device
+    _, dtype = choose_device(str(device), "auto")  # float32 where bfloat16 would be emulated
     optimizer = torch.optim.AdamW(live.parameters(), learning_rate, weight_decay=0.01, fused=True)
     first, mean_loss, generator = 0, None, torch.Generator()
     if path.exists():
@@ -49,7 +52,8 @@ def fit(
             decayed = 0.5 + 0.5 * math.cos(math.pi * (step / n_steps))
             group["lr"] = learning_rate * warmup * decayed
         # A seed for each step, so that a resumed run draws what an uninterrupted one would have.
-        value = loss(generator.manual_seed(seed * 1_000_000 + step))
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype != torch.float32):
+            value = loss(generator.manual_seed(seed * 1_000_000 + step))
         value.backward()
         nn.utils.clip_grad_norm_(live.parameters(), 1.0)
         optimizer.step()

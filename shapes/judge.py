@@ -101,8 +101,7 @@ def judge_loss(
     chosen = torch.randint(len(frames), (BATCH,), generator=generator).numpy()
     images = torch.from_numpy(frames[chosen]).to(device).permute(0, 3, 1, 2) / 255
     truth = torch.from_numpy(labels[chosen]).to(device)
-    with torch.autocast(device.type, torch.bfloat16):
-        answers = judge(augment(images, generator))
+    answers = judge(augment(images, generator))
     losses = [
         F.cross_entropy(logits.float(), truth[:, n], label_smoothing=0.02)
         for n, logits in enumerate(answers)

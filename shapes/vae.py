@@ -28,10 +28,9 @@ def vae_loss(vae: AutoencoderKL, frames: np.ndarray, generator: torch.Generator)
         for n, y, x in zip(chosen.tolist(), rows.tolist(), columns.tolist(), strict=True)
     ]
     images = to_images(np.stack(crops), device)
-    with torch.autocast(device.type, torch.bfloat16):
-        posterior = vae.encode(images).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
-        decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+    posterior = vae.encode(images).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
+    decoded = vae.decode(posterior.mean + posterior.std * noise).sample
     decoded, mean, logvar = decoded.float(), posterior.mean.float(), posterior.logvar.float()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     return F.l1_loss(decoded, images) + 4 * F.mse_loss(decoded, images) + KL_WEIGHT * kl
@@ -54,6 +53,5 @@ def encode(vae: AutoencoderKL, frames: np.ndarray) -> Tensor:
     """Latents (N, 4, H / 8, W / 8) of `frames`, not scaled yet: the means of their posteriors."""
     latents = []
     for batch in tqdm(np.array_split(frames, max(1, len(frames) // BATCH)), desc="encode"):
-        with torch.autocast(vae.device.type, torch.bfloat16):
-            latents.append(vae.encode(to_images(batch, vae.device)).latent_dist.mean.float())
+        latents.append(vae.encode(to_images(batch, vae.device)).latent_dist.mean)
     return torch.cat(latents)
