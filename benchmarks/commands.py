@@ -55,22 +55,10 @@ class Commands:
 
     def invert(self, flags: str = "") -> Path:
         """Invert the clip as preprocess.py does, unless it is inverted; returns the inversion's folder."""
-        config = parse(
-            PreprocessConfig,
-            "",
-            argv=[
-                *self._common,
-                *(
-                    "--save_dir",
-                    self._latents(flags),
-                    "--inversion_prompt",
-                    self.clip.source_prompt,
-                ),
-                *("--H", str(self.size), "--W", str(self.size)),
-                *("--steps", str(self.steps), "--save_steps", str(self.steps)),
-                *self._split(flags),
-            ],
-        )
+        argv = [*self._common, "--inversion_prompt", self.clip.source_prompt]
+        argv += ["--save_dir", self._latents(flags), "--H", str(self.size), "--W", str(self.size)]
+        argv += ["--steps", str(self.steps), "--save_steps", str(self.steps), *self._split(flags)]
+        config = parse(PreprocessConfig, "", argv=argv)
         self._draw()
         stage = self.meter.stage
         with open_inversion(config) as run:
@@ -91,18 +79,12 @@ class Commands:
         inverted, frames = self.invert(method.inversion), range(self.clip.n_frames)
         if method.technique not in CONFIGS:
             return load_frames(inverted / method.technique, frames)
-        config = parse(
-            CONFIGS[method.technique],
-            "",
-            f"config_{method.technique}.yaml",
-            argv=[
-                *self._common,
-                *("--latents_path", self._latents(method.inversion), "--prompt", self.clip.prompt),
-                *("--output_path", tempfile.mkdtemp(dir=self.folder)),
-                *("--n_inversion_steps", str(self.steps), "--n_timesteps", str(self.steps)),
-                *self._split(method.edit),
-            ],
-        )
+        argv = [*self._common, "--latents_path", self._latents(method.inversion)]
+        argv += ["--prompt", self.clip.prompt, "--output_path", tempfile.mkdtemp(dir=self.folder)]
+        argv += ["--n_inversion_steps", str(self.steps), "--n_timesteps", str(self.steps)]
+        argv += self._split(method.edit)
+        yaml = f"config_{method.technique}.yaml"
+        config = parse(CONFIGS[method.technique], "", yaml, argv)
         stage = self.meter.stage
         with open_edits([config], method.technique) as edits:
             for run in edits:

@@ -96,9 +96,8 @@ class Meter:
             torch.cuda.reset_peak_memory_stats(self.device)
             return torch.cuda.memory_allocated(self.device) / 1e6
         if CLEAR_REFS.exists():  # Linux alone
-            ctypes.CDLL(None).malloc_trim(
-                0
-            )  # what the last stage left must not serve this one unseen
+            # What the last stage left must not serve this one unseen.
+            ctypes.CDLL(None).malloc_trim(0)
             CLEAR_REFS.write_text(RESET_PEAK)
         return self._peak()
 

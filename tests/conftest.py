@@ -1,7 +1,9 @@
 """Fixtures: a tiny random checkpoint on disk, loaded as a user's is, and short clips."""
 
 import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 # One thread: on busy cores two wait for each other, and they add floats in another order. Torch reads this
 # when it is imported, here and in the processes that tests start.
@@ -12,6 +14,8 @@ os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
 import numpy as np
 import pytest
 import torch
+from loras import draw_factors
+from test_cli import last_line, run
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, ViTConfig, ViTModel
 
 from shapes.checkpoint import build_random
@@ -38,6 +42,12 @@ def sd(checkpoint) -> StableDiffusion:
 
 
 @pytest.fixture(scope="session")
+def factors(sd) -> dict:
+    """The factors of a LoRA for the tiny checkpoint."""
+    return draw_factors(sd)
+
+
+@pytest.fixture(scope="session")
 def trained() -> StableDiffusion:
     """The shapes checkpoint with its ControlNet."""
     folder, device = str(SHAPES_CHECKPOINT), torch.device("cpu")
@@ -61,6 +71,44 @@ def clip(tmp_path_factory, clip_frames) -> Path:
     path = tmp_path_factory.mktemp("clips") / "clip.mp4"
     write_video(path, clip_frames, 12)
     return path
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory, checkpoint, clip) -> tuple[Path, list]:
+    """A folder with an inversion of four frames of the clip in two steps, and the flags of edits of it."""
+    folder = tmp_path_factory.mktemp("small")
+    shutil.copy(clip, folder / "clip.mp4")
+    common = ["--data_path", "clip.mp4", "--model", checkpoint, "--n_frames", 4]
+    common += ["--keyframe_interval", 2]
+    invert = ["--H", 64, "--W", 64, "--steps", 2, "--save_steps", 2]
+    invert += ["--inversion_prompt", "a red square"]
+    last_line(run("preprocess.py", *common, *invert, cwd=folder))
+    edit = ["--prompt", "a blue circle", "--n_inversion_steps", 2, "--n_timesteps", 2]
+    return folder, [*common, *edit]
+
+
+@pytest.fixture
+def passes(monkeypatch) -> SimpleNamespace:
+    """`seen`: how many samples each pass of a UNet took so far; at that of `stop_at` a user interrupts."""
+    passes, predict_noise = SimpleNamespace(seen=[], stop_at=None), StableDiffusion.predict_noise
+
+    def count(self, latents, *args):
+        passes.seen.append(len(latents))
+        if len(passes.seen) == passes.stop_at:
+            raise KeyboardInterrupt
+        return predict_noise(self, latents, *args)
+
+    monkeypatch.setattr(StableDiffusion, "predict_noise", count)
+    return passes
+
+
+@pytest.fixture(scope="session")
+def texture() -> np.ndarray:
+    """A smooth texture that moves by (2, 1) pixels a frame: uint8 RGB (6, 64, 64, 3)."""
+    coarse = torch.rand(1, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    fine = torch.nn.functional.interpolate(coarse, (96, 96), mode="bicubic").clamp(0, 1)[0]
+    crops = [fine[:, 20 - n : 84 - n, 20 - 2 * n : 84 - 2 * n] for n in range(6)]
+    return (255 * torch.stack(crops)).round().byte().permute(0, 2, 3, 1).numpy()
 
 
 def build_tiny_clip(folder: Path, checkpoint: Path) -> Path:

@@ -45,72 +45,46 @@ def weights_of(folder: Path) -> Weights:
     return load_file(next(folder.glob("*.safetensors")))
 
 
-def renamed(weights: Weights, names: dict[str, str], prefix: str) -> Weights:
-    """The weights whose names begin with one of `names`, under the new names after `prefix`."""
-    return {
-        prefix + new + key.removeprefix(old): value
-        for old, new in names.items()
-        for key, value in weights.items()
-        if key.startswith(old + ".")
-    }
+def rename_unet(key: str, has_attention: set[str]) -> str:
+    """What the original code calls a weight of the UNet; two residual blocks at each level.
+
+    has_attention: the decoder's blocks that have some.
+    """
+    match key.split("."):
+        case "down_blocks", level, "downsamplers", _, _, *rest:
+            place = f"input_blocks.{3 * int(level) + 3}.0.op"
+        case "down_blocks", level, kind, layer, *rest:
+            place = f"input_blocks.{3 * int(level) + int(layer) + 1}.{int(kind == 'attentions')}"
+        case "up_blocks", level, "upsamplers", _, *rest:
+            place = f"output_blocks.{3 * int(level) + 2}.{1 + (level in has_attention)}"
+        case "up_blocks", level, kind, layer, *rest:
+            place = f"output_blocks.{3 * int(level) + int(layer)}.{int(kind == 'attentions')}"
+        case "mid_block", kind, layer, *rest:
+            place = f"middle_block.{1 if kind == 'attentions' else 2 * int(layer)}"
+        case _:
+            module, _, kind = key.rpartition(".")
+            return f"{UNET_ENDS[module]}.{kind}"
+    if ".resnets." in key:
+        rest[0] = RESNET[rest[0]]
+    return ".".join([place, *rest])
 
 
-def unet_names(weights: Weights) -> dict[str, str]:
-    """What each module of the UNet is called in the original code; two residual blocks at each level."""
-    levels = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("down_blocks."))
-    has = {".".join(key.split(".")[:4]) for key in weights}
-    modules = dict(UNET_ENDS)
-
-    def put(number: str, block: str, layer: int) -> None:
-        modules[f"{block}.resnets.{layer}"] = f"{number}.0"
-        if f"{block}.attentions.{layer}" in has:
-            modules[f"{block}.attentions.{layer}"] = f"{number}.1"
-
-    place = 1
-    for level in range(levels):
-        for layer in range(2):
-            put(f"input_blocks.{place}", f"down_blocks.{level}", layer)
-            place += 1
-        modules[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{place}.0.op"
-        place += 1
-    for level in range(levels):
-        for layer in range(3):
-            put(f"output_blocks.{3 * level + layer}", f"up_blocks.{level}", layer)
-        last = f"output_blocks.{3 * level + 2}.{1 + (f'up_blocks.{level}.attentions.2' in has)}"
-        modules[f"up_blocks.{level}.upsamplers.0.conv"] = f"{last}.conv"
-    middle = {"resnets.0": 0, "attentions.0": 1, "resnets.1": 2}
-    modules |= {f"mid_block.{ours}": f"middle_block.{theirs}" for ours, theirs in middle.items()}
-    for name, original in list(modules.items()):
-        if ".resnets." in name:
-            del modules[name]
-            modules |= {f"{name}.{ours}": f"{original}.{theirs}" for ours, theirs in RESNET.items()}
-    return modules
-
-
-def vae_names(weights: Weights) -> dict[str, str]:
-    """What each module of the VAE is called in the original code."""
-    modules = {name: name for name in ("quant_conv", "post_quant_conv")}
-    for side, blocks, halve in (("encoder", "down", "down"), ("decoder", "up", "up")):
-        levels = 1 + max(int(k.split(".")[2]) for k in weights if f"{side}.{blocks}_blocks" in k)
-        modules |= {f"{side}.{name}": f"{side}.{name}" for name in ("conv_in", "conv_out")}
-        modules[f"{side}.conv_norm_out"] = f"{side}.norm_out"
-        for level in range(levels):
-            theirs = level if side == "encoder" else levels - 1 - level
-            here = f"{side}.{blocks}_blocks.{level}"
-            there = f"{side}.{blocks}.{theirs}"
-            modules[f"{here}.{halve}samplers.0.conv"] = f"{there}.{halve}sample.conv"
-            for layer in range(3):
-                resnet, block = f"{here}.resnets.{layer}", f"{there}.block.{layer}"
-                modules[f"{resnet}.conv_shortcut"] = f"{block}.nin_shortcut"
-                for part in ("norm1", "conv1", "norm2", "conv2"):
-                    modules[f"{resnet}.{part}"] = f"{block}.{part}"
-        for layer in range(2):
-            for part in ("norm1", "conv1", "norm2", "conv2"):
-                ours = f"{side}.mid_block.resnets.{layer}.{part}"
-                modules[ours] = f"{side}.mid.block_{layer + 1}.{part}"
-        for ours, theirs in VAE_ATTENTION.items():
-            modules[f"{side}.mid_block.attentions.0.{ours}"] = f"{side}.mid.attn_1.{theirs}"
-    return modules
+def rename_vae(key: str, n_levels: int) -> str:
+    """What the original code calls a weight of the VAE, whose decoder counts levels from the output."""
+    match key.split("."):
+        case side, "mid_block", "resnets", layer, *rest:
+            place = f"{side}.mid.block_{int(layer) + 1}"
+        case side, "mid_block", "attentions", _, *rest, kind:
+            place, rest = f"{side}.mid.attn_1", [VAE_ATTENTION[".".join(rest)], kind]
+        case side, ("down_blocks" | "up_blocks") as blocks, level, kind, layer, *rest:
+            way = blocks.removesuffix("_blocks")
+            level = int(level) if way == "down" else n_levels - 1 - int(level)
+            module = f"block.{layer}" if kind == "resnets" else f"{way}sample"
+            place = f"{side}.{way}.{level}.{module}"
+            rest[0] = rest[0].replace("conv_shortcut", "nin_shortcut")
+        case _:
+            return key.replace("conv_norm_out", "norm_out")
+    return ".".join([place, *rest])
 
 
 def open_clip(weights: Weights, prefix: str) -> Weights:
@@ -149,12 +123,16 @@ def single_file(folder: Path) -> Weights:
     """All weights of a diffusers folder under their names in the original code."""
     unet, vae = weights_of(folder / "unet"), weights_of(folder / "vae")
     first = weights_of(folder / "text_encoder")
-    weights = renamed(unet, unet_names(unet), "model.diffusion_model.")
-    # The rest of an attention has the same names in both.
-    weights |= renamed(vae, vae_names(vae), "first_stage_model.")
-    for key, value in weights.items():
-        if ".attn_1." in key and key.endswith("weight") and value.ndim == 2:
-            weights[key] = value[:, :, None, None].contiguous()
+    has_attention = {
+        key.split(".")[1] for key in unet if key.startswith("up_") and ".attn1." in key
+    }
+    n_levels = len({key.split(".")[2] for key in vae if key.startswith("decoder.up_blocks")})
+    prefix = "model.diffusion_model."
+    weights = {prefix + rename_unet(key, has_attention): value for key, value in unet.items()}
+    for key, value in vae.items():
+        name = f"first_stage_model.{rename_vae(key, n_levels)}"
+        is_convolution = ".attn_1." in name and name.endswith("weight") and value.ndim == 2
+        weights[name] = value[:, :, None, None].contiguous() if is_convolution else value
     if (folder / "text_encoder_2").exists():
         second = weights_of(folder / "text_encoder_2")
         weights |= clip(first, "conditioner.embedders.0.")
@@ -163,8 +141,6 @@ def single_file(folder: Path) -> Weights:
         weights |= open_clip(first, "cond_stage_model.model.")
     else:
         weights |= clip(first, "cond_stage_model.")
-    missing = len(unet) + len(vae) - sum(k.startswith(("model.", "first_")) for k in weights)
-    assert not missing, f"{missing} weights were not renamed"
     return weights
 
 

@@ -7,13 +7,10 @@ import shutil
 from pathlib import Path
 
 import av
-import cv2
 import huggingface_hub
 import pytest
 import torch
-from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from ldm import single_file, write_single_file
-from test_cli import run
 from test_depth import build_depth_model
 
 from tokenflow.control.depth import load_depth_model
@@ -21,30 +18,10 @@ from tokenflow.diffusion import checkpoint as checkpoints
 from tokenflow.diffusion import identity, lora
 from tokenflow.diffusion import single_file as single_files
 from tokenflow.diffusion.checkpoint import Checkpoint
-from tokenflow.errors import UserError, is_out_of_resources
+from tokenflow.errors import UserError
 from tokenflow.video.read import decode_frames
 
 CPU = torch.device("cpu")
-FILES = [
-    "model_index.json",
-    "unet/diffusion_pytorch_model.safetensors",
-    "vae/diffusion_pytorch_model.safetensors",
-    "vae/config.json",
-    "text_encoder/model.safetensors",
-    "tokenizer/tokenizer.json",
-    "scheduler/scheduler_config.json",
-]
-EXHAUSTED = [
-    MemoryError(),
-    RuntimeError("can't start new thread"),
-    cv2.error(
-        "OpenCV(5.0.0) alloc.cpp:73: error: (-4:Insufficient memory) Failed to allocate 9 bytes"
-    ),
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-    *(OSError(number, "failed") for number in (errno.ENOMEM, errno.EAGAIN, errno.EMFILE)),
-    *(OSError(number, "failed") for number in (errno.ENFILE, errno.EFBIG)),
-    ValueError("unable to mmap 5 bytes from file: Cannot allocate memory (12)"),
-]
 
 
 def copy(checkpoint: Path, folder: Path) -> Path:
@@ -54,23 +31,21 @@ def copy(checkpoint: Path, folder: Path) -> Path:
     return folder
 
 
-def change(path: Path, **values) -> None:
-    """Change keys of a JSON file; None removes one."""
-    content = json.loads(path.read_text()) | values
-    path.write_text(json.dumps({key: value for key, value in content.items() if value != "gone"}))
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_identity_is_of_all_files_that_are_read(checkpoint, tmp_path, name):
+def test_identity_is_of_all_files_that_are_read(checkpoint, tmp_path):
     folder = copy(checkpoint, tmp_path / "mine")
-    before = Checkpoint.find(str(folder)).identity
-    content = bytearray((folder / name).read_bytes())
-    if name.endswith(".json"):
-        content += b" "
-    else:
-        content[-1] ^= 1
-    (folder / name).write_bytes(content)
-    assert Checkpoint.find(str(folder)).identity != before
+    found = {Checkpoint.find(str(folder)).identity}
+    names = "model_index.json", "vae/config.json", "scheduler/scheduler_config.json"
+    names += "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"
+    names += "text_encoder/model.safetensors", "tokenizer/tokenizer.json"
+    for count, name in enumerate(names, start=2):
+        content = bytearray((folder / name).read_bytes())
+        if name.endswith(".json"):
+            content += b" "
+        else:
+            content[-1] ^= 1
+        (folder / name).write_bytes(content)
+        found.add(Checkpoint.find(str(folder)).identity)
+        assert len(found) == count, name
 
 
 def test_identity_is_not_where_a_checkpoint_lies(checkpoint, tmp_path, monkeypatch):
@@ -80,13 +55,14 @@ def test_identity_is_not_where_a_checkpoint_lies(checkpoint, tmp_path, monkeypat
     shutil.copy(tmp_path / "mine.ckpt", tmp_path / "far" / "other.ckpt")
     monkeypatch.chdir(tmp_path)
     for suffix in ("", ".ckpt"):
-        spellings = [f"mine{suffix}", f"./mine{suffix}", tmp_path / f"mine{suffix}"]
-        spellings += [f"far/../mine{suffix}", f"far/other{suffix}"]
-        assert len({Checkpoint.find(str(path)).identity for path in spellings}) == 1
-    one, other = (Checkpoint.find(f"mine{suffix}").identity for suffix in ("", ".ckpt"))
-    (tmp_path / "mine" / "scheduler" / "scheduler_config.json").open("a").write(" ")
-    assert Checkpoint.find("mine").identity != one != other
-    assert Checkpoint.find("mine.ckpt").identity != other
+        paths = [f"mine{suffix}", f"./mine{suffix}", tmp_path / f"mine{suffix}"]
+        paths += [f"far/../mine{suffix}", f"far/other{suffix}"]
+        assert len({Checkpoint.find(str(path)).identity for path in paths}) == 1
+    # A file takes its configuration from beside it.
+    before = Checkpoint.find("mine.ckpt").identity
+    assert Checkpoint.find("mine").identity != before
+    (folder / "scheduler" / "scheduler_config.json").open("a").write(" ")
+    assert Checkpoint.find("mine.ckpt").identity != before
 
 
 def test_identity_of_what_is_large_and_of_the_hub(tmp_path, monkeypatch):
@@ -124,42 +100,14 @@ def test_identity_of_the_lora_that_is_loaded(tmp_path):
     assert lora.find_lora(str(folder)).stem == "a"
 
 
-@pytest.mark.parametrize(
-    "part, values, words",
-    [
-        ("vae/config.json", {"latents_mean": [0.0] * 4}, "latents_mean"),
-        ("vae/config.json", {"scaling_factor": None}, "scaling_factor is None"),
-        ("vae/config.json", {"latent_channels": 16}, "16 channels, not 4"),
-        ("vae/config.json", {"layers_per_block": 10**9}, "its vae is broken: layers_per_block"),
-        (
-            "text_encoder/config.json",
-            {"num_hidden_layers": 10**9},
-            "num_hidden_layers is 1000000000",
-        ),
-        ("text_encoder/config.json", {"num_hidden_layers": -1}, "num_hidden_layers is -1"),
-    ],
-)
-def test_what_a_part_cannot_be(checkpoint, tmp_path, part, values, words):
-    folder = copy(checkpoint, tmp_path / "mine")
-    change(folder / part, **values)
-    with pytest.raises(UserError, match=words):
-        Checkpoint.find(str(folder))
-
-
 def test_a_vae_without_scaling_factor_has_that_of_version_1(checkpoint, tmp_path):
     folder = copy(checkpoint, tmp_path / "mine")
-    change(folder / "vae" / "config.json", scaling_factor="gone")
-    assert (
-        Checkpoint.find(str(folder)).load(CPU, torch.float32).vae.config.scaling_factor == 0.18215
-    )
-
-
-@pytest.mark.parametrize("scheduler", [EDMEulerScheduler, FlowMatchEulerDiscreteScheduler])
-def test_schedulers_without_betas_are_refused(checkpoint, tmp_path, scheduler):
-    folder = copy(checkpoint, tmp_path / "mine")
-    scheduler().save_pretrained(folder / "scheduler")
-    with pytest.raises(UserError, match=f"{scheduler.__name__} has no betas"):
-        Checkpoint.find(str(folder))
+    file = folder / "vae" / "config.json"
+    config = json.loads(file.read_text())
+    del config["scaling_factor"]
+    file.write_text(json.dumps(config))
+    sd = Checkpoint.find(str(folder)).load(CPU, torch.float32)
+    assert sd.vae.config.scaling_factor == 0.18215
 
 
 def test_a_small_vocabulary_is_sound(checkpoint, tmp_path):
@@ -190,41 +138,13 @@ def test_names_of_single_files(checkpoint, tmp_path, name):
     assert found.file and found.configuration == str(folder)
 
 
-def test_single_files_that_are_odd(checkpoint, tmp_path):
-    copy(checkpoint, tmp_path / "odd")
-    weights, first = single_file(checkpoint), single_files.FIRST_LAYER
-    itself = {"step": 1}
-    itself["state_dict"] = itself
-    for content in (itself, weights | {first: torch.zeros(32)}, weights | {first: "none"}):
-        torch.save(content, tmp_path / "odd.ckpt")
-        with pytest.raises(UserError, match="is no checkpoint of Stable Diffusion"):
-            Checkpoint.find(str(tmp_path / "odd.ckpt"))
-    torch.save([], tmp_path / "odd.ckpt")
-    with pytest.raises(UserError, match="is broken"):
-        Checkpoint.find(str(tmp_path / "odd.ckpt"))
-
-
 def test_parts_that_a_single_file_lacks_are_taken_from_beside_it(checkpoint, tmp_path):
-    folder = copy(checkpoint, tmp_path / "mine")
+    copy(checkpoint, tmp_path / "mine")
     weights = {k: v for k, v in single_file(checkpoint).items() if "first_stage" not in k}
     torch.save(weights, tmp_path / "mine.ckpt")
     sd = Checkpoint.find(str(tmp_path / "mine.ckpt")).load(CPU, torch.float32)
     expected = Checkpoint.find(str(checkpoint)).load(CPU, torch.float32).vae.state_dict()
     assert all(torch.equal(sd.vae.state_dict()[key], value) for key, value in expected.items())
-    shutil.rmtree(folder / "vae")
-    (folder / "vae").mkdir()
-    shutil.copy(checkpoint / "vae" / "config.json", folder / "vae")
-    with pytest.raises(UserError, match="no weights of a vae; put a folder .* beside the file"):
-        Checkpoint.find(str(tmp_path / "mine.ckpt")).load(CPU, torch.float32)
-
-
-@pytest.mark.parametrize("error", EXHAUSTED, ids=repr)
-def test_what_runs_out(error):
-    wrapped = ValueError("cannot be loaded")
-    wrapped.__cause__ = error
-    assert is_out_of_resources(error) and is_out_of_resources(wrapped)
-    assert not is_out_of_resources(ValueError("cannot be loaded"))
-    assert not is_out_of_resources(FileNotFoundError(errno.ENOENT, "No such file or directory"))
 
 
 def test_what_runs_out_is_blamed_on_no_file(checkpoint, tmp_path, monkeypatch):
@@ -259,26 +179,12 @@ def test_what_runs_out_is_no_fault_of_a_video(clip, monkeypatch):
         next(decode_frames(clip))
 
 
-def test_what_runs_out_ends_a_command_with_one_line(checkpoint, clip, tmp_path, monkeypatch):
-    def fail(*args, **kwargs):
-        raise OSError("cannot be read") from OSError(errno.EMFILE, "Too many open files")
-
-    monkeypatch.setattr(checkpoints.UNet2DConditionModel, "from_pretrained", fail)
-    flags = ["--data_path", clip, "--model", checkpoint, "--H", 64, "--W", 64, "--n_frames", 1]
-    result = run("preprocess.py", *flags, cwd=tmp_path)
-    assert result.returncode == 1 and result.stdout == ""
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert "run out of memory, threads, open files" in line
-
-
 def test_a_model_with_code_of_its_own_is_not_asked_about(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "mine"
     build_depth_model(folder, folder)
-    change(
-        folder / "config.json",
-        model_type="mine",
-        auto_map={"AutoConfig": "code.Config", "AutoModelForDepthEstimation": "code.Model"},
-    )
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "mine"}
+    code = {"AutoConfig": "code.Config", "AutoModelForDepthEstimation": "code.Model"}
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": code}))
     (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     monkeypatch.setattr(builtins, "input", lambda *args: "y")
     with pytest.raises(UserError, match="depth_model: .*mine needs code of its own, .* never run"):

@@ -1,4 +1,4 @@
-"""Consensus and fusion: averages along the motion of the source."""
+"""The motion of the source, and consensus and fusion: averages along it."""
 
 import math
 import os
@@ -7,10 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
 import torch
 from reference import average_by_hand, carry_by_hand
 from test_tokenflow import edit_of, source_of, video_of
+from torch.nn import functional as F
 
 from tokenflow.config import PnPConfig
 from tokenflow.editing.checkpoint import EditCheckpoint
@@ -20,19 +20,10 @@ from tokenflow.editing.source import Source, find_flow, open_motion
 from tokenflow.motion.averaging import average, carry, find_reliability, warp
 from tokenflow.motion.dense import DenseMotion
 from tokenflow.motion.fusion import FLICKER, Fusion
+from tokenflow.motion.to_keyframes import FlowToKeyframes, find_furthest_keyframe
 from tokenflow.runtime.distributed import Processes
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def moving() -> np.ndarray:
-    """A smooth texture that moves by (2, 1) pixels a frame: uint8 RGB (6, 64, 64, 3)."""
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(1, 3, 24, 24, generator=generator)
-    texture = torch.nn.functional.interpolate(coarse, (96, 96), mode="bicubic").clamp(0, 1)[0]
-    crops = [texture[:, 20 - n : 84 - n, 20 - 2 * n : 84 - 2 * n] for n in range(6)]
-    return (255 * torch.stack(crops)).round().byte().permute(0, 2, 3, 1).numpy()
 
 
 def fusion_of(source: np.ndarray, distances: tuple[int, ...], folder: Path) -> Fusion:
@@ -66,12 +57,6 @@ def test_what_is_carried_equals_the_reference():
     assert (carry(values, motion, torch.tensor([1, 2])) == 0).all()
 
 
-def test_warped_by_whole_pixels():
-    image = torch.arange(20.0).view(1, 1, 4, 5)
-    flow = torch.tensor([1.0, -1.0]).expand(1, 4, 5, 2)  # one to the right, one up
-    torch.testing.assert_close(warp(image, flow)[0, 0, 1:, :4], image[0, 0, :3, 1:])
-
-
 def test_what_is_hidden_is_unreliable():
     """A square that moves by 12 pixels hides what is there, and shows what was behind it."""
     frame, other = (np.full((64, 64, 3), 90, np.uint8) for _ in range(2))
@@ -86,28 +71,28 @@ def test_what_is_hidden_is_unreliable():
     assert (find_reliability(frame, brighter, 0 * flow, 0 * back)[50:] < 0.05).all()
 
 
-def test_flicker_goes_and_detail_stays(moving, tmp_path):
+def test_flicker_goes_and_detail_stays(texture, tmp_path):
     """Frames with noise of their own are averaged: less noise, and no blur."""
-    noise = np.random.default_rng(0).normal(0, 20, moving.shape)
-    noisy = (moving + noise).clip(0, 255).astype(np.uint8)
-    fusion = fusion_of(moving, (1, 2), tmp_path)
+    noise = np.random.default_rng(0).normal(0, 20, texture.shape)
+    noisy = (texture + noise).clip(0, 255).astype(np.uint8)
+    fusion = fusion_of(texture, (1, 2), tmp_path)
     fusion.put(torch.arange(6), noisy)
     result = fusion.average(torch.arange(6), CPU)
     inner = np.s_[:, 12:-12, 12:-12]
 
     def error(frames: np.ndarray) -> float:
-        return np.sqrt(np.square(frames.astype(float) - moving)[inner].mean())
+        return np.sqrt(np.square(frames.astype(float) - texture)[inner].mean())
 
     assert error(result) < 0.6 * error(noisy)
-    fusion.put(torch.arange(6), moving)
+    fusion.put(torch.arange(6), texture)
     assert error(fusion.average(torch.arange(6), CPU)) < 2  # grey levels
 
 
-def test_what_does_not_follow_the_source_is_not_smeared(moving, tmp_path):
+def test_what_does_not_follow_the_source_is_not_smeared(texture, tmp_path):
     """Stripes that stand still, while the source moves across them, stay stripes."""
-    fusion = fusion_of(moving, (1,), tmp_path)
+    fusion = fusion_of(texture, (1,), tmp_path)
     columns = np.arange(64) // 2 % 2
-    stripes = np.zeros_like(moving) + np.uint8(60 + 140 * columns)[:, None]
+    stripes = np.zeros_like(texture) + np.uint8(60 + 140 * columns)[:, None]
     fusion.put(torch.arange(6), stripes)
 
     def contrast(tolerance: float | None) -> float:
@@ -117,16 +102,16 @@ def test_what_does_not_follow_the_source_is_not_smeared(moving, tmp_path):
     assert contrast(None) < 0.6
 
 
-def test_motion_is_found_once_and_mended(moving, tmp_path, monkeypatch):
+def test_motion_is_found_once_and_mended(texture, tmp_path, monkeypatch):
     """Motion is read where it was kept; that of a pair whose file is damaged is found again."""
     found, measure = [], DenseMotion.measure
 
     def count(self, *frames):
-        found.append([int(np.where((moving == frame).all((1, 2, 3)))[0][0]) for frame in frames])
+        found.append([int(np.where((texture == frame).all((1, 2, 3)))[0][0]) for frame in frames])
         return measure(self, *frames)
 
     monkeypatch.setattr(DenseMotion, "measure", count)
-    motion = fusion_of(moving, (2,), tmp_path).motion
+    motion = fusion_of(texture, (2,), tmp_path).motion
     assert found == [[0, 2], [1, 3], [2, 4], [3, 5]]
     there, back = motion.read(1, 3)[20:40, 20:40], motion.read(3, 1)[20:40, 20:40]
     expected = torch.tensor([4.0, 2.0])
@@ -139,18 +124,15 @@ def test_motion_is_found_once_and_mended(moving, tmp_path, monkeypatch):
     damaged = bytearray(stored)
     damaged[len(stored) // 4] ^= 1  # in the second of six rows
     path.write_bytes(damaged)
-    fusion_of(moving, (1, 2), tmp_path)
+    fusion_of(texture, (1, 2), tmp_path)
     expected = [[first, first + 1] for first in range(5)] + [[1, 3]]
     assert sorted(found[4:]) == sorted(expected) and path.read_bytes() == stored
 
 
-def test_motion_of_a_read_only_inversion_is_kept_elsewhere(moving, monkeypatch, tmp_path):
-    inversion = SimpleNamespace(
-        folder=tmp_path / "inversion",
-        manifest=SimpleNamespace(n_frames=9, config={"H": 64, "W": 64}),
-        source_frame=moving.__getitem__,
-        latents=lambda name: torch.empty(9, 4, 8, 8),
-    )
+def test_motion_of_a_read_only_inversion_is_kept_elsewhere(texture, monkeypatch, tmp_path):
+    inversion = SimpleNamespace(folder=tmp_path / "inversion", source_frame=texture.__getitem__)
+    inversion.manifest = SimpleNamespace(n_frames=9, config={"H": 64, "W": 64})
+    inversion.latents = lambda name: torch.empty(9, 4, 8, 8)
     for writable, parent in ((True, "inversion"), (False, "edit")):
         monkeypatch.setattr(os, "access", lambda *_, writable=writable: writable)
         source, elsewhere = Source(inversion, 5), tmp_path / "edit"
@@ -161,10 +143,29 @@ def test_motion_of_a_read_only_inversion_is_kept_elsewhere(moving, monkeypatch, 
         assert (pairs.n_frames, pairs.n_used, pairs.shape) == (9, 5, (64, 64, 3))
 
 
-def test_pictures_without_neighbours_stay(moving, tmp_path):
-    fusion = fusion_of(moving[:2], (3, 6), tmp_path)
-    fusion.put(torch.arange(2), moving[:2])
-    assert np.array_equal(fusion.average(torch.arange(2), CPU), moving[:2])
+def test_flow_to_keyframes(texture, tmp_path):
+    """In cells of the latents; it fails where it leaves the frame, or leads too far."""
+    flow = FlowToKeyframes(
+        tmp_path, texture.__getitem__, 6, 6, (16, 16, 2), cell=4, max_displacement=50.0
+    )
+    flow.create(range(1, find_furthest_keyframe(2, 6) + 1), Processes(CPU))
+    at, others = torch.tensor([1, 3]), torch.tensor([[0, 3], [1, 3]])
+    flows = flow.find_between(at, others)
+    middle = flows.flatten(2, 3).nanmedian(dim=2).values
+    expected = torch.tensor([[[-0.5, -0.25], [1, 0.5]], [[-1, -0.5], [0, 0]]])
+    torch.testing.assert_close(middle, expected, atol=0.1, rtol=0)
+    assert flows.isfinite().float().mean() > 0.8
+    assert flows[0, 1, :, -1].isnan().all()
+    near = replace(flow, max_displacement=4.0).find_between(at, others)  # pixels, of 4.5
+    assert near[1, 0].isnan().all() and torch.equal(
+        near[0, 0].nan_to_num(9), flows[0, 0].nan_to_num(9)
+    )
+
+
+def test_pictures_without_neighbours_stay(texture, tmp_path):
+    fusion = fusion_of(texture[:2], (3, 6), tmp_path)
+    fusion.put(torch.arange(2), texture[:2])
+    assert np.array_equal(fusion.average(torch.arange(2), CPU), texture[:2])
 
 
 def test_consensus_comes_late():
@@ -187,17 +188,15 @@ class Blocks:
 
     def encode_frames(self, frames):
         pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
-        return torch.nn.functional.pad(
-            torch.nn.functional.avg_pool2d(pixels, 8), (0, 0, 0, 0, 0, 1)
-        )
+        return F.pad(F.avg_pool2d(pixels, 8), (0, 0, 0, 0, 0, 1))
 
     def latent_shape(self, n_frames, height, width):
         return n_frames, 4, height // 8, width // 8
 
 
-def test_frames_between_those_that_agree_go_along(moving, tmp_path):
+def test_frames_between_those_that_agree_go_along(texture, tmp_path):
     """Six grey frames, of which the first and the fourth agree on the middle between the two."""
-    blocks, fusion = Blocks(), fusion_of(moving, DISTANCES, tmp_path)
+    blocks, fusion = Blocks(), fusion_of(texture, DISTANCES, tmp_path)
     for name in ("pictures.npy", "corrections.npy"):  # of a killed run
         (tmp_path / name).write_bytes(b"damaged")
     every = Consensus(blocks, fusion, [5, 7, 9])
@@ -216,11 +215,10 @@ def test_frames_between_those_that_agree_go_along(moving, tmp_path):
     expected = torch.tensor([30.0, 10, -10, -30, -30, -30])  # none is known beyond the fourth
     torch.testing.assert_close(moved_by(5), expected, rtol=0, atol=1)
     assert blocks.decoded == 2
-    expected = torch.tensor(
-        [-5.0, -5, -5 / 3, 5 / 3, 5, 5]
-    )  # the next one asks the second and the fifth
+    # The next one asks the second and the fifth, and the last one asks all.
+    expected = torch.tensor([-5.0, -5, -5 / 3, 5 / 3, 5, 5])
     torch.testing.assert_close(moved_by(7), expected, rtol=0, atol=1)
-    expected = torch.tensor([30.0, -5, 20, -30, 5, -20])  # and the last one asks all
+    expected = torch.tensor([30.0, -5, 20, -30, 5, -20])
     torch.testing.assert_close(moved_by(9), expected, rtol=0, atol=1)
     assert blocks.decoded == 2 + 2 + 6
     assert every.at(6) is None

@@ -6,14 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_tokenflow import (
-    assert_same_noise,
-    edit_of,
-    predicted,
-    record,
-    source_of,
-    video_of,
-)
+from test_tokenflow import assert_same_noise, edit_of, predicted, record, source_of, video_of
 
 from tokenflow.motion.to_keyframes import FlowToKeyframes, find_furthest_keyframe
 from tokenflow.propagation.cache import BlendedRows

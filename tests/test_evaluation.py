@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import shutil
 import sys
 from collections import Counter
@@ -412,43 +411,3 @@ def test_videos_of_unequal_rates_are_paired_by_time(tmp_path, caplog, fps, expec
         assert shown == [*indices]
     said = f"source.mp4 plays {fps} frames per second and the edit 12"
     assert (said in caplog.text) == (fps != 12)
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        ("", ["edits: missing"]),
-        ("--source clip.mp4", ["edited: missing"]),
-        ("--edits out/pnp_clip --source clip.mp4", ["edits", "either"]),
-        ("--edits out/none", ["out/none", "not the folder of an edit"]),
-        ("--edits latents", ["latents is not the folder of an edit"]),
-        ("--edits out/pnp_clip_2 --latents_path out", ["out/pnp_clip_2", "--latents_path"]),
-        ("--edits out/pnp_clip_2 --n_frames 8", ["n_frames", "only 7"]),
-        ("--edits a b --frame_by_frame c", ["frame_by_frame", "one edit"]),
-        ("--source clip.mp4 --edited none.mp4", ["none.mp4", "no such file"]),
-        ("--source clip.mp4 --edited small", ["small: its frames of 8 x 9 pixels"]),
-        ("--source pipe --edited clip.mp4", ["pipe: is neither a file nor a folder"]),
-        ("--source clip.mp4 --edited pipe", ["pipe: is neither a file nor a folder"]),
-        ("--source pipes --edited clip.mp4", ["pipes/1.png"]),
-        ("--edits out/pnp_clip_2 --frame_by_frame /dev/zero", ["/dev/zero: is neither a file"]),
-        ("--edits a --device tpu", ["device: 'tpu'"]),
-        ("--config_path bad.yaml", ["flow: 'farneback' is none of dis, raft"]),
-    ],
-)
-def test_evaluate_refuses(edited, flags, words):
-    (edited / "bad.yaml").write_text("edits: [a, b]\nflow: farneback\n")
-    (edited / "small").mkdir(exist_ok=True)
-    util.save_frames(edited / "small", 0, np.zeros((2, 8, 9, 3), np.uint8))
-    (edited / "pipes").mkdir(exist_ok=True)
-    for pipe in ("pipe", "pipes/1.png", "pipes/2.png"):
-        if not (edited / pipe).exists():
-            os.mkfifo(edited / pipe)
-    refusal(run("evaluate.py", *flags.split(), cwd=edited), *words)
-
-
-def test_damaged_edits_are_refused(edited):
-    picture = edited / "out" / "pnp_clip_2" / "frames" / "00003.png"
-    whole = picture.read_bytes()
-    picture.write_bytes(whole[:-1])
-    refusal(run("evaluate.py", "--edits", "out/pnp_clip_2", cwd=edited), "00003.png is damaged")
-    picture.write_bytes(whole)

@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler
 from test_cli import last_line, run
 
 from shapes.checkpoint import build_scheduler
-from tokenflow.config import PreprocessConfig, SDEditConfig
+from tokenflow.config import SDEditConfig
 from tokenflow.diffusion.ddim import (
     Inverter,
     Schedule,
@@ -23,8 +23,6 @@ from tokenflow.diffusion.ddim import (
 )
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.editing.techniques import SDEdit
-from tokenflow.errors import UserError
-from tokenflow.inversion.check import make_schedules
 from tokenflow.inversion.files import name_video
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.runtime.batching import Batches
@@ -283,10 +281,3 @@ def test_the_name_of_a_video(tmp_path, monkeypatch):
     monkeypatch.chdir(inside)
     names = {"..": "frames.v2", "../": "frames.v2", ".": "inside", "../clip.v1.mp4": "clip.v1"}
     assert {path: name_video(path) for path in names} == names
-
-
-def test_steps_that_miss_editing_timesteps():
-    config = PreprocessConfig(data_path="a.mp4", steps=70, save_steps=50)
-    fitting = r"70 .* 50 editing steps; these do: 50, 99, 100, .* 250, .* 500"
-    with pytest.raises(UserError, match=fitting):
-        make_schedules(config, build_scheduler())

@@ -1,14 +1,13 @@
 """Masks: where an edit may change the video."""
 
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from test_consensus import CPU, fusion_of
-from test_util import write_phone_video
+from videos import store_turned, turn, write_frames
 
 from tokenflow.editing.mask import Mask, PromptDifference, check_mask, draw_to_edges, read_mask
 from tokenflow.errors import UserError
@@ -20,41 +19,24 @@ FRAMES = torch.arange(3)
 CHOICE = FrameChoice(H=64, W=64, resize="crop", start_frame=1, stride=2)
 
 
-def masks(folder: Path, n_frames: int) -> Path:
-    """White squares that move by 8 pixels a frame, on black."""
-    folder.mkdir()
-    pictures = np.zeros((n_frames, 64, 64, 3), np.uint8)
+def test_a_given_mask_is_read_as_the_source_was(tmp_path):
+    """White squares that move by 8 pixels a frame, on black, in one frame too few."""
+    pictures = np.zeros((5, 64, 64, 3), np.uint8)
     for index, picture in enumerate(pictures):
         picture[8:24, 8 * index : 8 * index + 16] = 255
-    save_frames(folder, 0, pictures)
-    return folder
-
-
-def test_a_given_mask_is_read_as_the_source_was(tmp_path):
-    found = list(read_mask(masks(tmp_path / "masks", 6), CHOICE, 3))
-    for index, mask in enumerate(found):
-        left = 8 * (1 + 2 * index)
-        expected = torch.zeros(64, 64, dtype=torch.bool)
-        expected[8:24, left : left + 16] = True
-        assert torch.equal(mask, expected)
-
-
-def test_too_short_a_mask_is_refused(tmp_path):
-    path = masks(tmp_path / "masks", 5)
-    check_mask(path, CHOICE, 2)
-    with pytest.raises(
-        UserError, match="mask: .* has 2 frames for 3 of the source, from start_frame 1"
-    ):
-        check_mask(path, CHOICE, 3)
+    save_frames(tmp_path, 0, pictures)
+    check_mask(tmp_path, CHOICE, 2)
+    for index, mask in enumerate(read_mask(tmp_path, CHOICE, 2)):
+        assert np.array_equal(mask, pictures[1 + 2 * index, ..., 0] > 0)
+    with pytest.raises(UserError, match="mask: .* has 2 frames for 3 of .*, from start_frame 1"):
+        check_mask(tmp_path, CHOICE, 3)
 
 
 def test_a_mask_that_a_phone_turned(tmp_path, clip_frames):
-    write_phone_video(tmp_path / "phone.mov", clip_frames[:, :48])
+    path = write_frames(tmp_path / "phone.mov", store_turned(clip_frames[:, :48]))
+    turn(path)
     choice = FrameChoice(H=48, W=64, resize="crop", start_frame=0, stride=1)
-    assert len(list(read_mask(tmp_path / "phone.mov", choice, 7))) == 7
-    assert all(
-        torch.from_numpy(f).shape == (48, 64, 3) for f in choice.fitted(tmp_path / "phone.mov", 7)
-    )
+    assert [mask.shape for mask in read_mask(path, choice, 7)] == [(48, 64)] * 7
 
 
 def test_relevance_is_where_prompts_differ():
@@ -108,10 +90,8 @@ def test_outside_stays_the_source(tmp_path):
     inside[FRAMES] = shape
     source = np.full((16, 24, 3), 7, np.uint8)
 
-    video = SimpleNamespace(
-        latents=lambda t, frames: torch.full((len(frames), 4, 2, 3), float(t)),
-        picture=lambda frame: source + frame,
-    )
+    video = SimpleNamespace(picture=lambda frame: source + frame)
+    video.latents = lambda t, frames: torch.full((len(frames), 4, 2, 3), float(t))
     mask = Mask(inside, video)
     confined = mask.confine(torch.ones(3, 4, 2, 3), 7, FRAMES)
     expected = torch.tensor([[1.0, 7.0, 7.0], [1.0, 7.0, 7.0]]).expand(3, 4, 2, 3)

@@ -46,15 +46,6 @@ def test_gradient_energy_is_that_of_a_ramp_of_stripes_and_of_noise():
     assert gradient_energy(noise.repeat(3, -1)) == pytest.approx(100, rel=0.05)
 
 
-def test_blur_lowers_sharpness_and_flicker_does_not(moving):
-    sharp = gradient_energy(moving.frames)
-    blurred = np.stack([cv2.GaussianBlur(frame, (0, 0), 2) for frame in moving.frames])
-    assert gradient_energy(blurred) < 0.7 * sharp
-    flickering = (moving.frames * 0.8).astype(np.uint8) + np.uint8(20)
-    flickering[::2] += 25
-    assert gradient_energy(flickering) == pytest.approx(0.64 * sharp, rel=0.02)
-
-
 def test_drift_is_the_rise_of_brightness_and_not_detail_that_flickers(moving):
     """2 grey levels a frame are 32 in 16; as much in random pixels is a warp error and no drift."""
     dimmed = (moving.frames * 0.8).astype(int)
@@ -91,35 +82,32 @@ def test_what_stands_on_a_surface_that_does_not_show_its_motion_is_steady(shows_
     assert visible[1] == pytest.approx(along[1]) if shows_motion else visible[1] < 1
 
 
-def test_sharpness_by_spread_is_blind_to_contrast_and_saturation(moving):
-    sharp, grey = gradient_by_spread(moving.frames), moving.frames.mean(-1, keepdims=True)
-    duller = (moving.frames * 0.5 + 60).astype(np.uint8)
-    assert gradient_energy(duller) < 0.3 * gradient_energy(moving.frames)
-    assert gradient_by_spread(duller) == pytest.approx(sharp, rel=0.02)
-    paler = (grey + 0.7 * (moving.frames - grey)).astype(np.uint8)
-    assert gradient_by_spread(paler) == pytest.approx(sharp, rel=0.15)
-    blurred = np.stack([cv2.GaussianBlur(frame, (0, 0), 2) for frame in moving.frames])
-    assert gradient_by_spread(blurred) < 0.8 * sharp
-    flickering = (moving.frames * 0.8).astype(np.uint8)
+def test_blur_lowers_sharpness_and_flicker_does_not(moving):
+    """Contrast and saturation change the sharpness, but not the one by spread."""
+    frames, grey = moving.frames, moving.frames.mean(-1, keepdims=True)
+    sharp, by_spread = gradient_energy(frames), gradient_by_spread(frames)
+    blurred = np.stack([cv2.GaussianBlur(frame, (0, 0), 2) for frame in frames])
+    assert gradient_energy(blurred) < 0.7 * sharp
+    assert gradient_by_spread(blurred) < 0.8 * by_spread
+    flickering = (frames * 0.8).astype(np.uint8) + np.uint8(20)
     flickering[::2] += 25
-    assert gradient_by_spread(flickering) == pytest.approx(sharp, rel=0.02)
+    assert gradient_energy(flickering) == pytest.approx(0.64 * sharp, rel=0.02)
+    assert gradient_by_spread(flickering) == pytest.approx(by_spread, rel=0.02)
+    duller = (frames * 0.5 + 60).astype(np.uint8)
+    assert gradient_energy(duller) < 0.3 * sharp
+    assert gradient_by_spread(duller) == pytest.approx(by_spread, rel=0.02)
+    paler = (grey + 0.7 * (frames - grey)).astype(np.uint8)
+    assert gradient_by_spread(paler) == pytest.approx(by_spread, rel=0.15)
 
 
-def test_gaps_longer_than_a_clip_are_left_out():
-    (clip,) = held_out_clips(1, 9)
-    judge = SimpleNamespace(
-        read=lambda frames: {name: ["?"] * 9 for name in clip.truth(True) | clip.truth(False)}
-    )
-    row = measure(clip, clip.frames, judge)
+def test_a_line_along_the_frames_border_is_no_sharpness_inside():
+    """And gaps longer than a clip are left out."""
+    (clip,), judge = held_out_clips(1, 9), SimpleNamespace(read=lambda _: defaultdict(lambda: "?"))
+    lined = clip.frames.copy()
+    lined[:, [0, -1]] = 0
+    base, row = (measure(clip, frames, judge) for frames in (clip.frames, lined))
     assert {"warp_1", "warp_8", "gradient", "kept_psnr"} < set(row)
     assert not {"warp_16", "drift"} & set(row)
-
-
-def test_a_line_along_the_frames_border_is_no_sharpness_inside(moving):
-    judge = SimpleNamespace(read=lambda frames: defaultdict(lambda: ["?"]))
-    lined = moving.frames.copy()
-    lined[:, [0, -1]] = 0
-    base, row = (measure(moving, frames, judge) for frames in (moving.frames, lined))
     row = add_sharpness(row, base)
     assert row["sharpness"] > 1.1
     assert row["sharpness_inside"] == 1
@@ -169,20 +157,6 @@ def test_only_edits_that_are_not_kept_are_made(tmp_path, monkeypatch):
         parse_methods("published,defaults")
 
 
-def test_rows_of_another_checkpoint_stand_below_the_first_ones():
-    """And are compared with its own default."""
-    first, other = (
-        {"default": {"warp_1": a}, "sdedit": {"warp_1": b}} for a, b in [(1, 2), (5, 8)]
-    )
-    clips, done = held_out_clips(1, 9), quality.interleave({"": [first], quality.OTHER: [other]})
-    report = quality.summarize_clips(clips, done)
-    names = ["default", "default, other checkpoint", "sdedit", "sdedit, other checkpoint"]
-    assert [row["method"] for row in report["rows"]] == names
-    assert [row["warp_1"] for row in report["rows"]] == [1, 5, 2, 8]
-    differences = {row["method"]: row["warp_1"] for row in report["differences"]}
-    assert differences == {"sdedit": 1, "sdedit, other checkpoint": 3}
-
-
 def test_a_meter_counts_what_stages_take():
     unet, meter = torch.nn.Conv2d(4, 4, 1), Meter(counts=True)
     meter.watch(unet)
@@ -196,21 +170,25 @@ def test_a_meter_counts_what_stages_take():
     assert passes.tflop == 2 * 5 * 64 * 4 * 4 / 1e12 and nothing.tflop == 0
 
 
-def test_report_tells_textured_and_plain_clips_apart():
+def test_report():
+    """It tells textured and plain clips apart; rows of another checkpoint stand below the first ones."""
     clips = held_out_clips(4, 9)  # whose second and fourth are plain
-    done = [
-        {"default": {"warp_1": warp}, "published": {"warp_1": 2 * warp}}
-        for warp in (1.0, 2.0, 3.0, 6.0)
-    ]
+    first, other = (
+        [{"default": {"warp_1": a * w}, "published": {"warp_1": b * w}} for w in (1, 2, 3, 6)]
+        for a, b in ((1, 2), (5, 8))
+    )
+    done = quality.interleave({"": first, quality.OTHER: other})
     report = quality.summarize_clips(clips, done)
-    assert report["rows"][1] == pytest.approx(
-        {"method": "published", "warp_1": 6.0, "warp_1_se": 2.16}, abs=0.01
-    )
-    assert [row["warp_1"] for row in report["textured"]] == [2, 4]
-    assert [row["warp_1"] for row in report["plain"]] == [4, 8]
-    (paired,) = report["differences"]
-    assert (paired["method"], paired["warp_1"], paired["warp_1_se"]) == pytest.approx(
-        ("published", 3.0, 1.08), abs=0.01
-    )
+    names = ["default", "default, other checkpoint", "published", "published, other checkpoint"]
+    assert [row["method"] for row in report["rows"]] == names
+    assert [row["warp_1"] for row in report["rows"]] == [3, 15, 6, 24]
+    assert report["rows"][2]["warp_1_se"] == pytest.approx(2.16, abs=0.01)
+    assert [row["warp_1"] for row in report["textured"]] == [2, 10, 4, 16]
+    assert [row["warp_1"] for row in report["plain"]] == [4, 20, 8, 32]
+    # Each is compared with its own default.
+    paired, of_other = report["differences"]
+    assert (paired["method"], of_other["method"]) == (names[2], names[3])
+    assert (paired["warp_1"], of_other["warp_1"]) == (3, 9)
+    assert paired["warp_1_se"] == pytest.approx(1.08, abs=0.01)
     tables = quality.format_tables(report)
     assert "| published | 6.00 ± 2.16 |" in tables and "| published | +3.00 ± 1.08 |" in tables

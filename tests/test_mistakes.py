@@ -179,30 +179,24 @@ def right_flags(command: str, checkpoint: Path) -> list[str]:
     technique = command.removeprefix("run_tokenflow_").removesuffix(".py")
     if technique in TECHNIQUES:
         return edit_flags(checkpoint, technique)
-    flags = [
-        "--data_path",
-        "clip.mp4",
-        "--model",
-        checkpoint,
-        "--n_frames",
-        7,
-        "--H",
-        64,
-        "--W",
-        64,
-    ]
+    flags = ["--data_path", "clip.mp4", "--model", checkpoint, "--n_frames", 7]
+    flags += ["--H", 64, "--W", 64]
     return [*flags, "--steps", 5, "--save_steps", 5, "--no_reconstruction", "true"]
 
 
-def damaged_copy(checkpoint: Path, folder: Path, path: str, content: bytes | dict) -> Path:
-    """A copy of the checkpoint, in links, with one file changed. Edits need a folder of the same name."""
+def damaged_copy(checkpoint: Path, folder: Path, path: str, content: bytes | dict | None) -> Path:
+    """A copy of the checkpoint, in links, with one file changed, or without it.
+
+    Edits need a folder of the same name.
+    """
     copy = Path(tempfile.mkdtemp(dir=folder)) / checkpoint.name
     shutil.copytree(checkpoint, copy, copy_function=os.link)
     file = copy / path
     if isinstance(content, dict):
         content = json.dumps(json.loads(file.read_bytes()) | content).encode()
     file.unlink()
-    file.write_bytes(content)
+    if content is not None:
+        file.write_bytes(content)
     return copy
 
 

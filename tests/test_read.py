@@ -1,9 +1,7 @@
 """Videos as people have them are read as a player shows them. tests/cases/README.txt describes the files."""
 
-import json
 import logging
 import shutil
-import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,7 +10,8 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
-from test_cli import last_line, refusal, run
+from test_write import PATCHES as ALL_PATCHES
+from videos import turn, write_frames
 
 import util
 from tokenflow.config import PreprocessConfig
@@ -23,10 +22,7 @@ from tokenflow.inversion.frames import FrameChoice, choose_size, find_frame_rate
 from tokenflow.video.read import decode_frames, frame_rate, mean_rate, read_times
 
 CASES = Path(__file__).parent / "cases"
-PATCHES = np.array(
-    [(200, 30, 30), (30, 180, 40), (40, 50, 200), (220, 210, 40)]
-    + [(30, 200, 200), (200, 40, 190), (128, 128, 128), (235, 235, 235)]
-)
+PATCHES = np.array(ALL_PATCHES[:8])
 
 
 def draw(index: int) -> np.ndarray:
@@ -54,9 +50,8 @@ def patches_of(frame: np.ndarray) -> np.ndarray:
 
 
 def choice(**options) -> FrameChoice:
-    return FrameChoice(
-        **{"H": 64, "W": 64, "resize": "crop", "start_frame": 0, "stride": 1} | options
-    )
+    defaults = {"H": 64, "W": 64, "resize": "crop", "start_frame": 0, "stride": 1}
+    return FrameChoice(**defaults | options)
 
 
 @pytest.mark.parametrize(
@@ -94,15 +89,12 @@ def test_whole_display_matrix():
 @pytest.mark.parametrize("a, b, c, d", [(0, 1, -1, 0), (0, -1, 1, 0), (0, 1, 1, 0), (-1, 0, 0, -1)])
 def test_turned_and_mirrored(tmp_path, a, b, c, d):
     """The point (x, y) of what is stored is shown at (a x + c y, b x + d y)."""
-    data = bytearray((CASES / "plain.mp4").read_bytes())
-    matrix = data.index(b"tkhd") + 4 + 40
-    turns = [a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30]
-    data[matrix : matrix + 36] = struct.pack(">9i", *turns)
-    (tmp_path / "turned.mp4").write_bytes(data)
+    turned = Path(shutil.copy(CASES / "plain.mp4", tmp_path))
+    turn(turned, a, b, c, d)
     x, y = np.meshgrid(np.arange(96), np.arange(96))
-    for stored, shown in zip(
-        decode_frames(CASES / "plain.mp4"), decode_frames(tmp_path / "turned.mp4"), strict=True
-    ):
+    both = decode_frames(CASES / "plain.mp4"), decode_frames(turned)
+    for stored, shown in zip(*both, strict=True):
+        assert shown.flags.c_contiguous  # as torch needs it
         # A negative index counts from the other side, as a mirrored picture does.
         shown_y, shown_x = (b * x + d * y - (b + d < 0)) % 96, (a * x + c * y - (a + c < 0)) % 96
         assert np.array_equal(shown[shown_y, shown_x], stored)
@@ -128,7 +120,7 @@ def test_rate_is_what_rounded_time_stamps_mean(tmp_path):
         ("a.dv", "dvvideo", "yuv411p", (480, 720)),
     ):
         frames = [np.full((*size, 3), 40 + index, np.uint8) for index in range(5)]
-        write(tmp_path / name, frames, codec, pixels, rate=ntsc)
+        write_frames(tmp_path / name, frames, codec, pixels, rate=ntsc)
         assert frame_rate(tmp_path / name) == ntsc
 
 
@@ -145,7 +137,9 @@ def test_pixels_become_square(tmp_path):
     frames = list(decode_frames(CASES / "sar.mp4"))
     wide = [cv2.resize(draw(index), (171, 96)) for index in range(16)]
     assert_alike(frames, wide, levels=25)
-    write(tmp_path / "narrow.mp4", [draw(0)], "libx264", "yuv444p", pixel_shape=Fraction(1, 2))
+    write_frames(
+        tmp_path / "narrow.mp4", [draw(0)], "libx264", "yuv444p", pixel_shape=Fraction(1, 2)
+    )
     assert next(decode_frames(tmp_path / "narrow.mp4")).shape == (192, 96, 3)
 
 
@@ -182,26 +176,6 @@ def test_hlg_of_a_phone(tmp_path):
     assert np.abs(patches_of(next(decode_frames(tmp_path / "a.mkv"))) - PATCHES).max() <= 4
 
 
-def write(path, frames, codec, pixels, rate=12, pixel_shape=None, times=None, **options) -> None:
-    """Write a video of RGB frames, at these times in hundredths of a second, if they are given."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=rate, options=options)
-        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], pixels
-        if pixel_shape:
-            stream.codec_context.sample_aspect_ratio = pixel_shape
-        if times:
-            stream.codec_context.time_base = Fraction(1, 100)
-        for index, frame in enumerate(frames):
-            picture = av.VideoFrame.from_ndarray(
-                frame, format="rgba" if frame.shape[2] == 4 else "rgb24"
-            )
-            picture = picture.reformat(format=pixels)
-            if times:
-                picture.pts, picture.time_base = times[index], Fraction(1, 100)
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode())
-
-
 @pytest.mark.parametrize(
     "name, codec, options",
     [
@@ -216,7 +190,7 @@ def test_interlaced_frames_have_no_comb(tmp_path, caplog, name, codec, options):
         field[20:80, 8 + 4 * index : 32 + 4 * index] = 220
     frames = fields[::2].copy()
     frames[:, ::2] = fields[1::2, ::2]  # the lower field is the first
-    write(tmp_path / name, frames, codec, "yuv420p", rate=25, **options)
+    write_frames(tmp_path / name, frames, codec, "yuv420p", rate=25, **options)
     with caplog.at_level(logging.INFO):
         read = np.stack(list(decode_frames(tmp_path / name))).astype(int)
     assert caplog.text.count("it is interlaced, and will be deinterlaced") == 1
@@ -234,7 +208,7 @@ def test_transparency_is_white_and_in_masks_black(tmp_path):
         assert np.array_equal(colours, [(255, 200, 0), (255, 255, 255)])
     picture = np.dstack([draw(0), np.full((96, 96), 255, np.uint8)])
     picture[:48, :, 3] = 0
-    write(tmp_path / "a.webm", [picture], "libvpx-vp9", "yuva420p")
+    write_frames(tmp_path / "a.webm", [picture], "libvpx-vp9", "yuva420p")
     assert_alike(decode_frames(tmp_path / "a.webm"), [np.vstack([lower[0, :48], draw(0)[48:]])])
     (tmp_path / "images").mkdir()
     pixels = np.full((64, 64, 4), (255, 255, 255, 0), np.uint8)
@@ -288,28 +262,3 @@ def test_auto_keeps_the_aspect_ratio(tmp_path, checkpoint):
     assert choose_size(config(wide, H=64, W=None), found) == (64, 128)
     with pytest.raises(UserError, match="H: 70 is not a multiple of 64"):
         choose_size(config(wide, H=70, W=None), found)
-
-
-def test_a_phone_video_through_an_inversion(tmp_path, checkpoint):
-    """Turned, of variable rate, and wide; the rate is part of what was asked for."""
-    frames = [np.rot90(cv2.resize(draw(index), (128, 72))).copy() for index in range(6)]
-    write(
-        tmp_path / "phone.mov", frames, "libx264", "yuv420p", times=[0, 3, 7, 10, 13, 17], crf="5"
-    )
-    data = bytearray((tmp_path / "phone.mov").read_bytes())
-    matrix = data.index(b"tkhd") + 4 + 40
-    data[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
-    (tmp_path / "phone.mov").write_bytes(data)
-    flags = ["--data_path", "phone.mov", "--model", checkpoint, "--H", "auto", "--W", 128]
-    flags += ["--n_frames", 0, "--steps", 2, "--save_steps", 2, "--no_reconstruction"]
-    folder = tmp_path / last_line(run("preprocess.py", *flags, cwd=tmp_path))
-    manifest = json.loads((folder / "manifest.json").read_text())
-    assert (manifest["config"]["H"], manifest["config"]["W"]) == (64, 128)
-    assert manifest["n_frames"] == 6 and Fraction(manifest["fps"]) == Fraction(5 * 100, 17)
-    source = util.load_frames(folder / "source", range(6))
-    expected = [util.fit_frame(cv2.resize(draw(i), (128, 72)), 64, 128, "crop") for i in range(6)]
-    assert_alike(source, expected, levels=25)
-    refusal(run("preprocess.py", *flags, "--fps", 25, cwd=tmp_path), "fps None, not 25.0")
-    again = [*flags, "--fps", 25, "--stride", 2, "--save_dir", "slower"]
-    folder = tmp_path / last_line(run("preprocess.py", *again, cwd=tmp_path))
-    assert json.loads((folder / "manifest.json").read_text())["fps"] == "25/2"

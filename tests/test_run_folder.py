@@ -57,10 +57,7 @@ def test_links_are_replaced_and_not_followed(tmp_path):
 
 def test_what_another_configuration_left_is_not_resumed(tmp_path):
     def interrupt(identity, error=KeyboardInterrupt, resume=True):
-        with (
-            contextlib.suppress(error),
-            resume_folder(tmp_path / "x", identity, resume) as folder,
-        ):
+        with contextlib.suppress(error), resume_folder(tmp_path / "x", identity, resume) as folder:
             found = [name for name in names_in(folder) if name != ".run.json"]
             (folder / identity).touch()
             raise error

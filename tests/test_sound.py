@@ -1,12 +1,13 @@
 """The sound of videos: cut to the frames that are used, and there at the right time."""
 
-import struct
+import json
 from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
 from test_cli import last_line, run
+from videos import store_turned, turn
 
 from tokenflow.inversion.frames import FrameChoice
 from tokenflow.video.read import decode_frames, mean_rate
@@ -123,11 +124,8 @@ def test_sound_that_begins_late_and_in_stereo(tmp_path, frames, codec):
 def test_without_sound_there_is_none(tmp_path, clip, frames):
     (tmp_path / "folder").mkdir()
     write_with_sound(tmp_path / "short.mp4", "aac", frames, make_tones(seconds=1))
-    for source, start in (
-        (clip, 0),
-        (tmp_path / "folder", 0),
-        (tmp_path / "short.mp4", Fraction(3, 2)),
-    ):
+    starts = {clip: 0, tmp_path / "folder": 0, tmp_path / "short.mp4": Fraction(3, 2)}
+    for source, start in starts.items():
         keep_sound(source, tmp_path / "sound.m4a", start, Fraction(1))
         assert not (tmp_path / "sound.m4a").exists()
     write_video(tmp_path / "edited.mp4", frames, FPS, tmp_path / "sound.m4a")
@@ -175,28 +173,23 @@ def test_sound_with_broken_pieces(tmp_path, frames, codec):
     [([], 0, 4, ["--sound", "false"]), (["--start_frame", 1, "--stride", 2], 0.2, 1.9, [])],
 )
 def test_a_phones_video_through_both_stages(tmp_path, checkpoint, options, start, fps, no_sound):
-    """It is turned, of variable rate, and has sound."""
-    frames = np.full((8, 64, 64, 3), (90, 110, 130), np.uint8)
-    frames[:, :, :16], frames[:, :16, 16:] = (
-        (220, 40, 40),
-        (40, 200, 60),
-    )  # red at the left, green above
+    """It is turned, wide, of variable rate, and has sound."""
+    frames = np.full((8, 72, 128, 3), (90, 110, 130), np.uint8)
+    frames[:, :, :32] = (220, 40, 40)  # red at the left
+    frames[:, :16, 32:] = (40, 200, 60)  # green above
     times = [0, 0.2, 0.5, 0.7, 1, 1.3, 1.5, 1.75]
-    write_with_sound(
-        tmp_path / "phone.mov", "aac", np.rot90(frames, 1, axes=(1, 2)), make_tones(), times
-    )
-    data = bytearray((tmp_path / "phone.mov").read_bytes())
-    matrix = data.index(b"tkhd") + 4 + 40  # the display matrix of the first track turns it back
-    data[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
-    (tmp_path / "phone.mov").write_bytes(data)
+    write_with_sound(tmp_path / "phone.mov", "aac", store_turned(frames), make_tones(), times)
+    turn(tmp_path / "phone.mov")
     flags = ["--data_path", "phone.mov", "--model", checkpoint, "--n_frames", 0]
-    invert = [*flags, "--H", 64, "--W", 64, "--steps", 2, "--save_steps", 2, *options]
+    invert = [*flags, "--H", "auto", "--W", 128, "--steps", 2, "--save_steps", 2, *options]
     inverted = tmp_path / last_line(run("preprocess.py", *invert, cwd=tmp_path))
+    config = json.loads(inverted.with_name("manifest.json").read_text())["config"]
+    assert (config["H"], config["W"]) == (64, 128)
     (tmp_path / "phone.mov").unlink()  # an edit needs no more of it than the inversion has
     edit = [*flags, "--n_inversion_steps", 2, "--n_timesteps", 2, "--prompt", "a blue square"]
     edited = tmp_path / last_line(run("run_tokenflow_sdedit.py", *edit, cwd=tmp_path))
-    source = next(decode_frames(edited.with_name("comparison.mp4")))[:, :64]
-    assert source[32, 8].argmax() == 0 and source[8, 40].argmax() == 1  # upright
+    source = next(decode_frames(edited.with_name("comparison.mp4")))[:, :128]
+    assert source[32, 8].argmax() == 0 and source[8, 80].argmax() == 1  # upright
     for video in (inverted, edited, edited.with_name("comparison.mp4")):
         with av.open(str(video)) as container:
             stream = container.streams.video[0]

@@ -37,10 +37,8 @@ def test_clip_skip_is_a_text_encoder_of_fewer_layers(sd):
 
 def test_weights_move_tokens_from_those_of_no_prompt(sd):
     """As ComfyUI weighs them; a prompt without weights is encoded as ever, and so is a weight of 1."""
-    assert split_weights("a (Big blue:1.3) dog, (old:.5)") == (
-        "a Big blue dog, old",
-        [(2, 10, 1.3), (16, 19, 0.5)],
-    )
+    prompt, weights = split_weights("a (Big blue:1.3) dog, (old:.5)")
+    assert prompt == "a Big blue dog, old" and weights == [(2, 10, 1.3), (16, 19, 0.5)]
     for plain in ("a (blue) dog", "at (10:30)", "(a:1.2", "(:1)", "1:2"):
         assert split_weights(plain) == (plain, [])
     plain, empty = (sd.encode_text(prompt).tokens for prompt in ("a red circle", ""))

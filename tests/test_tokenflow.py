@@ -285,9 +285,7 @@ def predict_by_reference(edit, source, latents, motion=None):
     stronger = torch.full((n_frames, 1, 1, 1), config.guidance_scale - 1)
     if config.share_kept:
         relevant = find_relevance_by_hand(
-            cond[keyframes],
-            unedited[keyframes],
-            reference._groups(len(keyframes))[0][0],
+            cond[keyframes], unedited[keyframes], reference._groups(len(keyframes))[0][0]
         )[:, None]
         relevant = 1 - config.share_kept * (1 - relevant)
         stronger = propagate_by_hand(relevant * (config.guidance_scale - 1), nearest, n_frames)

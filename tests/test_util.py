@@ -1,14 +1,12 @@
 """Video and frame input and output."""
 
 import os
-import struct
-import zlib
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
+from videos import write_frames
 
 import util
 from tokenflow.control.detectors import detect_canny
@@ -21,50 +19,21 @@ def mean_error(a, b):
     return np.abs(a.astype(float) - b.astype(float)).mean()
 
 
-def test_video_round_trip(clip, clip_frames):
-    frames = np.stack(list(decode_frames(clip)))
+def test_video_round_trip(tmp_path, clip_frames):
+    ntsc, path = Fraction(30000, 1001), tmp_path / "a.mp4"
+    write_video(path, clip_frames, ntsc)
+    frames = np.stack(list(decode_frames(path)))
     assert frames.shape == clip_frames.shape and mean_error(frames, clip_frames) < 4
-    assert frame_rate(clip) == 12
-
-
-def test_fractional_frame_rate_is_kept(tmp_path, clip_frames):
-    ntsc = Fraction(30000, 1001)
-    write_video(tmp_path / "a.mp4", clip_frames, ntsc)
-    assert frame_rate(tmp_path / "a.mp4") == ntsc
-
-
-def write_phone_video(path, frames):
-    """Write a mov of 12 frames a second whose display matrix turns it a quarter clockwise, to the frames."""
-    # The sensor saw the frames turned a quarter counter-clockwise.
-    write_video(path, np.rot90(frames, 1, axes=(1, 2)), 12)
-    data = bytearray(path.read_bytes())
-    # The matrix stands 40 bytes into the track header's fields, after its 8 bytes of box header.
-    matrix = data.index(b"tkhd") + 4 + 40
-    data[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
-    path.write_bytes(data)
-
-
-def test_phone_video_comes_out_upright(tmp_path, clip_frames):
-    path = tmp_path / "phone.mov"
-    write_phone_video(path, clip_frames[:, :48])
-    frames = list(decode_frames(path))
-    assert np.shape(frames) == (7, 48, 64, 3) and frames[0].flags.c_contiguous  # as torch needs it
-    assert mean_error(np.stack(frames), clip_frames[:, :48]) < 5
+    assert frame_rate(path) == ntsc
 
 
 def test_gif_and_variable_frame_rate(tmp_path, clip_frames):
-    with av.open(str(tmp_path / "a.gif"), "w") as container:
-        stream = container.add_stream("gif", rate=10)
-        stream.height, stream.width, stream.pix_fmt = 64, 64, "rgb8"
-        for time, frame in zip((0, 1, 5, 6, 7, 20, 21), clip_frames, strict=True):
-            picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="rgb8")
-            picture.pts = time
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode())
-    frames = np.stack(list(decode_frames(tmp_path / "a.gif")))
+    times = 0, 10, 50, 60, 70, 200, 210
+    path = write_frames(tmp_path / "a.gif", clip_frames, "gif", "rgb8", rate=10, times=times)
+    frames = np.stack(list(decode_frames(path)))
     assert frames.shape == (7, 64, 64, 3)
     assert mean_error(frames[0], clip_frames[0]) < 25  # a gif of 256 colours
-    assert 1 < frame_rate(tmp_path / "a.gif") < 100
+    assert 1 < frame_rate(path) < 100
 
 
 def test_folder_in_natural_order(tmp_path, clip_frames):
@@ -102,40 +71,6 @@ def test_fitting_keeps_the_aspect_ratio(size, mode, expected):
     assert (fitted == 0).any() == (mode == "pad")
 
 
-def test_sources_that_are_no_video(tmp_path, clip, clip_frames):
-    """Playlists would pull in other files, and a pipe would be waited for."""
-    (tmp_path / "text.mp4").write_text("not a video")
-    (tmp_path / "clip.mp4").write_bytes(clip.read_bytes())
-    (tmp_path / "list.m3u8").write_text("#EXTM3U\n#EXTINF:1,\nclip.mp4\n#EXT-X-ENDLIST\n")
-    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile clip.mp4\n")
-    os.mkfifo(tmp_path / "pipe.mp4")
-    for name in ("empty", "pipes", "huge"):
-        (tmp_path / name).mkdir()
-    os.mkfifo(tmp_path / "pipes" / "0.png")
-    util.write_image(tmp_path / "huge" / "0.png", clip_frames[0])
-    png = bytearray((tmp_path / "huge" / "0.png").read_bytes())
-    png[16:24] = struct.pack(">2I", 1 << 20, 1 << 20)  # width and height
-    png[29:33] = struct.pack(">I", zlib.crc32(png[12:29]))
-    (tmp_path / "huge" / "0.png").write_bytes(png)
-    for name, message in {
-        "text.mp4": "no video that can be decoded",
-        "missing.mp4": "no such file",
-        "empty": "holds no images",
-        "list.m3u8": "of a playlist, give the videos",
-        "list.mp4": "of a playlist, give the videos",
-        "pipe.mp4": "neither a file nor a folder",
-        "pipes": "neither a file nor a folder",
-        "huge": "0.png: cannot be decoded as an image",
-    }.items():
-        with pytest.raises(UserError, match=message):
-            list(decode_frames(tmp_path / name))
-    for name in ("missing.mp4", "pipe.mp4", "pipes"):
-        with pytest.raises(UserError):
-            util.digest_content(tmp_path / name)
-    with pytest.raises(UserError, match="a frame of 10000 x 1 pixels would become"):
-        util.fit_frame(np.zeros((10000, 1, 3), np.uint8), 512, 512, "crop")
-
-
 def test_videos_are_told_apart_by_all_their_bytes(tmp_path, clip_frames):
     for name in ("a", "moved"):
         (tmp_path / name).mkdir()
@@ -152,6 +87,12 @@ def test_videos_are_told_apart_by_all_their_bytes(tmp_path, clip_frames):
         (tmp_path / "long.mp4").write_bytes(bytes(2 << 20) + bytes([last]))
         digests.add(util.digest_content(tmp_path / "long.mp4"))
     assert len(digests) == 2
+    (tmp_path / "pipes").mkdir()
+    for name in ("pipe.mp4", "pipes/0.png"):
+        os.mkfifo(tmp_path / name)
+    for name in ("missing.mp4", "pipe.mp4", "pipes"):
+        with pytest.raises(UserError):
+            util.digest_content(tmp_path / name)
 
 
 def test_a_colon_in_a_path_makes_no_url(tmp_path, clip_frames, monkeypatch):
