@@ -49,7 +49,7 @@ def find_groups(difference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     sums = values.cumsum(0)
     weak, strong = sums[:-1] / below, (sums[-1] - sums[:-1]) / (n - below)
     best = (below * (n - below) * (strong - weak).square()).argmax()
-    return weak[best], strong[best]
+    return weak.take(best), strong.take(best)  # an index would wait for the GPU
 
 
 def find_relevance(
