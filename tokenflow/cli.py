@@ -23,6 +23,7 @@ import yaml
 from tokenflow.errors import (
     DamagedError,
     UserError,
+    blame,
     describe,
     is_out_of_memory,
     is_out_of_resources,
@@ -200,13 +201,9 @@ class _Loader(yaml.BaseLoader):
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not os.path.isfile(path):  # others, such as pipes, may never end
         raise UserError(f"config_path: {path} is no file")
-    try:
+    kinds = OSError, ValueError, RecursionError, yaml.YAMLError
+    with blame(f"config_path: {path} cannot be read", kinds):
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        if is_out_of_resources(error):
-            raise
-        problem = " ".join(str(error).split())
-        raise UserError(f"config_path: {path} cannot be read: {problem}") from error
     if not isinstance(values, dict):
         raise UserError(f"config_path: {path} must hold `key: value` lines")
     return {str(key): value for key, value in values.items()}

@@ -1,6 +1,8 @@
 """Errors that end a command with one line and no traceback."""
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # How libraries say that memory ran out; cuBLAS and cuDNN need some of their own.
 _OUT_OF_MEMORY = (
@@ -60,6 +62,24 @@ def is_out_of_resources(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+@contextmanager
+def blame(
+    what: str,
+    kinds: type[Exception] | tuple[type[Exception], ...] = Exception,
+    remedy: str = "",
+) -> Iterator[None]:
+    """Make a library's error in the block a UserError: what is to blame, what the error says, the remedy.
+
+    kinds: of errors; by default all, since each library and format fails in its own way.
+    """
+    try:
+        yield
+    except kinds as error:
+        if is_out_of_resources(error):
+            raise
+        raise UserError(f"{what}: {describe(error)}{remedy and f'; {remedy}'}") from error
 
 
 def describe(error: Exception) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from tokenflow.config_control import ControlConfig
 from tokenflow.control.depth import DEPTH_MODEL, load_depth_model
-from tokenflow.errors import UserError, is_out_of_resources
+from tokenflow.errors import UserError, blame
 
 # Detectors of controlnet_aux, those whose edges the ControlNets were trained with, and their weights.
 AUX_DETECTORS = {"softedge": "PidiNetDetector", "lineart": "LineartDetector"}
@@ -67,15 +67,10 @@ def detect_canny(frames: np.ndarray, low: int, high: int) -> np.ndarray:
 def detect_with_aux(control: str, frames: Frames, device: torch.device) -> Iterator[np.ndarray]:
     """Soft edges or line art of frames, white on black, found with the package controlnet_aux."""
     kind = getattr(importlib.import_module("controlnet_aux"), AUX_DETECTORS[control])
-    try:
+    missing = "are not in the hub's cache, and cannot be downloaded"
+    what = f"control: {control}: the weights of {AUX_WEIGHTS} {missing}"
+    with blame(what, remedy="check the network"):
         detector = kind.from_pretrained(AUX_WEIGHTS).to(device)
-    except Exception as error:  # the hub's client reports a missing network in its own ways
-        if is_out_of_resources(error):
-            raise
-        raise UserError(
-            f"control: {control}: the weights of {AUX_WEIGHTS} are not in the hub's cache, and cannot be "
-            "downloaded; check the network"
-        ) from error
     for frame in frames:
         height, width = frame.shape[:2]
         size = min(height, width)  # of the frame itself, so that nothing is scaled

@@ -24,7 +24,7 @@ from tokenflow.diffusion.parts import check_config, load_config, load_network, l
 from tokenflow.diffusion.single_file import SingleFile
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.diffusion.vae import Vae
-from tokenflow.errors import UserError, describe, is_out_of_resources
+from tokenflow.errors import UserError, blame
 
 CHANNELS = (4, 5)  # of the latents, and of those with a depth map
 SMALLEST_SIDE = 512  # pixels; the depth version's configuration says less than it was trained on
@@ -202,7 +202,7 @@ class Checkpoint:
 def _load_scheduler(model_id: str, configuration: str) -> DDIMScheduler:
     """The checkpoint's noise schedule, with the steps of DDIM. Raises UserError if it cannot be used."""
     config = load_config(DDIMScheduler, configuration, "scheduler")
-    try:
+    with blame(f"model: {model_id}: its scheduler cannot be used"):
         if not BETAS & set(config):
             raise ValueError(f"{config.get('_class_name')} has no betas, as DDPM has")
         scheduler = DDIMScheduler.from_config(config)
@@ -211,11 +211,6 @@ def _load_scheduler(model_id: str, configuration: str) -> DDIMScheduler:
             raise ValueError(
                 f"its prediction_type is {kind}, none of {', '.join(PREDICTION_TYPES)}"
             )
-    except Exception as error:  # each wrong value raises its own
-        if is_out_of_resources(error):
-            raise
-        reason = describe(error)
-        raise UserError(f"model: {model_id}: its scheduler cannot be used: {reason}") from error
     return scheduler
 
 

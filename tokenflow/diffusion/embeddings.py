@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from tokenflow.diffusion.identity import digest_files
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
-from tokenflow.errors import UserError, describe, is_out_of_resources
+from tokenflow.errors import UserError, blame
 
 
 def use_embeddings(sd: StableDiffusion, files: Sequence[str]) -> StableDiffusion:
@@ -42,7 +42,7 @@ def use_embeddings(sd: StableDiffusion, files: Sequence[str]) -> StableDiffusion
 def read_embeddings(file: str) -> list[torch.Tensor]:
     """The embeddings (n, d) in a file, one for each text encoder. Raises UserError."""
     path = Path(file)
-    try:
+    with blame(f"embeddings: {path} is no textual inversion"):
         is_safe = path.suffix.lower() == ".safetensors"
         content = load_file(path) if is_safe else torch.load(path, "cpu", weights_only=True)
         content = content.get("string_to_param", content)  # of the web interface of AUTOMATIC1111
@@ -50,10 +50,6 @@ def read_embeddings(file: str) -> list[torch.Tensor]:
         if not embeddings or any(tensor.ndim != 2 for tensor in embeddings):
             raise ValueError("it holds no embeddings")
         return embeddings
-    except Exception as error:  # each format fails in its own way
-        if is_out_of_resources(error):
-            raise
-        raise UserError(f"embeddings: {path} is no textual inversion: {describe(error)}") from error
 
 
 def identify_embeddings(file: str) -> str:

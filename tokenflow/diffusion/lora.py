@@ -21,7 +21,7 @@ from tokenflow.diffusion.identity import digest_files
 from tokenflow.diffusion.lycoris import is_plain, to_lora, unflatten
 from tokenflow.diffusion.parts import find_folder, on_hub
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
-from tokenflow.errors import UserError, describe, is_out_of_resources
+from tokenflow.errors import UserError, blame
 
 OTHER_FILES = ("scheduler", "optimizer", "checkpoint")  # in the names of what is no LoRA
 
@@ -98,7 +98,7 @@ def _add(networks: Mapping[str, nn.Module], name: str, lora: str) -> None:
     tensors, alphas, metadata = _read(lora, networks["unet"].config)
     options = {"network_alphas": alphas, "adapter_name": name, "metadata": metadata}
     by_part = {part: [k for k in tensors if k.startswith(f"{part}.")] for part in networks}
-    try:
+    with blame(f"lora: {lora} does not fit the model, and may be for another version"):
         tensors = unflatten(tensors, networks)
         for part in (part for part, keys in by_part.items() if keys):
             if part == "unet":
@@ -106,12 +106,6 @@ def _add(networks: Mapping[str, nn.Module], name: str, lora: str) -> None:
             else:
                 load = Loader.load_lora_into_text_encoder
                 load(tensors, text_encoder=networks[part], prefix=part, **options)
-    except Exception as error:  # peft and torch each report a misfit in their own way
-        if is_out_of_resources(error):
-            raise
-        raise UserError(
-            f"lora: {lora} does not fit the model, and may be for another version: {describe(error)}"
-        ) from error
     # Layers that a network does not have are left out in silence, so what was added is counted.
     parameters = (name for network in networks.values() for name, _ in network.named_parameters())
     n_missing = len(tensors) - sum(f".{name}." in parameter for parameter in parameters)
@@ -133,16 +127,10 @@ def _read(
     """
     options = {"use_safetensors": True, "return_lora_metadata": True, "local_files_only": True}
     path = find_lora(lora)
-    try:
+    with blame(f"lora: {path} is no LoRA in a .safetensors file"):
         tensors = load_file(path)
-        if any(
-            "dora_scale" in name for name in tensors
-        ):  # diffusers would leave them out in silence
+        # diffusers would leave these out in silence
+        if any("dora_scale" in name for name in tensors):
             raise ValueError("it is a DoRA in kohya's format, which diffusers does not read")
         source = str(path) if is_plain(tensors) else to_lora(tensors)
         return Loader.lora_state_dict(source, unet_config=unet_config, **options)
-    except Exception as error:  # each way to fail has its own
-        if is_out_of_resources(error):
-            raise
-        reason = describe(error)
-        raise UserError(f"lora: {path} is no LoRA in a .safetensors file: {reason}") from error

@@ -15,7 +15,7 @@ from transformers.image_utils import (
 
 from tokenflow.diffusion.parts import load_part
 from tokenflow.diffusion.prompts import split_weights
-from tokenflow.errors import UserError, is_out_of_resources
+from tokenflow.errors import UserError, blame
 from tokenflow.evaluation.meters import Meter, Moments, Values
 from util import fit_frame
 
@@ -102,18 +102,11 @@ class Lpips:
     def __init__(self, device: torch.device) -> None:
         """Raises UserError if the package `lpips` or the weights that it downloads are missing."""
         self.device = device
-        try:
+        # RuntimeError: torchvision, which lpips imports, is for another torch.
+        with blame("the package lpips cannot be used", (ImportError, RuntimeError)):
             from lpips import LPIPS
-
+        with blame("lpips cannot load its weights", (OSError, RuntimeError)):
             self.network = LPIPS(net="alex", verbose=False).eval().to(device)
-        except (ImportError, RuntimeError) as error:  # the latter: torchvision is for another torch
-            if is_out_of_resources(error):
-                raise
-            raise UserError(f"the package lpips cannot be used ({error})") from error
-        except OSError as error:
-            if is_out_of_resources(error):
-                raise
-            raise UserError(f"lpips cannot download its weights ({error})") from error
 
     @torch.inference_mode()
     def measure(self, recent: Moments) -> Values:

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import torch
 
-from tokenflow.errors import UserError, is_out_of_resources
+from tokenflow.errors import blame
 
 RAFT_SMALLEST, RAFT_MULTIPLE = 128, 8  # pixels; the frame sizes that RAFT takes
 SMALL = 256  # pixels; dense inverse search takes frames whose shorter side is no longer in full resolution
@@ -64,22 +64,12 @@ def load_raft(device: torch.device) -> NetworkFlow:
 
     Raises UserError if torchvision is not installed or has no weights and cannot download them.
     """
-    try:
+    remedy = "install it for this torch, or use --flow dis"
+    # RuntimeError: it was built for another torch.
+    with blame("flow: raft needs torchvision", (ImportError, RuntimeError), remedy):
         from torchvision.models.optical_flow import Raft_Large_Weights, raft_large
-    except (ImportError, RuntimeError) as error:  # RuntimeError: it was built for another torch
-        if is_out_of_resources(error):
-            raise
-        raise UserError(
-            f"flow: raft needs torchvision ({error}); install it for this torch, or use --flow dis"
-        ) from error
-    try:
+    with blame("flow: the weights of raft cannot be downloaded", OSError, "use --flow dis"):
         network = raft_large(weights=Raft_Large_Weights.DEFAULT)
-    except OSError as error:
-        if is_out_of_resources(error):
-            raise
-        raise UserError(
-            f"flow: the weights of raft cannot be downloaded ({error}); use --flow dis"
-        ) from error
     return NetworkFlow(network.eval().to(device), device)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from av.stream import Disposition
 from PIL import Image, ImageSequence
 
-from tokenflow.errors import UserError, describe, is_out_of_resources
+from tokenflow.errors import UserError, blame
 from tokenflow.runtime.ahead import in_parallel
 from tokenflow.video.convert import filter_frames, is_hdr, to_rgb
 from util import WHITE, check_input, list_images, read_image
@@ -103,7 +103,9 @@ def open_container(path: Path) -> av.container.InputContainer:
 @contextmanager
 def _open_video(path: Path) -> Iterator[_Video]:
     """Open a video file. Raises UserError, also in the block, if it cannot be decoded."""
-    try:
+    what, remedy = f"{path}: is no video that can be decoded", "of a playlist, give the videos"
+    kinds = av.FFmpegError, EOFError, Image.UnidentifiedImageError
+    with blame(what, kinds, remedy):
         if path.suffix.lower() == ".webp":  # animated ones cannot be decoded by FFmpeg
             with Image.open(path) as image:
                 yield _Video(_decode_webp(image))
@@ -115,12 +117,6 @@ def _open_video(path: Path) -> Iterator[_Video]:
                 fps=stream.guessed_rate or stream.average_rate or FOLDER_FPS,
                 pixel_shape=stream.sample_aspect_ratio or Fraction(1),
             )
-    except (av.FFmpegError, EOFError, Image.UnidentifiedImageError) as error:
-        if is_out_of_resources(error):
-            raise
-        raise UserError(
-            f"{path}: is no video that can be decoded ({describe(error)}); of a playlist, give the videos"
-        ) from error
 
 
 def find_stream(path: Path, container: av.container.InputContainer) -> av.VideoStream:
