@@ -214,11 +214,6 @@ class EditConfig(ModelConfig):
         """How often a keyframe's own tokens count in extended attention."""
         return self._unless_published(self.own_weight, 3.0, 1.0)
 
-    @property
-    def inversions(self) -> tuple[str, ...]:
-        """Folders in `latents_path` that may hold this edit's inversion, the preferred one first."""
-        return (inversion_name(self.model, self.sd_version, conditioned=False),)
-
     def _unless_published(self, value: Any, default: Any, published: Any = 0) -> Any:
         """An option's value; if the user gave none, the default, or what the published algorithm does."""
         if value is None:
@@ -274,20 +269,3 @@ class ControlNetConfig(EditConfig, ControlConfig):
     def controlnet_ids(self) -> tuple[str, ...]:
         """Hub ids or folders of the ControlNets that condition the edit."""
         return self.controlnet or self.known_controlnets(self.sd_version)
-
-    @property
-    def inversions(self) -> tuple[str, ...]:
-        """As for all edits; an inversion under ControlNets is preferred to one without it."""
-        plain = "1.5" if self.sd_version == "ControlNet" else self.sd_version
-        return (
-            inversion_name(self.model, self.sd_version, conditioned=True),
-            inversion_name(self.model, plain, conditioned=False),
-        )
-
-
-def inversion_name(model: str | None, sd_version: str, conditioned: bool) -> str:
-    """Name of the folder that holds a model's inversions: `sd_2.1`, `sd_ControlNet`, `sd_my-model`."""
-    if conditioned and sd_version in ("1.5", "ControlNet") and not model:
-        return "sd_ControlNet"
-    name = Path(model).name if model else sd_version
-    return f"sd_{name}_ControlNet" if conditioned else f"sd_{name}"

@@ -41,7 +41,7 @@ def check_edit(config: EditConfig, technique: str, shared: Shared) -> EditRun:
     if config.mask == "auto":
         _check_prompts(config, inversion)
     device, dtype = choose_device(config.device, config.dtype)
-    choice = FrameChoice.of(inversion.manifest.config)
+    choice = inversion.manifest.choice
     check_loras(config.lora, checkpoint.unet_config)
     files = [identify_lora(lora) for lora in config.lora]
     for file in config.embeddings:

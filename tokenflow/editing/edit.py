@@ -31,7 +31,6 @@ from tokenflow.errors import DamagedError, UserError
 from tokenflow.evaluation.contact_sheet import contact_sheet, moments
 from tokenflow.evaluation.report import discard_report
 from tokenflow.inversion.files import CLEAN, Inversion
-from tokenflow.inversion.frames import FrameChoice
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.motion.fusion import FLICKER, Fusion
 from tokenflow.runtime.batching import Batches
@@ -132,19 +131,19 @@ class EditRun:
         """Find the control images, and show them as a video, side by side."""
         if self.processes.is_main:
             config, images, n_frames = self.config, self._control_images, self.n_frames
+            manifest = self.inversion.manifest
             self.shared.get(
                 "control images",
                 conditions_of(config),
                 lambda: images.find(
                     config,
                     frames=partial(read_frames, self.inversion.source_frames, n_frames),
-                    own=partial(self._choice.fitted, Path(config.control_path or ""), n_frames),
+                    own=partial(manifest.choice.fitted, Path(config.control_path or ""), n_frames),
                     n_frames=n_frames,
                     device=self.processes.device,
                 ),
             )
-            fps = self.inversion.manifest.frame_rate
-            write_video(self.folder / "control.mp4", images.show(n_frames), fps)
+            write_video(self.folder / "control.mp4", images.show(n_frames), manifest.frame_rate)
         self.processes.wait()
 
     def control_images(self, frames: torch.Tensor) -> torch.Tensor:
@@ -210,7 +209,7 @@ class EditRun:
         return Mask(inside, self.source)
 
     def _find_mask(self, kept: KeptArray) -> FrameArray:
-        config, source, choice = self.config, self.source, self._choice
+        config, source, choice = self.config, self.source, self.inversion.manifest.choice
         with kept.write((self.n_frames, 1, choice.H, choice.W), torch.uint8) as inside:
             if config.mask == "auto":
                 adapts = config.batch_size is None
@@ -290,7 +289,7 @@ class EditRun:
         if self._mask:
             write_video(folder / "mask.mp4", self._mask.show(), fps)
         if depth := inversion.depth:
-            size = self._choice.H, self._choice.W
+            size = inversion.manifest.choice.H, inversion.manifest.choice.W
             write_depth_video(folder / DEPTH_VIDEO, depth, n_frames, size, fps)
         write_video_from_folders(self.video, [folder / "frames"], n_frames, fps, sound)
         log.info("to compare: %s and %s", comparison, sheet)
@@ -305,7 +304,3 @@ class EditRun:
             log.warning("warning: %s; the edit has no sound", damage)
             return None
         return self.inversion.sound
-
-    @property
-    def _choice(self) -> FrameChoice:
-        return FrameChoice.of(self.inversion.manifest.config)

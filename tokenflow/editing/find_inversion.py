@@ -9,7 +9,7 @@ from tokenflow.control.control_images import control_identity
 from tokenflow.diffusion.checkpoint import Checkpoint
 from tokenflow.diffusion.layouts import as_json
 from tokenflow.errors import DamagedError, UserError
-from tokenflow.inversion.files import Inversion, name_video
+from tokenflow.inversion.files import Inversion, name_model, name_video
 from tokenflow.options import format_value
 from util import digest_content
 
@@ -25,7 +25,7 @@ def find_inversion(
     timesteps: of the edit, the noisiest first. Of several inversions with enough frames, the shortest is
     used. Raises UserError if there is none or it does not fit the edit.
     """
-    found = next(filter(None, (_list(config, name) for name in config.inversions)), None)
+    found = next(filter(None, (_list(config, name) for name in _name_models(config))), None)
     if not found:
         raise UserError(_why_none(config))
     longest = max(found)
@@ -84,6 +84,15 @@ def preprocess_command(config: EditConfig, like: dict | None = None) -> str:
     return shlex.join(words)
 
 
+def _name_models(config: EditConfig) -> list[str]:
+    """The names of models under which an edit's inversion may be, the preferred one first."""
+    plain = "1.5" if config.sd_version == "ControlNet" else config.sd_version
+    names = [name_model(config.model, plain, conditioned=False)]
+    if isinstance(config, ControlNetConfig):
+        names.insert(0, name_model(config.model, config.sd_version, conditioned=True))
+    return names
+
+
 def _folder(config: EditConfig, name: str) -> Path:
     """The folder of a video's inversions under one name of a model."""
     folder, video = Path(config.latents_path) / name, Path(config.data_path)
@@ -104,7 +113,9 @@ def _why_none(config: EditConfig) -> str:
     video = config.data_path
     if not Path(video).exists():
         return f"data_path: {video}: no such file or folder, and no latents of it"
-    folders = (path for name in config.inversions for path in _folder(config, name).glob("steps_*"))
+    folders = (
+        path for name in _name_models(config) for path in _folder(config, name).glob("steps_*")
+    )
     steps = ", ".join(sorted(path.name.removeprefix("steps_") for path in folders))
     hint = f" (there are some for n_inversion_steps {steps})" if steps else ""
     return f"no latents of {video}{hint}; compute them with: {preprocess_command(config)}"

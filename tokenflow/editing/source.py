@@ -18,6 +18,7 @@ from tokenflow.motion.dense import DenseMotion
 from tokenflow.motion.to_keyframes import FlowToKeyframes, find_furthest_keyframe
 from tokenflow.propagation.keyframes import KeyframeSchedule
 from tokenflow.runtime.distributed import Processes
+from util import read_frame
 
 log = logging.getLogger("tokenflow")
 
@@ -60,7 +61,7 @@ class Source:
 
     def picture(self, frame: int) -> np.ndarray:
         """A frame of the video, uint8 RGB (H, W, 3)."""
-        return self.inversion.source_frame(frame)
+        return read_frame(self.inversion.source_frames, frame)
 
 
 def find_features(

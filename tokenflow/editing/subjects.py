@@ -12,7 +12,7 @@ from tokenflow.config_evaluate import EvaluateConfig
 from tokenflow.editing.identity import read_identity
 from tokenflow.errors import DamagedError, UserError
 from tokenflow.evaluation.report import PAGE, SHEET, TABLE
-from tokenflow.evaluation.subject import EDIT, PER_FRAME, RECONSTRUCTION, SOURCE, VAE, Subject
+from tokenflow.evaluation.subject import EDIT, PER_FRAME, SOURCE, VAE, Subject
 from tokenflow.inversion.files import Inversion
 from tokenflow.runtime.digests import check
 from tokenflow.video.read import frame_rate, mean_rate, read_times
@@ -50,14 +50,11 @@ def _find_edit(folder: Path, config: EvaluateConfig) -> Subject:
             f"edits: {damage}; finish or recompute the edit with the command that began it"
         ) from damage
     inversion = _find_inversion(folder, options, identity, config.latents_path)
-    compared = {SOURCE: inversion.source_frames, VAE: inversion.vae}
-    if inversion.reconstruction.exists():
-        compared[RECONSTRUCTION] = inversion.reconstruction
     fps = inversion.manifest.frame_rate
     return Subject(
         name=folder.resolve().name,
         folder=folder,
-        **_find_frames(config, compared, folder / "frames", fps),
+        **_find_frames(config, inversion.list_videos(), folder / "frames", fps),
         fps=fps,
         resize=config.resize,
         prompt=config.prompt or options["prompt"],

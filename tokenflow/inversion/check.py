@@ -43,8 +43,8 @@ def make_manifest(
     """The manifest of the inversion that is to be computed, as yet without keyframes."""
     noisiest, video = schedule.timesteps[0], Path(config.data_path)
     at_least = config.n_frames and max(2, config.n_frames)  # a single frame has no rate
-    times = FrameChoice.of(asdict(config)).times(video, at_least)
     options = {key: as_json(value) for key, value in asdict(config).items()}
+    times = FrameChoice.of(options).times(video, at_least)
     options["conditioned"] = bool(config.controlnet_ids)
     options["control_frames"] = control_identity(config)
     options["networks"] = identify_networks(config)

@@ -26,22 +26,24 @@ from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from tokenflow.config import HOW, PreprocessConfig, inversion_name
+from tokenflow.config import HOW, PreprocessConfig
 from tokenflow.errors import DamagedError, UserError
+from tokenflow.evaluation.subject import RECONSTRUCTION, SOURCE, VAE
+from tokenflow.inversion.frames import FrameChoice
 from tokenflow.inversion.source_features import SourceFeatureFiles
 from tokenflow.options import build, for_each
 from tokenflow.propagation.keyframes import KeyframeSchedule
 from tokenflow.runtime.digests import check
 from tokenflow.runtime.frame_array import FrameArray
-from util import frame_path, read_frame
+from util import frame_path
 
 CLEAN = "clean_latents"
 INVERTED = "inverted_latents"
 VIDEO = "inverted.mp4"
 SOUND = "sound.m4a"
+DEPTH = "depth.npy"
 # What a manifest has besides the options, and how another value of it is described.
 ADDED = {
     "conditioned": "other ControlNets",
@@ -100,6 +102,11 @@ class Manifest:
         return ""
 
     @property
+    def choice(self) -> FrameChoice:
+        """Which frames of a video were used, and their size."""
+        return FrameChoice.of(self.config)
+
+    @property
     def frame_rate(self) -> Fraction:
         """Frames per second of the frames used."""
         return Fraction(self.fps)
@@ -110,48 +117,32 @@ class Manifest:
         return {self.inverted_timestep: self.inverted} | {t: noisy(t) for t in self.timesteps}
 
 
-@dataclass(frozen=True)
 class Inversion:
-    """The files of one inversion."""
+    """The files of one inversion.
 
-    folder: Path
+    source_frames, vae, reconstruction: folders of the source's frames, of these after the VAE's round trip,
+    and of the reconstructed ones, if there are any. sound: the source's, if it has any.
+    source_features: what edits need from the source stream, if it was kept.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.sound = folder, folder / SOUND
+        self.source_frames, self.vae = folder / "source", folder / "vae"
+        self.reconstruction = folder / "frames"
+        self.source_features = SourceFeatureFiles(folder / "source_features")
 
     @classmethod
     def of(cls, config: PreprocessConfig, n_frames: int) -> "Inversion":
         """Where `preprocess.py` puts the inversion of `n_frames` frames."""
         conditioned = bool(config.controlnet_ids)
-        name = inversion_name(config.model, config.sd_version, conditioned)
+        name = name_model(config.model, config.sd_version, conditioned)
         video = Path(config.save_dir) / name / name_video(config.data_path)
         return cls(video / f"steps_{config.steps}" / f"nframes_{n_frames}")
 
-    @property
-    def source_frames(self) -> Path:
-        """Folder of the source's frames."""
-        return self.folder / "source"
-
-    @property
-    def sound(self) -> Path:
-        """The source's sound; there is no file if it has none."""
-        return self.folder / SOUND
-
-    def source_frame(self, index: int) -> np.ndarray:
-        """A frame of the source, uint8 RGB (H, W, 3)."""
-        return read_frame(self.source_frames, index)
-
-    @property
-    def vae(self) -> Path:
-        """Folder of the frames after the VAE's round trip."""
-        return self.folder / "vae"
-
-    @property
-    def reconstruction(self) -> Path:
-        """Folder of the reconstructed frames."""
-        return self.folder / "frames"
-
-    @cached_property
-    def source_features(self) -> SourceFeatureFiles:
-        """What edits need from the source stream; there are no files if it was not kept."""
-        return SourceFeatureFiles(self.folder / "source_features")
+    def list_videos(self) -> dict[str, Path]:
+        """The folders of frames, by what they show, the source first."""
+        videos = {SOURCE: self.source_frames, VAE: self.vae, RECONSTRUCTION: self.reconstruction}
+        return {name: folder for name, folder in videos.items() if folder.exists()}
 
     @property
     def exists(self) -> bool:
@@ -185,13 +176,8 @@ class Inversion:
     @property
     def depth(self) -> FrameArray | None:
         """The frames' depth (N, 1, h, w) in [-1, 1], if the UNet takes it."""
-        array = FrameArray(self.folder / "depth.npy")
+        array = FrameArray(self.folder / DEPTH)
         return array if array.path.is_file() else None
-
-    def create_depth(self, shape: tuple[int, ...]) -> FrameArray:
-        """Create the file of the frames' depth (N, 1, h, w), unless it exists."""
-        FrameArray(self.folder / "depth.npy").ensure(shape, torch.float32)
-        return self.depth
 
     def write_manifest(self, manifest: Manifest) -> None:
         """Write the prompt and the manifest, which marks the inversion as finished."""
@@ -207,7 +193,7 @@ class Inversion:
         """
         manifest = self.manifest
         names = {CLEAN, manifest.inverted, *map(noisy, timesteps)}
-        read = {"inversion_prompt.txt", "depth.npy", *(f"latents/{name}.npy" for name in names)}
+        read = {"inversion_prompt.txt", DEPTH, *(f"latents/{name}.npy" for name in names)}
         check(self.folder, lambda name: name in read or name.endswith(".png"))
 
     def check_sound(self) -> None:
@@ -221,10 +207,6 @@ class Inversion:
     def latents(self, name: str) -> FrameArray:
         """Saved latents (N, 4, h, w); `noisy(t)`, `CLEAN` or `INVERTED` names them."""
         return FrameArray(self.folder / "latents" / f"{name}.npy")
-
-    def noisy_latents(self, t: int, frames: torch.Tensor) -> torch.Tensor:
-        """Saved latents (n, 4, h, w) of the frames (n,) at timestep `t`."""
-        return self.latents(noisy(t))[frames]
 
 
 @dataclass(frozen=True)
@@ -240,6 +222,14 @@ class FrameFiles:
             yield array.bytes_of(frames)
         for index in frames.tolist() if self.images else ():
             yield frame_path(self.images, index).read_bytes()
+
+
+def name_model(model: str | None, sd_version: str, conditioned: bool) -> str:
+    """The name of a model's folder of inversions: `sd_2.1`, `sd_ControlNet`, `sd_my-model`."""
+    if conditioned and sd_version in ("1.5", "ControlNet") and not model:
+        return "sd_ControlNet"
+    name = Path(model).name if model else sd_version
+    return f"sd_{name}_ControlNet" if conditioned else f"sd_{name}"
 
 
 def name_video(data_path: str) -> str:

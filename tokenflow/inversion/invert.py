@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -27,8 +27,8 @@ from tokenflow.evaluation.report import PAGE
 from tokenflow.evaluation.subject import RECONSTRUCTION, VAE
 from tokenflow.evaluation.verdict import POOR_PSNR
 from tokenflow.inversion.check import is_up_to_date, make_manifest, make_schedules
-from tokenflow.inversion.files import CLEAN, VIDEO, FrameFiles, Inversion, Manifest
-from tokenflow.inversion.frames import FrameChoice, check_control_frames, choose_size
+from tokenflow.inversion.files import CLEAN, DEPTH, VIDEO, FrameFiles, Inversion, Manifest, noisy
+from tokenflow.inversion.frames import check_control_frames, choose_size
 from tokenflow.inversion.predictor import VideoNoisePredictor
 from tokenflow.inversion.recording import RecordingPredictor
 from tokenflow.inversion.report import Quality, write_page
@@ -39,6 +39,7 @@ from tokenflow.runtime.ahead import WriteBehind
 from tokenflow.runtime.batching import Batches, Limits, frames_per_pass, split_evenly
 from tokenflow.runtime.digests import seal
 from tokenflow.runtime.distributed import Processes
+from tokenflow.runtime.frame_array import FrameArray
 from tokenflow.runtime.run_folder import (
     Progress,
     can_resume,
@@ -70,7 +71,7 @@ def open_inversion(config: PreprocessConfig) -> Iterator["InversionRun"]:
     manifest = make_manifest(config, checkpoint, schedule, editing)
     if config.controlnet_ids:
         check_detectors(config)
-        check_control_frames(config, FrameChoice.of(asdict(config)), manifest.n_frames)
+        check_control_frames(config, manifest.choice, manifest.n_frames)
     final = Inversion.of(config, manifest.n_frames)
     run = InversionRun(
         config=config,
@@ -134,8 +135,8 @@ class InversionRun:
         files, frames = FrameFiles([], folder), torch.arange(n_frames)
         if self.processes.is_main and not self._progress.is_done("read", files.read(frames)):
             video, fps = Path(self.config.data_path), self.manifest.frame_rate
-            self._choice.write(video, folder, n_frames)
-            self._choice.write_sound(video, self.inversion.sound, n_frames, fps)
+            self.manifest.choice.write(video, folder, n_frames)
+            self.manifest.choice.write_sound(video, self.inversion.sound, n_frames, fps)
             self._progress.record("read", files.read(frames))
 
     def invert(self) -> None:
@@ -190,7 +191,7 @@ class InversionRun:
         files = FrameFiles([], inversion.reconstruction)
         with self._stage("Reconstructing", len(timesteps)) as stage:
             for frames in stage.missing(self._chunks, files, n_steps=len(timesteps)):
-                latents = inversion.noisy_latents(timesteps[0], frames)
+                latents = inversion.latents(noisy(timesteps[0]))[frames]
                 for sampled in sample(latents, frames, self.editing, self._predictor):
                     latents = sampled
                     stage.bar.update()
@@ -266,10 +267,6 @@ class InversionRun:
         return Progress(self.inversion.folder)
 
     @property
-    def _choice(self) -> FrameChoice:
-        return FrameChoice.of(asdict(self.config))
-
-    @property
     def _control_images(self) -> ControlImages:
         return ControlImages(self._progress.folder, len(self.config.controlnet_ids))
 
@@ -319,7 +316,7 @@ class InversionRun:
             self._control_images.find(
                 self.config,
                 partial(read_frames, self.inversion.source_frames, n_frames),
-                partial(self._choice.fitted, own, n_frames),
+                partial(self.manifest.choice.fitted, own, n_frames),
                 n_frames,
                 self.processes.device,
             )
@@ -332,7 +329,8 @@ class InversionRun:
         where = config.depth_model or self.checkpoint.configuration
         model = load_depth_model(where, self.processes.device, parts)
         _, _, *size = self.sd.latent_shape(n_frames, config.H, config.W)
-        depth = inversion.create_depth((n_frames, 1, *size))
+        depth = FrameArray(inversion.folder / DEPTH)
+        depth.ensure((n_frames, 1, *size), torch.float32)
         model.write(partial(read_frames, inversion.source_frames, n_frames), depth)
         video, fps = inversion.folder / DEPTH_VIDEO, self.manifest.frame_rate
         write_depth_video(video, depth, n_frames, (config.H, config.W), fps)

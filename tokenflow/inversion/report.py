@@ -31,7 +31,7 @@ class Quality:
     @classmethod
     def measure(cls, inversion: Inversion, n_frames: int, device: torch.device) -> "Quality":
         """Compare the frames of an inversion; PSNR and SSIM are computed on a device."""
-        folders = list_folders(inversion)
+        folders = inversion.list_videos()
         moments = read_together(list(folders.values()), n_frames)
         columns = {name: column for column, name in enumerate(folders) if name != SOURCE}
         curves = name_curves(measure(moments, [BesideSource(device)]), columns)
@@ -62,14 +62,6 @@ class Quality:
         return f"PSNR {psnr:.2f} dB, SSIM {ssim:.3f}"
 
 
-def list_folders(inversion: Inversion) -> dict[str, Path]:
-    """The folders of frames that are compared: the source's, and those that there are of the others."""
-    folders = {SOURCE: inversion.source_frames, VAE: inversion.vae}
-    if inversion.reconstruction.exists():
-        folders[RECONSTRUCTION] = inversion.reconstruction
-    return folders
-
-
 def read_together(folders: Sequence[Path], n_frames: int) -> Iterator[np.ndarray]:
     """Yield each moment of several videos, uint8 RGB (videos, H, W, 3)."""
     videos = (read_frames(folder, n_frames) for folder in folders)
@@ -97,7 +89,7 @@ def write_page(inversion: Inversion, manifest: Manifest, curves: Curves) -> None
         options={key: value for key, value in manifest.config.items() if key not in hidden},
         pictures={
             name: thumbnails(read_frames(folder, n_frames), n_frames)
-            for name, folder in list_folders(inversion).items()
+            for name, folder in inversion.list_videos().items()
         },
     )
     write_report(inversion.folder / PAGE, entry.name, [entry])
