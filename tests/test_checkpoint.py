@@ -18,6 +18,7 @@ from tokenflow.diffusion import checkpoint as checkpoints
 from tokenflow.diffusion import identity, lora
 from tokenflow.diffusion import single_file as single_files
 from tokenflow.diffusion.checkpoint import Checkpoint
+from tokenflow.diffusion.parts import Repository
 from tokenflow.errors import UserError
 from tokenflow.video.read import decode_frames
 
@@ -74,7 +75,7 @@ def test_identity_of_what_is_large_and_of_the_hub(tmp_path, monkeypatch):
         if place is not None:
             content[place] = 1
         large.write_bytes(content)
-        digests.add(identity.identify(str(tmp_path)))
+        digests.add(Repository(str(tmp_path)).identify())
     assert len(digests) == 4
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     cached = tmp_path / "models--someone--model"
@@ -82,7 +83,7 @@ def test_identity_of_what_is_large_and_of_the_hub(tmp_path, monkeypatch):
         (cached / "snapshots" / revision).mkdir(parents=True)
         (cached / "refs").mkdir(exist_ok=True)
         (cached / "refs" / "main").write_text(revision)
-        assert identity.identify("someone/model") == revision
+        assert Repository("someone/model").identify() == revision
 
 
 def test_identity_of_the_lora_that_is_loaded(tmp_path):
@@ -135,7 +136,7 @@ def test_names_of_single_files(checkpoint, tmp_path, name):
     else:
         torch.save({"state_dict": weights}, tmp_path / name)
     found = Checkpoint.find(str(tmp_path / name))
-    assert found.file and found.configuration == str(folder)
+    assert found.weights.configuration == Repository(str(folder)) != found.weights
 
 
 def test_parts_that_a_single_file_lacks_are_taken_from_beside_it(checkpoint, tmp_path):

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from tokenflow.config import ControlNetConfig, PreprocessConfig
 from tokenflow.config_control import ControlConfig
 from tokenflow.control.detectors import Frames, detect
-from tokenflow.diffusion.identity import identify
+from tokenflow.diffusion.parts import Repository
 from tokenflow.runtime.frame_array import FrameArray
 from util import digest_content
 
@@ -59,7 +59,10 @@ def control_identity(config: ControlConfig) -> str | None:
 
 def identify_networks(config: PreprocessConfig | ControlNetConfig) -> list[str]:
     """What tells the ControlNets from others, and the depth model if one is named."""
-    networks, depth = [identify(network) for network in config.controlnet_ids], config.depth_model
+    networks, depth = (
+        [Repository(name).identify() for name in config.controlnet_ids],
+        config.depth_model,
+    )
     if depth:  # a hub id as it is, since nothing has been downloaded yet
-        networks.append(identify(depth) if Path(depth).is_dir() else depth)
+        networks.append(Repository(depth).identify() if Path(depth).is_dir() else depth)
     return networks

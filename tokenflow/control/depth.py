@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
-from tokenflow.diffusion.parts import load_part
+from tokenflow.diffusion.parts import Repository
 from tokenflow.runtime.frame_array import FrameArray
 from tokenflow.video.write import write_video
 
@@ -76,13 +76,11 @@ def load_depth_model(
     model: str, device: torch.device, parts: tuple[str | None, str | None] = (None, None)
 ) -> DepthModel:
     """A depth model from a hub id or a folder. parts: the subfolders of its network and its processor."""
-    option = "depth_model" if parts[0] is None else "model"
-    safe = ({"trust_remote_code": False},)  # else transformers asks on standard input
+    where = Repository(model, "depth_model" if parts[0] is None else "model")
+    safe = {"trust_remote_code": False}  # else transformers asks on standard input
     of_network, of_processor = parts
-    network = load_part(
-        AutoModelForDepthEstimation.from_pretrained, model, of_network, safe, option
-    )
-    processor = load_part(AutoImageProcessor.from_pretrained, model, of_processor, safe, option)
+    network = where.load(AutoModelForDepthEstimation.from_pretrained, of_network, safe)
+    processor = where.load(AutoImageProcessor.from_pretrained, of_processor, safe)
     return DepthModel(network.float().eval().to(device), processor, device)
 
 

@@ -1,5 +1,6 @@
 """A checkpoint of Stable Diffusion: found once, and loaded onto a device in a precision that suits it."""
 
+import logging
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,13 +19,14 @@ from transformers import (
 
 from tokenflow.diffusion.controlnets import use_controlnets
 from tokenflow.diffusion.ddim import PREDICTION_TYPES, Schedule
-from tokenflow.diffusion.identity import identify
-from tokenflow.diffusion.layouts import Layout, find_layout
-from tokenflow.diffusion.parts import check_config, load_config, load_network, load_part
+from tokenflow.diffusion.layouts import find_layout
+from tokenflow.diffusion.parts import Repository
 from tokenflow.diffusion.single_file import SingleFile
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.diffusion.vae import Vae
 from tokenflow.errors import UserError, blame
+
+log = logging.getLogger("tokenflow")
 
 CHANNELS = (4, 5)  # of the latents, and of those with a depth map
 SMALLEST_SIDE = 512  # pixels; the depth version's configuration says less than it was trained on
@@ -41,17 +43,15 @@ class Checkpoint:
     """What is known of a checkpoint before its weights are loaded.
 
     model_id: how the user names it: a hub id, a folder in diffusers layout, or a file.
-    configuration: the hub id or folder in diffusers layout that describes its parts.
-    scheduler: its noise schedule, with the steps of DDIM. file: its weights, if they are in a single file.
+    weights: where they are; their `configuration` describes its parts.
+    scheduler: its noise schedule, with the steps of DDIM.
     """
 
     model_id: str
-    configuration: str
+    weights: Repository | SingleFile
     unet_config: Mapping[str, Any]
     vae: Vae
-    layout: Layout
     scheduler: DDIMScheduler
-    file: SingleFile | None
 
     @classmethod
     def find(cls, model_id: str, version: str | None = None, vae: str | None = None) -> Self:
@@ -60,10 +60,10 @@ class Checkpoint:
         version: the sd_version, whose configuration is taken for a file that has none beside it.
         vae: a hub id, a folder or a file of the VAE that takes the place of its own.
         """
-        file = SingleFile.find(model_id, version)
-        where = file.configuration if file else model_id
-        unet = load_config(UNet2DConditionModel, where, "unet", "block_out_channels")
-        layout = find_layout(unet)
+        weights = SingleFile.find(model_id, version) or Repository(model_id)
+        where = weights.configuration
+        unet = where.load_config(UNet2DConditionModel, "unet", "block_out_channels")
+        find_layout(unet)
         if (channels := unet.get("in_channels")) not in CHANNELS:
             raise UserError(
                 f"model: {model_id}: its UNet takes {channels} channels, not 4, or 5 with depth; checkpoints "
@@ -71,36 +71,30 @@ class Checkpoint:
             )
         found = cls(
             model_id=model_id,
-            configuration=where,
+            weights=weights,
             unet_config=unet,
-            vae=Vae.find(model_id, where, file, named=vae),
-            layout=layout,
-            scheduler=_load_scheduler(model_id, where),
-            file=file,
+            vae=Vae.find(weights, named=vae),
+            scheduler=_load_scheduler(where),
         )
         for part in ("text_encoder", "text_encoder_2") if found.is_xl else ("text_encoder",):
-            config, _ = load_part(CLIPTextConfig.get_config_dict, where, part)
-            check_config(config, model_id, part)
+            config, _ = where.load(CLIPTextConfig.get_config_dict, part)
+            where.check_config(config, part)
         return found
 
     @property
     def identity(self) -> str:
         """What tells checkpoints apart: digests of the files that are read, or the hub's revision."""
-        digests = [self.file.identity] if self.file else []
-        digests.append(identify(self.configuration, FILES))
+        digests = [self.weights.configuration.identify(FILES)]
+        if isinstance(self.weights, SingleFile):
+            digests.insert(0, self.weights.identify())
         if self.vae.is_named:
-            digests.append(self.vae.identity)
+            digests.append(self.vae.weights.identify())
         return " ".join(digests)
 
     @property
     def is_xl(self) -> bool:
         """Whether it is a Stable Diffusion XL, which has two text encoders."""
         return self.unet_config.get("addition_embed_type") == "text_time"
-
-    @property
-    def takes_depth(self) -> bool:
-        """Whether its UNet takes the depth of each frame beside its latents."""
-        return self.unet_config["in_channels"] == max(CHANNELS)
 
     @property
     def trained_side(self) -> int:
@@ -144,11 +138,13 @@ class Checkpoint:
         cpu_offload: only one of the VAE, the text encoders and the UNet is on the device at a time.
         compiled: the UNet is compiled, in its first passes. clip_skip: see `StableDiffusion`.
         """
+        log.info("loading %s on %s in %s", self.model_id, device, dtype)
+        load_network = self.weights.load_network
         sd = StableDiffusion(
             vae=self.vae.load(dtype, self.is_xl),
             tokenizer=self._load_tokenizer("tokenizer"),
-            text_encoder=self._load_network(CLIPTextModel, "text_encoder", dtype),
-            unet=self._load_network(UNet2DConditionModel, "unet", dtype),
+            text_encoder=load_network(CLIPTextModel, "text_encoder", dtype),
+            unet=load_network(UNet2DConditionModel, "unet", dtype),
             scheduler=self.scheduler,
             controlnet=None,
             device=device,
@@ -157,7 +153,7 @@ class Checkpoint:
             compiled=compiled,
         )
         if self.is_xl:
-            second = self._load_network(CLIPTextModelWithProjection, "text_encoder_2", dtype)
+            second = load_network(CLIPTextModelWithProjection, "text_encoder_2", dtype)
             sd = replace(
                 sd,
                 tokenizer_2=self._load_tokenizer("tokenizer_2"),
@@ -182,27 +178,23 @@ class Checkpoint:
             sd.unet.compile()
         return use_controlnets(sd, controlnets)
 
-    def _load_network(self, cls: type, subfolder: str, dtype: torch.dtype) -> torch.nn.Module:
-        if self.file:
-            return self.file.load_network(cls, subfolder, dtype)
-        return load_network(cls, self.model_id, subfolder, dtype)
-
     def _load_tokenizer(self, subfolder: str) -> CLIPTokenizer:
-        return load_part(CLIPTokenizer.from_pretrained, self.configuration, subfolder)
+        return self.weights.configuration.load(CLIPTokenizer.from_pretrained, subfolder)
 
     def _is_zero_if_empty(self) -> bool:
         """Whether XL's empty prompt is embedded as zeros: it was trained so, and diffusers assumes it."""
-        where = self.configuration
-        if Path(where).is_dir() and not (Path(where) / DiffusionPipeline.config_name).exists():
+        where = self.weights.configuration
+        folder = Path(where.name)
+        if folder.is_dir() and not (folder / DiffusionPipeline.config_name).exists():
             return True
-        index = load_part(DiffusionPipeline.load_config, where, "")
+        index = where.load(DiffusionPipeline.load_config, None)
         return bool(index.get("force_zeros_for_empty_prompt", True))
 
 
-def _load_scheduler(model_id: str, configuration: str) -> DDIMScheduler:
+def _load_scheduler(where: Repository) -> DDIMScheduler:
     """The checkpoint's noise schedule, with the steps of DDIM. Raises UserError if it cannot be used."""
-    config = load_config(DDIMScheduler, configuration, "scheduler")
-    with blame(f"model: {model_id}: its scheduler cannot be used"):
+    config = where.load_config(DDIMScheduler, "scheduler")
+    with blame(f"model: {where.name}: its scheduler cannot be used"):
         if not BETAS & set(config):
             raise ValueError(f"{config.get('_class_name')} has no betas, as DDPM has")
         scheduler = DDIMScheduler.from_config(config)

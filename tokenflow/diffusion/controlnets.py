@@ -6,7 +6,7 @@ from dataclasses import replace
 from diffusers import ControlNetModel, MultiControlNetModel
 
 from tokenflow.diffusion.layouts import as_json
-from tokenflow.diffusion.parts import load_config, load_network
+from tokenflow.diffusion.parts import Repository
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.errors import UserError
 
@@ -16,7 +16,9 @@ SHARED_KEYS = ("cross_attention_dim", "block_out_channels", "in_channels")  # wi
 def check_controlnets(controlnets: Sequence[str]) -> None:
     """Before weights are loaded, raise UserError for a ControlNet that is not there."""
     for controlnet in controlnets:
-        load_config(ControlNetModel, controlnet, None, "block_out_channels", option="controlnet")
+        Repository(controlnet, "controlnet").load_config(
+            ControlNetModel, None, "block_out_channels"
+        )
 
 
 def use_controlnets(sd: StableDiffusion, controlnets: Sequence[str]) -> StableDiffusion:
@@ -25,7 +27,8 @@ def use_controlnets(sd: StableDiffusion, controlnets: Sequence[str]) -> StableDi
     Raises UserError for one that cannot be read or is for another version.
     """
     networks = [
-        load_network(ControlNetModel, name, None, sd.dtype, "controlnet") for name in controlnets
+        Repository(name, "controlnet").load_network(ControlNetModel, None, sd.dtype)
+        for name in controlnets
     ]
     for name, network in zip(controlnets, networks, strict=True):
         for key in SHARED_KEYS:

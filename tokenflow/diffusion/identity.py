@@ -1,33 +1,10 @@
-"""What tells checkpoints apart: what is in their files, or the revision of the hub's repository.
-
-Where a checkpoint lies, and how its path is spelt, is no part of it.
-"""
+"""What tells large files apart: some of what is in them, but not where they lie."""
 
 import hashlib
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-from tokenflow.diffusion.parts import find_folder
-
-SUFFIXES = (".json", ".txt", ".safetensors", ".bin")
 BLOCKS, BLOCK_BYTES = 1024, 1 << 16  # of a file that is too large to be read whole
-
-
-def identify(model_id: str, patterns: Sequence[str] = ("*",)) -> str:
-    """What tells a checkpoint, a hub id or a folder in diffusers layout, from others.
-
-    patterns: of the names of files that are read, of which configurations, vocabularies and weights count.
-    """
-    if not os.path.isdir(model_id):
-        snapshot = find_folder(model_id)
-        return snapshot.name if snapshot else model_id
-    folder, files = Path(model_id), {}
-    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
-        is_unused = path.suffix == ".bin" and any(path.parent.glob("*.safetensors"))
-        if path.suffix in SUFFIXES and path.is_file() and not is_unused:
-            files[path.relative_to(folder).as_posix()] = path
-    return digest_files(files)
 
 
 def digest_files(files: Mapping[str, Path]) -> str:

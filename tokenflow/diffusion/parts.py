@@ -6,8 +6,9 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import diffusers
 import torch
@@ -15,105 +16,117 @@ import transformers
 from huggingface_hub import constants, model_info, snapshot_download
 from safetensors import safe_open
 
+from tokenflow.diffusion.identity import digest_files
 from tokenflow.errors import UserError, describe, is_out_of_resources
 
+SUFFIXES = (".json", ".txt", ".safetensors", ".bin")  # of the files that identify a repository
 HUB_TIMEOUT = 10  # seconds
 MOST_LAYERS = 200  # of a network, or of a part of it; with more it would be built for hours
 
 # diffusers passes a retired argument to the hub, which does not concern the user.
 warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks.*")
-# Files are looked for in two places; `load_part` reports those that are missing in both.
+# Files are looked for in two places; `Repository.load` reports those that are missing in both.
 diffusers.utils.logging.set_verbosity(logging.CRITICAL)
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 
-def load_config(
-    cls: type, model_id: str, subfolder: str | None, *lists: str, option: str = "model"
-) -> dict[str, Any]:
-    """The configuration of a checkpoint's part, in which the keys `lists` must hold lists.
+@dataclass(frozen=True)
+class Repository:
+    """A folder in the layout of diffusers or transformers, or a hub id.
 
-    option: the one that named the checkpoint, here and below.
+    option: the one that names it. A part is in a subfolder, or, for None, in the repository itself.
     """
-    config = load_part(cls.load_config, model_id, subfolder, option=option)
-    return check_config(config, model_id, subfolder, *lists, option=option)
 
+    name: str
+    option: str = "model"
 
-def check_config(
-    config: Any, model_id: str, subfolder: str | None, *lists: str, option: str = "model"
-) -> dict[str, Any]:
-    """The configuration. Raises UserError if it is broken, or asks for an impossible number of layers."""
-    config = config if isinstance(config, dict) else {}
-    wrong = [key for key in lists if not isinstance(config.get(key), list)]
-    for key in (key for key in config if "layers" in key):
-        counts = config[key] if isinstance(config[key], list) else [config[key]]
-        if not all(0 <= n <= MOST_LAYERS for n in counts if isinstance(n, int)):
-            wrong.append(key)
-    if wrong or not config:
-        reason = f"{wrong[0]} is {config.get(wrong[0])}" if wrong else "it is empty"
+    @property
+    def configuration(self) -> Self:
+        """What describes its parts, as for a `SingleFile`."""
+        return self
+
+    def identify(self, patterns: Sequence[str] = ("*",)) -> str:
+        """What tells it from others, wherever it lies: a digest of its files, or the hub's revision.
+
+        patterns: of the names of files that are read; configurations, vocabularies and weights count.
+        """
+        if not os.path.isdir(self.name):
+            snapshot = find_folder(self.name)
+            return snapshot.name if snapshot else self.name
+        folder, files = Path(self.name), {}
+        for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
+            is_unused = path.suffix == ".bin" and any(path.parent.glob("*.safetensors"))
+            if path.suffix in SUFFIXES and path.is_file() and not is_unused:
+                files[path.relative_to(folder).as_posix()] = path
+        return digest_files(files)
+
+    def load_config(self, cls: type, subfolder: str | None, *lists: str) -> dict[str, Any]:
+        """The configuration of a part, in which the keys `lists` must hold lists."""
+        return self.check_config(self.load(cls.load_config, subfolder), subfolder, *lists)
+
+    def check_config(self, config: Any, subfolder: str | None, *lists: str) -> dict[str, Any]:
+        """A configuration. Raises UserError if it is broken, or asks for an impossible number of layers."""
+        config = config if isinstance(config, dict) else {}
+        wrong = [key for key in lists if not isinstance(config.get(key), list)]
+        for key in (key for key in config if "layers" in key):
+            counts = config[key] if isinstance(config[key], list) else [config[key]]
+            if not all(0 <= n <= MOST_LAYERS for n in counts if isinstance(n, int)):
+                wrong.append(key)
+        if wrong or not config:
+            reason = f"{wrong[0]} is {config.get(wrong[0])}" if wrong else "it is empty"
+            raise UserError(
+                f"{self.option}: {self.name}: the configuration of its {subfolder or 'network'} is "
+                f"broken: {reason}; copy or download it again"
+            )
+        return config
+
+    def load_network(self, cls: type, subfolder: str | None, dtype: torch.dtype) -> torch.nn.Module:
+        """A network, ready to run, from the variant nearest to `dtype`; not every repository has both."""
+        variants = (None, "fp16") if dtype == torch.float32 else ("fp16", None)
+        key = "dtype" if issubclass(cls, transformers.PreTrainedModel) else "torch_dtype"
+        options = [{key: dtype, "variant": variant} for variant in variants]
+        network = self.load(cls.from_pretrained, subfolder, *options)
+        return check_whole(network, f"{self.option}: {self.name}")
+
+    def load(self, get: Callable[..., Any], subfolder: str | None, *attempts: dict) -> Any:
+        """Call `get` on a part: first on what is on disk, then, if that fails, on the hub.
+
+        attempts: options of `get`, of which the first that work are taken. Raises UserError, which names a
+        broken file.
+        """
+        name, option = self.name, self.option
+        for is_local in (True, False):
+            if not is_local and not on_hub(name):
+                break
+            where = {"subfolder": subfolder or "", "local_files_only": is_local}
+            for options in attempts or [{}]:
+                part, failure = _attempt(get, name, **where, **options)
+                if failure is None:
+                    return part
+        if "trust_remote_code" in str(failure):
+            raise UserError(
+                f"{option}: {name} needs code of its own, which is never run; use one that is a model of "
+                "transformers"
+            )
+        if folder := find_folder(name):
+            _refuse_broken(option, folder / (subfolder or ""), failure)
+        part = f" (its {subfolder})" if subfolder else ""
+        if os.path.isdir(name):
+            raise UserError(f"{option}: the folder {name} holds no such checkpoint{part}")
         raise UserError(
-            f"{option}: {model_id}: the configuration of its {subfolder or 'network'} is "
-            f"broken: {reason}; copy or download it again"
+            f"{option}: {name}{part} is neither a folder nor in {constants.HF_HUB_CACHE}, and cannot be "
+            f"downloaded; check the id and the network, or give --{option} a folder in diffusers layout"
         )
-    return config
 
 
-def load_network(
-    cls: type, model_id: str, subfolder: str | None, dtype: torch.dtype, option: str = "model"
-) -> torch.nn.Module:
-    """A network, ready to run, from the variant nearest to `dtype`; not every repository has both."""
-    variants = (None, "fp16") if dtype == torch.float32 else ("fp16", None)
-    key = "dtype" if issubclass(cls, transformers.PreTrainedModel) else "torch_dtype"
-    options = [{key: dtype, "variant": variant} for variant in variants]
-    network = load_part(cls.from_pretrained, model_id, subfolder, options, option)
-    return check_whole(network, model_id, option)
-
-
-def check_whole(network: torch.nn.Module, model_id: str, option: str = "model") -> torch.nn.Module:
-    """The network, ready to run. Raises UserError if its weights lack some."""
+def check_whole(network: torch.nn.Module, origin: str) -> torch.nn.Module:
+    """The network, ready to run. Raises UserError if its weights, of that origin, lack some."""
     for name, parameter in network.named_parameters():
         if parameter.is_meta:
-            raise UserError(
-                f"{option}: {model_id} is no {type(network).__name__}: its weights lack {name}"
-            )
+            raise UserError(f"{origin} is no {type(network).__name__}: its weights lack {name}")
     return network.eval()
-
-
-def load_part(
-    get: Callable[..., Any],
-    model_id: str,
-    subfolder: str | None,
-    attempts: Sequence[dict[str, Any]] = ({},),
-    option: str = "model",
-) -> Any:
-    """Call `get` on a checkpoint's part: first on what is on disk, then, if that fails, on the hub.
-
-    attempts: options of `get`, of which the first that work are taken. Raises UserError, which names a
-    broken file.
-    """
-    for is_local in (True, False):
-        if not is_local and not on_hub(model_id):
-            break
-        where = {"subfolder": subfolder or "", "local_files_only": is_local}
-        for options in attempts:
-            part, failure = _attempt(get, model_id, **where, **options)
-            if failure is None:
-                return part
-    if "trust_remote_code" in str(failure):
-        raise UserError(
-            f"{option}: {model_id} needs code of its own, which is never run; use one that is a model of "
-            "transformers"
-        )
-    if folder := find_folder(model_id):
-        _refuse_broken(option, folder / (subfolder or ""), failure)
-    part = f" (its {subfolder})" if subfolder else ""
-    if os.path.isdir(model_id):
-        raise UserError(f"{option}: the folder {model_id} holds no such checkpoint{part}")
-    raise UserError(
-        f"{option}: {model_id}{part} is neither a folder nor in {constants.HF_HUB_CACHE}, and cannot be "
-        f"downloaded; check the id and the network, or give --{option} a folder in diffusers layout"
-    )
 
 
 def _attempt(

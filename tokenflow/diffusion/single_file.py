@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from tokenflow.diffusion.identity import digest_files
-from tokenflow.diffusion.parts import check_whole, find_folder, load_network, load_part, on_hub
+from tokenflow.diffusion.parts import Repository, check_whole, find_folder, on_hub
 from tokenflow.diffusion.versions import VERSIONS
 from tokenflow.errors import UserError, describe, is_out_of_resources
 
@@ -40,13 +40,13 @@ Weights = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class SingleFile:
-    """A file of weights, and the folder or hub id in diffusers layout that describes them.
+    """A file of weights, and what describes them.
 
     weights: by name; they are read from disk when they are used. option: the one that named the file.
     """
 
     path: Path
-    configuration: str
+    configuration: Repository
     weights: Weights
     option: str = "model"
 
@@ -64,7 +64,7 @@ class SingleFile:
         versions = _find_versions(path, weights)
         for folder in (path.with_suffix(""), path.parent):
             if (folder / "unet" / "config.json").is_file():
-                return cls(path, str(folder), weights)
+                return cls(path, Repository(str(folder)), weights)
         name = version if version in versions else versions[0]
         configuration = VERSIONS[name].model
         if not (find_folder(configuration) or on_hub(configuration)):
@@ -73,10 +73,10 @@ class SingleFile:
                 f"{configuration}, is neither on disk nor can be downloaded; put a folder of it in "
                 f"diffusers layout beside the file, named {path.stem}"
             )
-        return cls(path, configuration, weights)
+        return cls(path, Repository(configuration), weights)
 
     @classmethod
-    def find_vae(cls, vae: str, configuration: str) -> Self | None:
+    def find_vae(cls, vae: str, configuration: Repository) -> Self | None:
         """The file of a VAE for the checkpoint that `configuration` describes; None if `vae` is no file.
 
         Raises UserError for a file that is missing, broken, or holds no VAE.
@@ -89,25 +89,28 @@ class SingleFile:
             raise UserError(f"vae: {path} holds no weights of a VAE")
         return cls(path, configuration, weights, option="vae")
 
-    @property
-    def identity(self) -> str:
+    def identify(self) -> str:
         """What tells the file from others."""
         return digest_files({"": self.path})
 
     def load_network(self, cls: type, subfolder: str, dtype: torch.dtype) -> torch.nn.Module:
         """A network, ready to run. Raises UserError if the weights are not of its configuration."""
         if not any(name.startswith(PREFIXES[subfolder]) for name in self.weights):
-            beside = Path(self.configuration, subfolder)
+            beside = Path(self.configuration.name, subfolder)
             if any(beside.glob("*.safetensors")) or any(beside.glob("*.bin")):
-                return load_network(cls, self.configuration, subfolder, dtype)
+                return self.configuration.load_network(cls, subfolder, dtype)
             raise UserError(
                 f"{self.option}: {self.path} holds no weights of a {subfolder}; put a folder in diffusers "
                 f"layout that has them beside the file, named {self.path.stem}"
             )
         is_text_encoder = issubclass(cls, PreTrainedModel)
         read_config = cls.config_class.from_pretrained if is_text_encoder else cls.load_config
-        load_part(read_config, self.configuration, subfolder)  # from now on it is on disk
-        where = {"config": self.configuration, "subfolder": subfolder, "local_files_only": True}
+        self.configuration.load(read_config, subfolder)  # from now on it is on disk
+        where = {
+            "config": self.configuration.name,
+            "subfolder": subfolder,
+            "local_files_only": True,
+        }
         try:
             if is_text_encoder:
                 network = create_diffusers_clip_model_from_ldm(
@@ -122,9 +125,9 @@ class SingleFile:
             reason = "some weights are missing" if is_part else describe(error)
             raise UserError(
                 f"{self.option}: {self.path}: its {subfolder} is not of the configuration "
-                f"{self.configuration}: {reason}"
+                f"{self.configuration.name}: {reason}"
             ) from error
-        return check_whole(network, str(self.path), self.option)
+        return check_whole(network, f"{self.option}: {self.path}")
 
 
 def _find_path(name: str, option: str) -> Path | None:

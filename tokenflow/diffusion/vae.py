@@ -8,8 +8,7 @@ from typing import Any, Self
 import torch
 from diffusers import AutoencoderKL
 
-from tokenflow.diffusion.identity import identify
-from tokenflow.diffusion.parts import load_config, load_network
+from tokenflow.diffusion.parts import Repository
 from tokenflow.diffusion.single_file import SingleFile
 from tokenflow.errors import UserError
 
@@ -21,44 +20,39 @@ SCALE = 0.18215
 class Vae:
     """What is known of a VAE before its weights are loaded.
 
-    model_id, subfolder: where it is in diffusers layout. file: its weights, if they are in a single file.
-    is_named: whether the user named it; else it is the checkpoint's own.
+    weights, subfolder: where it is. config: its configuration.
     """
 
-    model_id: str
+    weights: Repository | SingleFile
     subfolder: str | None
     config: Mapping[str, Any]
-    file: SingleFile | None
-    is_named: bool
 
     @classmethod
-    def find(
-        cls, model_id: str, configuration: str, file: SingleFile | None, named: str | None
-    ) -> Self:
-        """The VAE of a checkpoint, or the one that is `named`. Raises UserError if it cannot be used.
+    def find(cls, weights: Repository | SingleFile, named: str | None) -> Self:
+        """The VAE of a checkpoint with these weights, or the one that is `named`.
 
-        model_id: of the checkpoint. configuration: the hub id or folder that describes it. file: its weights.
+        Raises UserError if it cannot be used.
         """
-        config = _load_config(configuration, "vae", "model")
-        if named is None:
-            _check(config, f"model: {model_id}: its VAE")
-            return cls(model_id, "vae", config, file, is_named=False)
-        if file := SingleFile.find_vae(named, configuration):
-            _check(config, f"model: {model_id}: its VAE")
-            return cls(configuration, "vae", config, file, is_named=True)
-        own, config = config, _load_config(named, None, "vae")
+        described = weights.configuration
+        own = _load_config(described, "vae")
+        file = SingleFile.find_vae(named, described) if named else None
+        if file or named is None:
+            _check(own, f"model: {described.name}: its VAE")
+            return cls(file or weights, "vae", own)
+        repository = Repository(named, option="vae")
+        config = _load_config(repository, None)
         _check(config, f"vae: {named}")
         if config["scaling_factor"] != own["scaling_factor"]:
             raise UserError(
                 f"vae: {named} scales its latents by {config['scaling_factor']}, but those of the checkpoint "
                 f"are scaled by {own['scaling_factor']}; use a VAE for this version"
             )
-        return cls(named, None, config, None, is_named=True)
+        return cls(repository, None, config)
 
     @property
-    def identity(self) -> str:
-        """What tells it from others: a digest of its files, or the hub's revision."""
-        return self.file.identity if self.file else identify(self.model_id)
+    def is_named(self) -> bool:
+        """Whether the user named it; else it is the checkpoint's own."""
+        return self.weights.option == "vae"
 
     @property
     def n_halvings(self) -> int:
@@ -70,14 +64,11 @@ class Vae:
         # XL's VAE overflows in float16; its configuration says so, by diffusers' default.
         if is_xl and dtype == torch.float16 and self.config.get("force_upcast", True):
             dtype = torch.float32
-        if self.file:
-            return self.file.load_network(AutoencoderKL, "vae", dtype)
-        option = "vae" if self.is_named else "model"
-        return load_network(AutoencoderKL, self.model_id, self.subfolder, dtype, option)
+        return self.weights.load_network(AutoencoderKL, self.subfolder, dtype)
 
 
-def _load_config(where: str, subfolder: str | None, option: str) -> dict[str, Any]:
-    config = load_config(AutoencoderKL, where, subfolder, "block_out_channels", option=option)
+def _load_config(where: Repository, subfolder: str | None) -> dict[str, Any]:
+    config = where.load_config(AutoencoderKL, subfolder, "block_out_channels")
     return {"scaling_factor": SCALE} | config
 
 

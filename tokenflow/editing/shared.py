@@ -1,6 +1,5 @@
 """What the edits of a sweep have in common, so that it is made once."""
 
-import logging
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -15,8 +14,6 @@ from tokenflow.diffusion.lora import use_loras
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 
 T = TypeVar("T")
-
-log = logging.getLogger("tokenflow")
 
 
 class Shared:
@@ -41,7 +38,6 @@ class Shared:
         """The networks of the checkpoint, with the textual inversions, ControlNets and LoRAs of an edit."""
 
         def load() -> StableDiffusion:
-            log.info("loading %s on %s in %s", config.model_id, device, dtype)
             sd = checkpoint.load(
                 device,
                 dtype,

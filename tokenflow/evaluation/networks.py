@@ -13,7 +13,7 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 
-from tokenflow.diffusion.parts import load_part
+from tokenflow.diffusion.parts import Repository
 from tokenflow.diffusion.prompts import split_weights
 from tokenflow.errors import UserError, blame
 from tokenflow.evaluation.meters import Meter, Moments, Values
@@ -27,7 +27,7 @@ def load(cls: type, model_id: str | None, option: str) -> Any:
     """
     if model_id is None:
         raise UserError(f"{option} names no model")
-    return load_part(cls.from_pretrained, model_id, None, option=option)
+    return Repository(model_id, option).load(cls.from_pretrained, None)
 
 
 class Clip:

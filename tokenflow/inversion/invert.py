@@ -223,10 +223,9 @@ class InversionRun:
     @cached_property
     def sd(self) -> StableDiffusion:
         """The checkpoint, loaded when it is first needed."""
-        config, device = self.config, self.processes.device
-        log.info("loading %s on %s in %s", config.model_id, device, self.dtype)
+        config = self.config
         sd = self.checkpoint.load(
-            device,
+            self.processes.device,
             self.dtype,
             controlnets=config.controlnet_ids,
             cpu_offload=config.cpu_offload,
@@ -326,7 +325,7 @@ class InversionRun:
             return
         config, inversion, n_frames = self.config, self.inversion, self.manifest.n_frames
         parts = (None, None) if config.depth_model else ("depth_estimator", "feature_extractor")
-        where = config.depth_model or self.checkpoint.configuration
+        where = config.depth_model or self.checkpoint.weights.configuration.name
         model = load_depth_model(where, self.processes.device, parts)
         _, _, *size = self.sd.latent_shape(n_frames, config.H, config.W)
         depth = FrameArray(inversion.folder / DEPTH)
