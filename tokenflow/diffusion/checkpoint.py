@@ -10,12 +10,7 @@ from typing import Any, Self
 import torch
 from accelerate import cpu_offload_with_hook
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from tokenflow.diffusion.controlnets import use_controlnets
 from tokenflow.diffusion.ddim import PREDICTION_TYPES, Schedule

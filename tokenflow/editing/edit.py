@@ -215,7 +215,7 @@ class EditRun:
                 adapts = config.batch_size is None
                 batches = Batches(config.frames_at_once, adapts, self.sd.limits, "inversion")
                 noises = tuple(
-                    VideoNoisePredictor(self.sd, prompt, batches, depth=source.depth)
+                    VideoNoisePredictor(self.sd, prompt, batches, depth=self.inversion.depth)
                     for prompt in (self.inversion.prompt, config.prompt)
                 )
                 timesteps, fusion = self.schedule.timesteps, self._consensus_fusion

@@ -29,15 +29,7 @@ TEMPLATE = Path(__file__).with_name("template")
 # Half of a character, which a file's name may hold, becomes an escape that JSON reads.
 TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}
 DIGITS = 4  # of every number
-FORMULA = (
-    "=",
-    "+",
-    "-",
-    "@",
-    "\t",
-    "\r",
-    "\n",
-)  # what a cell begins with that spreadsheets compute
+FORMULA = tuple("=+-@\t\r\n")  # what a cell begins with that spreadsheets compute
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,7 @@ class Subject:
     name: str
     folder: Path  # where its report goes
     frames: dict[str, Path]  # by what it is, SOURCE first: a video or a folder of images
-    shown: dict[
-        str, Sequence[int]
-    ]  # of each video, the frame that belongs to each frame of the edit
+    shown: dict[str, Sequence[int]]  # of each video the frames that belong to those of the edit
     n_frames: int
     fps: Fraction  # of the edit
     resize: str  # how frames of another size than the edit's are fitted

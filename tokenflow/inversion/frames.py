@@ -23,9 +23,7 @@ from util import BLACK, WHITE, fit_frame, save_frames
 T = TypeVar("T")
 log = logging.getLogger("tokenflow")
 
-SAME_SPEED = Fraction(
-    1, 50
-)  # as which another frame rate counts, because nobody hears the difference
+SAME_SPEED = Fraction(1, 50)  # as which another frame rate counts, as nobody hears the difference
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ memory does not grow with the length of the video.
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from tokenflow.config import PreprocessConfig
 from tokenflow.control.control_images import ControlImages
@@ -22,7 +23,7 @@ from tokenflow.diffusion.checkpoint import Checkpoint
 from tokenflow.diffusion.controlnets import check_controlnets
 from tokenflow.diffusion.ddim import GUESSED_FROM, Inverter, Schedule, sample
 from tokenflow.diffusion.device import choose_device
-from tokenflow.diffusion.stable_diffusion import Control, StableDiffusion
+from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.evaluation.report import PAGE
 from tokenflow.evaluation.subject import RECONSTRUCTION, VAE
 from tokenflow.evaluation.verdict import POOR_PSNR
@@ -154,7 +155,9 @@ class InversionRun:
         saved = [(self.schedule.alphas[-1], inversion.latents(CLEAN))]  # the noise levels so far
         with (
             self._stage("Inverting", len(names)) as stage,
-            self._recorder(stage.writer).install() as recorder,
+            RecordingPredictor(
+                self._predictor, self._kept_keyframes, inversion.source_features, stage.writer
+            ).install() as recorder,
         ):
             inverter = Inverter(recorder, self.config.inversion == "fixed_point")
             for levels in self.schedule.divide_inversion(names):
@@ -245,16 +248,10 @@ class InversionRun:
             self.sd,
             prompt,
             Batches(self._frames_per_pass, adapts, self.sd.limits, "inversion"),
-            control=self._read_control if self.sd.controlnet else None,
-            depth=self._read_depth if self.sd.takes_depth else None,
+            depth=self.inversion.depth,
+            images=self._control_images if self.sd.controlnet else None,
+            scales=self.config.control_scales,
         )
-
-    def _read_control(self, frames: torch.Tensor) -> Control:
-        images = self.sd.to_images(self._control_images[frames])
-        return Control.of(images, self.config.control_scales)
-
-    def _read_depth(self, frames: torch.Tensor) -> torch.Tensor:
-        return self.inversion.depth[frames]
 
     @property
     def _frames_per_pass(self) -> int:
@@ -290,12 +287,17 @@ class InversionRun:
         """The frames in chunks that may pass at once."""
         return split_evenly(torch.arange(self.manifest.n_frames), self._frames_per_pass)
 
-    def _stage(self, name: str, n_steps: int = 1) -> AbstractContextManager[Stage]:
-        return Stage.begin(name, self._progress, self.processes, len(self._chunks), n_steps)
-
-    def _recorder(self, writer: WriteBehind) -> RecordingPredictor:
-        files = self.inversion.source_features
-        return RecordingPredictor(self._predictor, self._kept_keyframes, files, writer)
+    @contextmanager
+    def _stage(self, name: str, n_steps: int = 1) -> Iterator[Stage]:
+        """Yield a stage of `n_steps` for each chunk; all processes are done when the block ends."""
+        processes = self.processes
+        total, hidden = n_steps * len(processes.share(self._chunks)), not processes.is_main
+        with (
+            WriteBehind() as writer,
+            tqdm(total=total, desc=name, unit="step", disable=hidden) as bar,
+        ):
+            yield Stage(name, self._progress, processes, writer, bar)
+        processes.wait()
 
     def _create_files(self) -> None:
         config, inversion = self.config, self.inversion

@@ -1,19 +1,21 @@
 """Noise prediction for any frames of one video under one prompt, for inversion and reconstruction."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 
+from tokenflow.control.control_images import ControlImages
 from tokenflow.diffusion.stable_diffusion import Control, StableDiffusion
 from tokenflow.runtime.batching import Batches
+from tokenflow.runtime.frame_array import FrameArray
 
 
 class VideoNoisePredictor:
     """Predicts the noise of a video's frames in batches, throughout a run.
 
-    control: maps frame indices (n,) to the condition of the ControlNets.
-    depth: maps them to their depth (n, 1, h, w), if the UNet takes it.
+    depth: of all frames, (N, 1, h, w), if the UNet takes it.
+    images, scales: what conditions the ControlNets, if there are any.
     """
 
     def __init__(
@@ -21,10 +23,12 @@ class VideoNoisePredictor:
         sd: StableDiffusion,
         prompt: str,
         batches: Batches,
-        control: Callable[[torch.Tensor], Control] | None = None,
-        depth: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        depth: FrameArray | None = None,
+        images: ControlImages | None = None,
+        scales: Sequence[float] = (),
     ) -> None:
-        self.sd, self.batches, self.control, self.depth = sd, batches, control, depth
+        self.sd, self.batches, self.depth = sd, batches, depth
+        self.images, self.scales = images, scales
         self.text = sd.encode_text(prompt)
         self._planned: set[int] = set()  # sizes of passes
 
@@ -37,8 +41,10 @@ class VideoNoisePredictor:
         n = len(frames)
         places = torch.arange(self._size_for(n)).clamp(max=n - 1)
         latents, frames = latents[places], frames[places]
-        control = self.control(frames) if self.control else None
-        depth = self.depth(frames) if self.depth else None
+        depth = None if self.depth is None else self.depth[frames]
+        control = None
+        if self.images:
+            control = Control.of(self.sd.to_images(self.images[frames]), self.scales)
         text = self.text.expand(len(frames))
         return self.sd.predict_noise(latents, t, text, control, depth)[:n]
 

@@ -1,7 +1,6 @@
 """One stage of a run: chunks of frames that the processes divide, each of which is done once."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -25,20 +24,6 @@ class Stage:
     processes: Processes
     writer: WriteBehind
     bar: tqdm
-
-    @classmethod
-    @contextmanager
-    def begin(
-        cls, name: str, progress: Progress, processes: Processes, n_chunks: int, n_steps: int
-    ) -> Iterator["Stage"]:
-        """Yield a stage of `n_steps` for each of all chunks; all processes are done when the block ends."""
-        total, hidden = n_steps * len(processes.share(range(n_chunks))), not processes.is_main
-        with (
-            WriteBehind() as writer,
-            tqdm(total=total, desc=name, unit="step", disable=hidden) as bar,
-        ):
-            yield cls(name, progress, processes, writer, bar)
-        processes.wait()
 
     def missing(
         self, chunks: Sequence[torch.Tensor], files: FrameFiles, part: str = "all", n_steps: int = 1
