@@ -41,7 +41,7 @@ def list_images(folder: Path) -> list[Path]:
             raise UserError(f"{folder}: the name {image.name!r} is not UTF-8; rename that image")
     return sorted(
         images,
-        key=lambda p: [int(s) if s.isdecimal() else s for s in re.split(r"([0-9]+)", p.name)],
+        key=lambda p: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", p.name)],
     )
 
 

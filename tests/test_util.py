@@ -44,6 +44,12 @@ def test_folder_in_natural_order(tmp_path, clip_frames):
         assert np.array_equal(frame, clip_frames[number % 7])
 
 
+def test_names_with_digits_of_two_scripts_have_an_order(tmp_path):
+    for name in ("b.png", "٣1.png", "٣0.png"):
+        (tmp_path / name).touch()
+    assert [path.name for path in util.list_images(tmp_path)] == ["٣0.png", "٣1.png", "b.png"]
+
+
 @pytest.mark.parametrize(
     "size, mode, expected",
     [

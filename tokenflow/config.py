@@ -77,11 +77,6 @@ class PreprocessConfig(ModelConfig, ControlConfig):
             )
 
     @property
-    def frames_at_once(self) -> int:
-        """Frames in one UNet pass, if they fit in memory."""
-        return self.batch_size or 16
-
-    @property
     def controlnet_ids(self) -> tuple[str, ...]:
         """Hub ids or folders of the ControlNets that condition the inversion, if any do."""
         conditioned = VERSIONS[self.sd_version].conditioned

@@ -57,10 +57,9 @@ class SingleFile:
         version: of the versions that have the same weights' layout, the one whose configuration is taken if
         none lies beside the file. Raises UserError for a file that is missing, broken, or of another layout.
         """
-        path = _find_path(model_id, "model")
-        if path is None:
+        if (file := _read_file(model_id, "model")) is None:
             return None
-        weights = _read_weights(path, "model")
+        path, weights = file
         versions = _find_versions(path, weights)
         for folder in (path.with_suffix(""), path.parent):
             if (folder / "unet" / "config.json").is_file():
@@ -81,10 +80,9 @@ class SingleFile:
 
         Raises UserError for a file that is missing, broken, or holds no VAE.
         """
-        path = _find_path(vae, "vae")
-        if path is None:
+        if (file := _read_file(vae, "vae")) is None:
             return None
-        weights = _read_weights(path, "vae")
+        path, weights = file
         if not any(name.startswith(PREFIXES["vae"]) for name in weights):
             raise UserError(f"vae: {path} holds no weights of a VAE")
         return cls(path, configuration, weights, option="vae")
@@ -130,25 +128,23 @@ class SingleFile:
         return check_whole(network, f"{self.option}: {self.path}")
 
 
-def _find_path(name: str, option: str) -> Path | None:
-    """The path of a file of weights; None for the name of a folder or a hub id."""
+def _read_file(name: str, option: str) -> tuple[Path, Weights] | None:
+    """The path of a file, and its weights by name; None for the name of a folder or a hub id.
+
+    Raises UserError.
+    """
     path = Path(name)
     if path.suffix.lower() not in SUFFIXES:
         return None
     if not path.is_file():
         raise UserError(f"{option}: {path}: no such file")
-    return path
-
-
-def _read_weights(path: Path, option: str) -> Weights:
-    """The weights in a file, by name. Raises UserError."""
     try:
         if path.suffix.lower() == ".safetensors":
-            return load_file(path)
+            return path, load_file(path)
         is_mapped = zipfile.is_zipfile(path)
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
         weights = weights.get("state_dict", weights)
-        return {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}
+        return path, {key: value for key, value in weights.items() if torch.is_tensor(value)}
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{option}: {path} holds more than weights, and reading it could run any program; "

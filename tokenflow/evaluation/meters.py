@@ -33,7 +33,8 @@ Means = dict[str, dict[str, float]]  # by metric and video
 # In the order of tables. How a page shows them is in template/page.js.
 METRICS = (
     "warp_1 warp_4 warp_8 sharpness drift flicker clip_prompt clip_frames structure psnr ssim lpips"
-).split()
+)
+METRICS = METRICS.split()
 
 
 class Meter(Protocol):

@@ -54,6 +54,7 @@ from util import load_frames, read_frames, save_frames
 
 log = logging.getLogger("tokenflow")
 
+FRAMES_AT_ONCE = 16  # on a CPU, if they fit in memory
 FEW_STEPS = 20  # with fewer, fixed-point iteration has further to go from its guess in each
 
 
@@ -255,8 +256,8 @@ class InversionRun:
 
     @property
     def _frames_per_pass(self) -> int:
-        chosen, default = self.config.batch_size, self.config.frames_at_once
-        return frames_per_pass(chosen, default, n_streams=1, device=self.processes.device)
+        chosen, device = self.config.batch_size, self.processes.device
+        return frames_per_pass(chosen, FRAMES_AT_ONCE, n_streams=1, device=device)
 
     @property
     def _progress(self) -> Progress:
@@ -352,6 +353,6 @@ class InversionRun:
 
     def _is_better_without_prompt(self) -> bool:
         clean = self.inversion.latents(CLEAN)
-        clean = clean[torch.arange(min(len(clean), self.config.frames_at_once))]
+        clean = clean[torch.arange(min(len(clean), self._frames_per_pass))]
         empty, seed = self._predictor_for(""), self.config.seed
         return self._predictor.measure_error(clean, seed) > empty.measure_error(clean, seed)
