@@ -273,7 +273,7 @@ def predict_by_reference(edit, source, latents, motion=None):
         config.propagation,
         window=config.keyframe_window,
         motion=motion,
-        own_weight=int(config.own_token_weight),
+        own_weight=int(config.resolve("own_weight")),
     )
     n_frames, interval = len(source), config.keyframe_interval
     keyframes = KeyframeSchedule(n_frames, interval, (FIRST,), SEED).draw()[FIRST]
@@ -283,13 +283,13 @@ def predict_by_reference(edit, source, latents, motion=None):
     _, uncond, cond, unedited = reference.predict(*passed)
     nearest = reference.nearest[finest_layer(sd.unet)]
     stronger = torch.full((n_frames, 1, 1, 1), config.guidance_scale - 1)
-    if config.share_kept:
+    if config.resolve("relevance"):
         relevant = find_relevance_by_hand(
             cond[keyframes], unedited[keyframes], reference._groups(len(keyframes))[0][0]
         )[:, None]
-        relevant = 1 - config.share_kept * (1 - relevant)
+        relevant = 1 - config.resolve("relevance") * (1 - relevant)
         stronger = propagate_by_hand(relevant * (config.guidance_scale - 1), nearest, n_frames)
-    if config.guides_every_frame:
+    if config.resolve("guidance") == "every_frame":
         return cond + stronger * (cond - uncond), nearest, keyframes
     difference = (stronger * (cond - uncond))[keyframes]
     return cond + propagate_by_hand(difference, nearest, n_frames), nearest, keyframes

@@ -15,6 +15,14 @@ MAX_FRAMES, MAX_SIZE = 10**6, 2**14  # frames (eleven hours of video); pixels
 RESIZE = ("crop", "stretch", "pad")
 # Options that change how an inversion or an edit is computed, but not its result.
 HOW = ("batch_size", "device", "cpu_offload", "compile", "resume", "overwrite")
+# What None stands for in an edit, by its propagation; previous is the published algorithm.
+IF_NONE = {
+    "guidance": {"flanking": "keyframes", "previous": "every_frame"},
+    "relevance": {"flanking": 1.0, "previous": 0},
+    "own_weight": {"flanking": 3.0, "previous": 1.0},
+    "consensus": {"flanking": 3, "previous": 0},
+    "fuse": {"flanking": 1, "previous": 0},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,36 +192,10 @@ class EditConfig(ModelConfig):
         """The user's own mask, if there is one."""
         return None if self.mask in ("none", "auto") else Path(self.mask)
 
-    @property
-    def consensus_count(self) -> int:
-        """How often the frames' predictions are averaged."""
-        return self._unless_published(self.consensus, 3)
-
-    @property
-    def fuse_distance(self) -> int:
-        """Frames on each side that finished frames are averaged with."""
-        return self._unless_published(self.fuse, 1)
-
-    @property
-    def guides_every_frame(self) -> bool:
-        """Whether the negative prompt is evaluated for every frame in every step."""
-        return self._unless_published(self.guidance, "keyframes", "every_frame") == "every_frame"
-
-    @property
-    def share_kept(self) -> float:
-        """How much weaker guidance is where the prompts agree, 0 to 1."""
-        return self._unless_published(self.relevance, 1.0)
-
-    @property
-    def own_token_weight(self) -> float:
-        """How often a keyframe's own tokens count in extended attention."""
-        return self._unless_published(self.own_weight, 3.0, 1.0)
-
-    def _unless_published(self, value: Any, default: Any, published: Any = 0) -> Any:
-        """An option's value; if the user gave none, the default, or what the published algorithm does."""
-        if value is None:
-            return default if self.propagation == "flanking" else published
-        return value
+    def resolve(self, name: str) -> Any:
+        """The value of an option, or what stands for None if the user gave none."""
+        value = getattr(self, name)
+        return IF_NONE[name][self.propagation] if value is None else value
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from huggingface_hub import constants, model_info, snapshot_download
 from safetensors import safe_open
 
 from tokenflow.diffusion.identity import digest_files
-from tokenflow.errors import UserError, describe, is_out_of_resources
+from tokenflow.errors import UserError, blame, describe, is_out_of_resources
 
 SUFFIXES = (".json", ".txt", ".safetensors", ".bin")  # of the files that identify a repository
 HUB_TIMEOUT = 10  # seconds
@@ -161,31 +161,23 @@ def _refuse_broken(option: str, folder: Path, failure: Exception) -> None:
     """Raise UserError if `folder` holds a part of a checkpoint that cannot be read."""
     files = sorted(path for path in folder.glob("*") if path.is_file())
     for path in files:
-        if reason := _find_damage(path):
-            raise UserError(
-                f"{option}: {path} is broken: {reason}; copy or download the checkpoint again"
-            ) from failure
+        with blame(f"{option}: {path} is broken", remedy="copy or download the checkpoint again"):
+            _check_file(path)
     if any(path.suffix in (".safetensors", ".bin") for path in files):
         raise UserError(f"{option}: {folder} cannot be loaded: {describe(failure)}") from failure
 
 
-def _find_damage(path: Path) -> str:
-    """Why a file of a checkpoint cannot be read; empty if it can."""
-    try:
-        if path.stat().st_size == 0:
-            return "it is empty"
-        if path.suffix == ".json":
-            json.loads(path.read_text(encoding="utf-8"))
-        elif path.suffix == ".safetensors":
-            with safe_open(path, "pt"):
-                pass
-        elif path.suffix == ".bin":
-            torch.load(path, map_location="meta", weights_only=True)
-    except Exception as error:  # each format fails in its own way
-        if is_out_of_resources(error):
-            raise
-        return describe(error)
-    return ""
+def _check_file(path: Path) -> None:
+    """Read a file of a checkpoint as far as shows whether it can be read. Raises what its format raises."""
+    if path.stat().st_size == 0:
+        raise ValueError("it is empty")
+    if path.suffix == ".json":
+        json.loads(path.read_text(encoding="utf-8"))
+    elif path.suffix == ".safetensors":
+        with safe_open(path, "pt"):
+            pass
+    elif path.suffix == ".bin":
+        torch.load(path, map_location="meta", weights_only=True)
 
 
 @functools.cache

@@ -185,7 +185,7 @@ class Denoiser:
         difference = find_difference(noise[COND], noise[UNEDITED])
         self.groups = self.groups or find_groups(difference)
         agreement = 1 - find_relevance(difference, self.groups)
-        return 1 + (scale - 1) * (1 - self.config.share_kept * agreement)
+        return 1 + (scale - 1) * (1 - self.config.resolve("relevance") * agreement)
 
     def predict_noise(
         self,
@@ -290,7 +290,7 @@ class TokenFlowDenoiser(Denoiser):
         frames, streams = planned.keyframes[joint.edited], planned.key_streams
         joint.inject_attention = planned.injects_attention
         joint.inject_features = planned.injects_features
-        joint.own_weight = self.config.own_token_weight
+        joint.own_weight = self.config.resolve("own_weight")
         self.tokenflow.task, edited = joint, latents[frames]
 
         def predict(n_streams: int) -> dict[int, torch.Tensor]:

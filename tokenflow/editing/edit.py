@@ -174,7 +174,7 @@ class EditRun:
             prompts=(self.inversion.prompt, config.negative_prompt, config.prompt),
             config=config,
             consensus=Consensus(
-                self.sd, self._consensus_fusion, choose_steps(total, config.consensus_count)
+                self.sd, self._consensus_fusion, choose_steps(total, config.resolve("consensus"))
             ),
             mask=self._mask,
         )
@@ -258,7 +258,7 @@ class EditRun:
 
     def _decode(self, edited: FrameArray) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
         """Yield frames (n,) and their pictures, uint8 RGB (n, H, W, 3), averaged if the edit fuses them."""
-        reach, processes = self.config.fuse_distance, self.processes
+        reach, processes = self.config.resolve("fuse"), self.processes
         fusion = self._fusion("fuse", range(1, reach + 1)) if reach else None
         if fusion:
             fusion.begin()

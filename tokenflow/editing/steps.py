@@ -49,7 +49,7 @@ def plan_guidance(
     """The guidance of each of the steps of an edit, of which some end with a consensus."""
     if config.guidance_scale == 1:
         plan = [Guidance.NONE] * n_steps
-    elif config.guides_every_frame:
+    elif config.resolve("guidance") == "every_frame":
         plan = [Guidance.EVERY_FRAME] * n_steps
     else:
         plan = [Guidance.KEYFRAMES] * n_steps
@@ -117,7 +117,9 @@ class Steps:
         averaged = consensus.steps if consensus else ()
         self.guidance = [*plan_guidance(config, n_steps, averaged), Guidance.NONE]
         inverted, _, prompt = prompts
-        self.compares_prompts = bool(config.share_kept and inverted.strip() and inverted != prompt)
+        self.compares_prompts = bool(
+            config.resolve("relevance") and inverted.strip() and inverted != prompt
+        )
         schedule = plan_keyframes(config, scheduler, source.n_frames)
         if config.propagation == "previous":  # the authors' code draws none for skipped steps
             schedule = replace(schedule, timesteps=technique.schedule.timesteps)
