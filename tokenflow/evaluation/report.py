@@ -156,8 +156,5 @@ def _as_url(picture: np.ndarray) -> str:
 
 
 def _round(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _round(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [_round(v) for v in value]
-    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+    """What JSON holds of a value, all numbers in it rounded."""
+    return json.loads(json.dumps(value), parse_float=lambda n: float(f"{float(n):.{DIGITS}g}"))
