@@ -15,11 +15,12 @@ from test_depth import build_depth_model
 
 from tokenflow.control.depth import load_depth_model
 from tokenflow.diffusion import checkpoint as checkpoints
-from tokenflow.diffusion import identity, lora
+from tokenflow.diffusion import lora
 from tokenflow.diffusion import single_file as single_files
 from tokenflow.diffusion.checkpoint import Checkpoint
 from tokenflow.diffusion.parts import Repository
 from tokenflow.errors import UserError
+from tokenflow.runtime import digests
 from tokenflow.video.read import decode_frames
 
 CPU = torch.device("cpu")
@@ -67,16 +68,16 @@ def test_identity_is_not_where_a_checkpoint_lies(checkpoint, tmp_path, monkeypat
 
 
 def test_identity_of_what_is_large_and_of_the_hub(tmp_path, monkeypatch):
-    monkeypatch.setattr(identity, "BLOCKS", 4)
-    monkeypatch.setattr(identity, "BLOCK_BYTES", 8)
-    large, digests = tmp_path / "large.safetensors", set()
+    monkeypatch.setattr(digests, "BLOCKS", 4)
+    monkeypatch.setattr(digests, "BLOCK_BYTES", 8)
+    large, found = tmp_path / "large.safetensors", set()
     for place in (None, 0, 33, 99):  # the first byte, one in the middle, the last
         content = bytearray(100)
         if place is not None:
             content[place] = 1
         large.write_bytes(content)
-        digests.add(Repository(str(tmp_path)).identify())
-    assert len(digests) == 4
+        found.add(Repository(str(tmp_path)).identify())
+    assert len(found) == 4
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     cached = tmp_path / "models--someone--model"
     for revision in ("a" * 40, "b" * 40):

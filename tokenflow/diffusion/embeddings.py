@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from tokenflow.diffusion.identity import digest_files
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.errors import UserError, blame
+from tokenflow.runtime.digests import digest_files
 
 
 def use_embeddings(sd: StableDiffusion, files: Sequence[str]) -> StableDiffusion:

@@ -17,11 +17,11 @@ from huggingface_hub import hf_hub_download, model_info
 from safetensors.torch import load_file
 from torch import nn
 
-from tokenflow.diffusion.identity import digest_files
 from tokenflow.diffusion.lycoris import is_plain, to_lora, unflatten
 from tokenflow.diffusion.parts import find_folder, on_hub
 from tokenflow.diffusion.stable_diffusion import StableDiffusion
 from tokenflow.errors import UserError, blame
+from tokenflow.runtime.digests import digest_files
 
 OTHER_FILES = ("scheduler", "optimizer", "checkpoint")  # in the names of what is no LoRA
 

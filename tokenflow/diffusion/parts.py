@@ -16,8 +16,8 @@ import transformers
 from huggingface_hub import constants, model_info, snapshot_download
 from safetensors import safe_open
 
-from tokenflow.diffusion.identity import digest_files
 from tokenflow.errors import UserError, blame, describe, is_out_of_resources
+from tokenflow.runtime.digests import digest_files
 
 SUFFIXES = (".json", ".txt", ".safetensors", ".bin")  # of the files that identify a repository
 HUB_TIMEOUT = 10  # seconds

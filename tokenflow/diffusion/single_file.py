@@ -20,10 +20,10 @@ from diffusers.loaders.single_file_utils import (
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from tokenflow.diffusion.identity import digest_files
 from tokenflow.diffusion.parts import Repository, check_whole, find_folder, on_hub
 from tokenflow.diffusion.versions import VERSIONS
 from tokenflow.errors import UserError, describe, is_out_of_resources
+from tokenflow.runtime.digests import digest_files
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
 # How the names of a network's weights begin.

@@ -219,7 +219,7 @@ class FrameFiles:
     def read(self, frames: torch.Tensor) -> Iterator[bytes]:
         """All bytes of the frames (n,)."""
         for array in self.arrays:
-            yield array.bytes_of(frames)
+            yield array[frames].numpy().tobytes()
         for index in frames.tolist() if self.images else ():
             yield frame_path(self.images, index).read_bytes()
 

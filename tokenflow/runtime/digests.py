@@ -1,14 +1,15 @@
-"""Digests of the files that a run leaves, so that a later run notices damage before it uses them."""
+"""Digests: of the files that a run leaves, which reveal damage later, and of large ones that it is given."""
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tokenflow.errors import DamagedError
 
 NAME = "digests.json"
+BLOCKS, BLOCK_BYTES = 1024, 1 << 16  # of a file that is too large to be read whole
 
 
 def digest_of(parts: Iterable[bytes]) -> str:
@@ -23,6 +24,22 @@ def file_digest(path: Path) -> str:
     """The digest of a file's bytes. It releases the interpreter lock, so that threads run side by side."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def digest_files(files: Mapping[str, Path]) -> str:
+    """A digest of files by name, which may be large: of each its size, and blocks spread over all of it."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, path in files.items():
+        size = path.stat().st_size
+        digest.update(f"{name} {size}\n".encode())
+        with path.open("rb") as file:
+            if size <= BLOCKS * BLOCK_BYTES:
+                digest.update(file.read())
+                continue
+            for block in range(BLOCKS):  # the last one ends with the file
+                file.seek((size - BLOCK_BYTES) * block // (BLOCKS - 1))
+                digest.update(file.read(BLOCK_BYTES))
+    return digest.hexdigest()
 
 
 def seal(folder: Path) -> None:

@@ -37,10 +37,6 @@ class FrameArray:
         if not fits:
             FrameArray.create(self.path, shape, dtype)
 
-    def bytes_of(self, frames: torch.Tensor) -> bytes:
-        """The bytes of the frames (n,) in the file."""
-        return self[frames].numpy().tobytes()
-
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the whole tensor, frames first."""
