@@ -1,6 +1,5 @@
 """How good a reconstruction is: what is measured of it, in a sentence and as a page."""
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,15 +30,10 @@ class Quality:
     @classmethod
     def measure(cls, inversion: Inversion, n_frames: int, device: torch.device) -> "Quality":
         """Compare the frames of an inversion; PSNR and SSIM are computed on a device."""
-        folders = inversion.list_videos()
-        moments = read_together(list(folders.values()), n_frames)
-        columns = {name: column for column, name in enumerate(folders) if name != SOURCE}
-        curves = name_curves(measure(moments, [BesideSource(device)]), columns)
-        if RECONSTRUCTION not in folders:
-            return cls(curves, {})
-        moments = read_together([inversion.vae, inversion.reconstruction], n_frames)
-        measured = measure(moments, [BesideSource(device)])
-        return cls(curves, name_curves(measured, {RECONSTRUCTION: 1}))
+        videos = inversion.list_videos()
+        curves = compare(videos, n_frames, device)
+        del videos[SOURCE]
+        return cls(curves, compare(videos, n_frames, device) if len(videos) > 1 else {})
 
     def psnr(self, name: str) -> float:
         """The mean PSNR of a video against the source."""
@@ -62,10 +56,12 @@ class Quality:
         return f"PSNR {psnr:.2f} dB, SSIM {ssim:.3f}"
 
 
-def read_together(folders: Sequence[Path], n_frames: int) -> Iterator[np.ndarray]:
-    """Yield each moment of several videos, uint8 RGB (videos, H, W, 3)."""
-    videos = (read_frames(folder, n_frames) for folder in folders)
-    return map(np.stack, zip(*videos, strict=True))
+def compare(folders: dict[str, Path], n_frames: int, device: torch.device) -> Curves:
+    """PSNR, SSIM and sharpness of the frames in several folders against those in the first one."""
+    videos = (read_frames(folder, n_frames) for folder in folders.values())
+    moments = map(np.stack, zip(*videos, strict=True))
+    measured = measure(moments, [BesideSource(device)])
+    return name_curves(measured, {name: column for column, name in enumerate(folders)})
 
 
 def write_page(inversion: Inversion, manifest: Manifest, curves: Curves) -> None:
