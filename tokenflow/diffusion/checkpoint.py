@@ -134,10 +134,10 @@ class Checkpoint:
         compiled: the UNet is compiled, in its first passes. clip_skip: see `StableDiffusion`.
         """
         log.info("loading %s on %s in %s", self.model_id, device, dtype)
-        load_network = self.weights.load_network
+        where, load_network = self.weights.configuration, self.weights.load_network
         sd = StableDiffusion(
             vae=self.vae.load(dtype, self.is_xl),
-            tokenizer=self._load_tokenizer("tokenizer"),
+            tokenizer=where.load(CLIPTokenizer.from_pretrained, "tokenizer"),
             text_encoder=load_network(CLIPTextModel, "text_encoder", dtype),
             unet=load_network(UNet2DConditionModel, "unet", dtype),
             scheduler=self.scheduler,
@@ -151,7 +151,7 @@ class Checkpoint:
             second = load_network(CLIPTextModelWithProjection, "text_encoder_2", dtype)
             sd = replace(
                 sd,
-                tokenizer_2=self._load_tokenizer("tokenizer_2"),
+                tokenizer_2=where.load(CLIPTokenizer.from_pretrained, "tokenizer_2"),
                 text_encoder_2=second,
                 zero_if_empty=self._is_zero_if_empty(),
             )
@@ -172,9 +172,6 @@ class Checkpoint:
             torch._dynamo.config.recompile_limit = GRAPHS
             sd.unet.compile()
         return use_controlnets(sd, controlnets)
-
-    def _load_tokenizer(self, subfolder: str) -> CLIPTokenizer:
-        return self.weights.configuration.load(CLIPTokenizer.from_pretrained, subfolder)
 
     def _is_zero_if_empty(self) -> bool:
         """Whether XL's empty prompt is embedded as zeros: it was trained so, and diffusers assumes it."""
