@@ -59,10 +59,7 @@ def control_identity(config: ControlConfig) -> str | None:
 
 def identify_networks(config: PreprocessConfig | ControlNetConfig) -> list[str]:
     """What tells the ControlNets from others, and the depth model if one is named."""
-    networks, depth = (
-        [Repository(name).identify() for name in config.controlnet_ids],
-        config.depth_model,
-    )
-    if depth:  # a hub id as it is, since nothing has been downloaded yet
+    networks = [Repository(name).identify() for name in config.controlnet_ids]
+    if depth := config.depth_model:  # a hub id as it is, since nothing has been downloaded yet
         networks.append(Repository(depth).identify() if Path(depth).is_dir() else depth)
     return networks

@@ -15,10 +15,9 @@ SHARED_KEYS = ("cross_attention_dim", "block_out_channels", "in_channels")  # wi
 
 def check_controlnets(controlnets: Sequence[str]) -> None:
     """Before weights are loaded, raise UserError for a ControlNet that is not there."""
-    for controlnet in controlnets:
-        Repository(controlnet, "controlnet").load_config(
-            ControlNetModel, None, "block_out_channels"
-        )
+    for name in controlnets:
+        repository = Repository(name, "controlnet")
+        repository.load_config(ControlNetModel, None, "block_out_channels")
 
 
 def use_controlnets(sd: StableDiffusion, controlnets: Sequence[str]) -> StableDiffusion:

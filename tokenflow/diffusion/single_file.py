@@ -93,22 +93,19 @@ class SingleFile:
 
     def load_network(self, cls: type, subfolder: str, dtype: torch.dtype) -> torch.nn.Module:
         """A network, ready to run. Raises UserError if the weights are not of its configuration."""
+        described = self.configuration
         if not any(name.startswith(PREFIXES[subfolder]) for name in self.weights):
-            beside = Path(self.configuration.name, subfolder)
+            beside = Path(described.name, subfolder)
             if any(beside.glob("*.safetensors")) or any(beside.glob("*.bin")):
-                return self.configuration.load_network(cls, subfolder, dtype)
+                return described.load_network(cls, subfolder, dtype)
             raise UserError(
                 f"{self.option}: {self.path} holds no weights of a {subfolder}; put a folder in diffusers "
                 f"layout that has them beside the file, named {self.path.stem}"
             )
         is_text_encoder = issubclass(cls, PreTrainedModel)
         read_config = cls.config_class.from_pretrained if is_text_encoder else cls.load_config
-        self.configuration.load(read_config, subfolder)  # from now on it is on disk
-        where = {
-            "config": self.configuration.name,
-            "subfolder": subfolder,
-            "local_files_only": True,
-        }
+        described.load(read_config, subfolder)  # from now on it is on disk
+        where = {"config": described.name, "subfolder": subfolder, "local_files_only": True}
         try:
             if is_text_encoder:
                 network = create_diffusers_clip_model_from_ldm(
@@ -123,7 +120,7 @@ class SingleFile:
             reason = "some weights are missing" if is_part else describe(error)
             raise UserError(
                 f"{self.option}: {self.path}: its {subfolder} is not of the configuration "
-                f"{self.configuration.name}: {reason}"
+                f"{described.name}: {reason}"
             ) from error
         return check_whole(network, f"{self.option}: {self.path}")
 
