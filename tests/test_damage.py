@@ -178,7 +178,7 @@ def test_inversions_are_told_apart_by_content(finished, checkpoint):
     folder, inversion, _, invert, _ = finished
     shutil.copytree(folder / "latents", folder / "moved", dirs_exist_ok=True)
     shutil.copy(folder / "clip.mp4", folder / "elsewhere.mp4")
-    shutil.copytree(inversion.parents[1], inversion.parents[1].with_name("elsewhere"))
+    copy = shutil.copytree(inversion.parents[1], inversion.parents[1].with_name("elsewhere"))
     (folder / "tiny").symlink_to(checkpoint)
     for changes in (
         ["--data_path", folder / "clip.mp4", "--save_dir", folder / "moved"],
@@ -195,6 +195,7 @@ def test_inversions_are_told_apart_by_content(finished, checkpoint):
         result = run("preprocess.py", *invert, *changes, cwd=folder)
         refusal(result, inversion.relative_to(folder), *words, "--overwrite replaces it")
     assert (inversion / "manifest.json").read_bytes() == before
+    shutil.rmtree(copy)  # evaluate.py would find it, too
 
 
 @pytest.mark.parametrize(

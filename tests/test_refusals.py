@@ -215,7 +215,7 @@ BROKEN = [
     (VAE, {"layers_per_block": 10**9}, "its vae is broken: layers_per_block"),
     (TEXT, {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
     (TEXT, {"num_hidden_layers": -1}, "num_hidden_layers is -1"),
-    (UNET, {"down_block_types": ["DownBlock2D"]}, "none of Stable Diffusion 1 or 2.*up_block_types"),
+    (UNET, {"down_block_types": ["DownBlock2D"]}, "none of Stable Diffusion 1 or 2.*down_block_types"),
     (SCHEDULE, b'{"_class_name": "EDMEulerScheduler"}', "EDMEulerScheduler has no betas"),
     (SCHEDULE, b'{"_class_name": "FlowMatch"}', "FlowMatch has no betas"),
     (SCHEDULE, {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, "pure noise.*epsilon"),
