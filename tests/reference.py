@@ -304,8 +304,8 @@ def find_relevance_by_hand(cond, unedited, deciding):
     weak = [v for v in values if v <= threshold]
     strong = [v for v in values if v > threshold]
     weak, strong = sum(weak) / len(weak), sum(strong) / len(strong)
-    floor = min(weak, strong - weak)
-    return ((around - floor) / (strong - floor)).clamp(0, 1)
+    whole, floor = (weak + strong) / 2, min(weak, strong - weak)
+    return ((around - floor) / (whole - floor)).clamp(0, 1)
 
 
 def propagate_by_hand(maps, nearest, n_frames):

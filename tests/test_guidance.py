@@ -126,9 +126,9 @@ def test_guidance_where_prompts_differ():
     relevance = find(cond, unedited)
     assert relevance.shape == (1, 1, 12, 12)
     assert (relevance[..., :4] == 0).all() and (relevance[..., 8:] == 1).all()
-    assert (relevance[0, 0, 5, 4:9].diff() > 0)[:3].all()
+    assert 0 < relevance[0, 0, 5, 4] < relevance[0, 0, 5, 5] < 1
     cond[..., :6] = 1.6  # now the prompts differ everywhere, in half of the frame a little less
-    assert (find(cond, unedited)[..., :4] - 0.75).abs().max() < 0.05
+    assert (find(cond, unedited)[..., :4] - 0.86).abs().max() < 0.05
     assert (find(cond, cond) == 0).all()
 
 

@@ -57,12 +57,12 @@ def find_relevance(
 ) -> torch.Tensor:
     """How far the prompts differ at each place, 0 to 1: (n, 1, h, w).
 
-    difference: of `find_difference`. groups: of `find_groups`. Weak differences count as none, if the groups
-    are far apart: else the prompts differ everywhere, here more and there less.
+    difference: of `find_difference`. groups: of `find_groups`. It is 1 from half of the way between them on.
+    Weak differences count as none, if the groups are far apart: else the prompts differ everywhere.
     """
     weak, strong = groups
-    floor = torch.minimum(weak, strong - weak)
-    return ((difference - floor) / (strong - floor).clamp(min=1e-12)).clamp(0, 1)
+    whole, floor = (weak + strong) / 2, torch.minimum(weak, strong - weak)
+    return ((difference - floor) / (whole - floor).clamp(min=1e-12)).clamp(0, 1)
 
 
 def propagate_maps(maps: torch.Tensor, nearest: torch.Tensor, blended: BlendedRows) -> torch.Tensor:
