@@ -58,7 +58,7 @@ class Checkpoint:
         weights = SingleFile.find(model_id, version) or Repository(model_id)
         where = weights.configuration
         unet = where.load_config(UNet2DConditionModel, "unet", "block_out_channels")
-        find_layout(unet)
+        find_layout(unet)  # refuses those whose layers are not known
         if (channels := unet.get("in_channels")) not in CHANNELS:
             raise UserError(
                 f"model: {model_id}: its UNet takes {channels} channels, not 4, or 5 with depth; checkpoints "

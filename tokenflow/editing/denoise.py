@@ -107,13 +107,14 @@ def denoise(denoiser: "Denoiser", checkpoint: EditCheckpoint) -> Iterator[int]:
         with checkpoint.writing(step + 1, coming.needs_memory) as (cleaner, remembered):
             chunks = share(denoiser.divide(step))
             for frames, noise, difference in denoiser.predict(latents, step, chunks, memory):
-                moved = ddim_step(latents[frames], noise, *alphas)
+                edited = latents[frames]
+                moved = ddim_step(edited, noise, *alphas)
                 check_finite(moved, f"the edited latents at timestep {t}")
                 cleaner[frames] = edit.confine(moved, step + 1, frames)
                 if consensus:
-                    consensus.note(frames, predict_x0(latents[frames], noise, alphas[0]))
+                    consensus.note(frames, predict_x0(edited, noise, alphas[0]))
                 if coming is Guidance.ALONE:
-                    remembered[frames] = predict_x0(latents[frames], noise, alphas[0])
+                    remembered[frames] = predict_x0(edited, noise, alphas[0])
                 elif coming is Guidance.REUSED:
                     remembered[frames] = difference
             if consensus:
