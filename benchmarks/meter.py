@@ -41,6 +41,13 @@ def find_seconds(run: Callable[[], object], repeats: int = 5) -> float:
     return timer.timeit(repeats).mean
 
 
+def find_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """The operations per second of large products of matrices, which no pass exceeds."""
+    width = 8192 if device.type == "cuda" else 1024
+    matrix = torch.randn(width, width, device=device, dtype=dtype)
+    return 2 * width**3 / find_seconds(lambda: matrix @ matrix)
+
+
 class Meter:
     """Measures stages by name. One that `counts` takes more time than it would without."""
 

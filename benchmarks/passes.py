@@ -23,7 +23,7 @@ from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.arguments import benchmark_parser
-from benchmarks.meter import find_seconds
+from benchmarks.meter import find_peak, find_seconds
 from benchmarks.random_checkpoint import VERSIONS, save_random
 from benchmarks.report import markdown, write_report
 from tokenflow.diffusion.checkpoint import Checkpoint
@@ -78,10 +78,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="to measure")
     args = parser.parse_args()
     device, dtype = choose_device(args.device, args.dtype)
-    width = 8192 if device.type == "cuda" else 1024
-    matrix = torch.randn(width, width, device=device, dtype=dtype)
-    peak = 2 * width**3 / find_seconds(lambda: matrix @ matrix)
-    rows = []
+    peak, rows = find_peak(device, dtype), []
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Checkpoint.find(
             str(save_random(Path(folder) / "checkpoint", args.version, device, dtype))

@@ -20,7 +20,7 @@ import torch
 from benchmarks.arguments import benchmark_parser
 from benchmarks.clips import held_out_clips
 from benchmarks.commands import Commands, Method
-from benchmarks.meter import Meter, find_seconds
+from benchmarks.meter import Meter, find_peak, find_seconds
 from benchmarks.random_checkpoint import VERSIONS, save_random
 from benchmarks.report import markdown, write_report
 from tokenflow.diffusion.device import choose_device
@@ -86,8 +86,7 @@ def run_commands(args: argparse.Namespace, folder: Path, meter: Meter) -> None:
 
 def compare_with_peak(device: torch.device, edit: dict) -> dict:
     """What the GPU can do at best, and the fused search for nearest tokens beside its reference."""
-    matrix = torch.randn(8192, 8192, device=device, dtype=torch.float16)
-    peak = 2 * len(matrix) ** 3 / find_seconds(lambda: matrix @ matrix) / 1e12
+    peak = find_peak(device, torch.float16) / 1e12
     searches = []
     for n_tokens, depth in ((4096, 320), (1024, 640), (256, 1280)):
         tokens = torch.randn(8, n_tokens, depth, device=device, dtype=torch.float16)
