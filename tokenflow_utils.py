@@ -17,8 +17,7 @@ The algorithm of Geyer et al., TokenFlow (ICLR 2024, arXiv 2307.10373):
 In the first steps Plug-and-Play gives the edit the source's queries, keys and features. Pure tensor functions
 come first in this file; then `install_tokenflow` puts them into a diffusers UNet.
 
-Streams: the source, and the edit under the negative prompt (uncond), under the prompt (cond), and under the
-source's prompt (unedited), which shows where the prompts differ.
+Streams: the source, and the edit under the negative prompt (uncond) and under the prompt (cond).
 Shapes: (n, s, d) = frames, tokens, channels of one stream.
 Indices: a *frame* of the video, a *position* among a timestep's keyframes, a *row* of the cache.
 """
@@ -37,7 +36,7 @@ from tokenflow.diffusion.layouts import find_layout
 from tokenflow.propagation.cache import BlendedRows, KeyframeCache
 from tokenflow.propagation.correspondences import FlowCorrespondences, find_correspondences
 
-STREAMS = SOURCE, UNCOND, COND, UNEDITED = 0, 1, 2, 3
+STREAMS = SOURCE, UNCOND, COND = 0, 1, 2
 
 
 def attention(

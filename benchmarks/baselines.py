@@ -6,9 +6,8 @@ import torch
 
 from tokenflow.editing.denoise import Denoiser, Latents
 from tokenflow.editing.guidance import guide
-from tokenflow.editing.steps import Guidance
 from tokenflow.runtime.frame_array import FrameArray
-from tokenflow_utils import SOURCE, JointEdit
+from tokenflow_utils import STREAMS, JointEdit
 
 
 class FrameByFrame(Denoiser):
@@ -25,7 +24,6 @@ class FrameByFrame(Denoiser):
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """As `Denoiser.predict`, chunk by chunk."""
         planned = self.steps.plan(step)
-        streams = (SOURCE, *self.steps.choose_streams(Guidance.EVERY_FRAME))
         for frames in chunks:
             self.tokenflow.cache.keep([])
             self.tokenflow.task = JointEdit(
@@ -34,9 +32,8 @@ class FrameByFrame(Denoiser):
                 inject_features=planned.injects_features,
                 extended=self.extended,
             )
-            noise = self.predict_noise(latents[frames], planned.t, frames, streams)
-            self.strong = None
-            yield frames, *guide(noise, self.find_scale(noise))
+            noise = self.predict_noise(latents[frames], planned.t, frames, STREAMS)
+            yield frames, *guide(noise, self.find_scale(frames))
 
 
 class ExtendedAttention(FrameByFrame):

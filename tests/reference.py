@@ -282,19 +282,15 @@ def finest_layer(unet):
     ]
 
 
-def find_relevance_by_hand(cond, unedited, deciding):
-    """How strongly the noise (k, 4, h, w) under two prompts differs at each place, 0 to 1: (k, h, w).
-
-    deciding: the keyframes whose differences decide which are strong.
-    """
-    difference = (cond - unedited).abs().mean(1)
-    n, height, width = difference.shape
+def find_relevance_by_hand(differences):
+    """How strong the differences (n, h, w) between two prompts are around each place, 0 to 1: (n, h, w)."""
+    n, height, width = differences.shape
     around = torch.zeros(n, height, width)
     for y in range(height):
         for x in range(width):
             rows, columns = slice(max(0, y - 2), y + 3), slice(max(0, x - 2), x + 3)
-            around[:, y, x] = difference[:, rows, columns].mean((1, 2))
-    values = around[deciding].flatten().tolist()
+            around[:, y, x] = differences[:, rows, columns].float().mean((1, 2))
+    values = around.flatten().tolist()
 
     def spread(threshold):
         groups = [v for v in values if v <= threshold], [v for v in values if v > threshold]

@@ -11,7 +11,6 @@ import pytest
 import torch
 from reference import (
     Predictor,
-    find_relevance_by_hand,
     finest_layer,
     injected_layers,
     propagate_by_hand,
@@ -22,6 +21,7 @@ from tokenflow.config import PnPConfig
 from tokenflow.diffusion.checkpoint import Checkpoint
 from tokenflow.diffusion.ddim import Schedule
 from tokenflow.editing.denoise import Edit, TokenFlowDenoiser
+from tokenflow.editing.relevance import Relevance
 from tokenflow.editing.source import Source
 from tokenflow.editing.techniques import Technique
 from tokenflow.editing.windows import (
@@ -90,7 +90,7 @@ def source_of(latents, features=None, flow=None):
     return Source(Latents(latents), len(latents), features, flow)
 
 
-def edit_of(sd, source, latents, injects=(True, True), **changes):
+def edit_of(sd, source, latents, injects=(True, True), relevance=None, **changes):
     """An edit that starts from the latents and injects into so many steps."""
     config = PnPConfig(
         **{"data_path": "", "prompt": "x", "seed": SEED, "n_timesteps": 10} | changes
@@ -98,7 +98,7 @@ def edit_of(sd, source, latents, injects=(True, True), **changes):
     schedule = Schedule.of(sd.scheduler, config.n_timesteps)
     technique = Technique(schedule, source)
     technique.attention_steps, technique.feature_steps = map(int, injects)
-    return Edit(sd, technique, source, PROMPTS, config)
+    return Edit(sd, technique, source, PROMPTS, config, relevance=relevance)
 
 
 def record(sd, folder, source, interval, batch_size, chunk):
@@ -130,19 +130,25 @@ def predict_all(denoiser, latents):
     return noise
 
 
-PLAIN = {"guidance": "every_frame", "relevance": 0, "own_weight": 1}
+PLAIN = {"guidance": "every_frame", "own_weight": 1}
+RELEVANCE = Relevance(
+    torch.randint(
+        256, (N_FRAMES, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(2)
+    ),
+    strength=0.8,
+)
 
 
 @pytest.mark.parametrize(
     "options, injects",
     [
         *(({}, injects) for injects in itertools.product((False, True), repeat=2)),
-        ({"guidance": "every_frame", "relevance": 0.5}, (True, True)),
-        ({"relevance": 0.0, "own_weight": 2.0}, (True, True)),
+        ({"guidance": "every_frame", "relevance": RELEVANCE}, (True, True)),
+        ({"relevance": RELEVANCE, "own_weight": 2.0}, (True, True)),
         *((PLAIN, injects) for injects in ((False, False), (True, True))),
         *(({"propagation": "previous"}, injects) for injects in ((False, False), (True, True))),
     ],
-    ids=str,
+    ids=lambda value: " ".join(map(str, value)),
 )
 @torch.no_grad()
 def test_equals_reference(sd, video, options, injects):
@@ -278,17 +284,13 @@ def predict_by_reference(edit, source, latents, motion=None):
     n_frames, interval = len(source), config.keyframe_interval
     keyframes = KeyframeSchedule(n_frames, interval, (FIRST,), SEED).draw()[FIRST]
     injects = technique.attention_steps > 0, technique.feature_steps > 0
-    text = torch.cat([sd.encode_text(prompt).tokens for prompt in (*PROMPTS, PROMPTS[0])])
+    text = torch.cat([sd.encode_text(prompt).tokens for prompt in PROMPTS])
     passed = source, latents, FIRST, text, keyframes.tolist(), *injects
-    _, uncond, cond, unedited = reference.predict(*passed)
+    _, uncond, cond = reference.predict(*passed)
     nearest = reference.nearest[finest_layer(sd.unet)]
-    stronger = torch.full((n_frames, 1, 1, 1), config.guidance_scale - 1)
-    if config.resolve("relevance"):
-        relevant = find_relevance_by_hand(
-            cond[keyframes], unedited[keyframes], reference._groups(len(keyframes))[0][0]
-        )[:, None]
-        relevant = 1 - config.resolve("relevance") * (1 - relevant)
-        stronger = propagate_by_hand(relevant * (config.guidance_scale - 1), nearest, n_frames)
+    stronger = config.guidance_scale - 1
+    if edit.relevance:
+        stronger = stronger * edit.relevance.at(torch.arange(n_frames))
     if config.resolve("guidance") == "every_frame":
         return cond + stronger * (cond - uncond), nearest, keyframes
     difference = (stronger * (cond - uncond))[keyframes]

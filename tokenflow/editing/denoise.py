@@ -22,14 +22,9 @@ from tokenflow.diffusion.layouts import find_finest_self_attention
 from tokenflow.diffusion.stable_diffusion import Control, StableDiffusion, Text
 from tokenflow.editing.checkpoint import EditCheckpoint
 from tokenflow.editing.consensus import Consensus
-from tokenflow.editing.guidance import (
-    find_difference,
-    find_groups,
-    find_relevance,
-    guide,
-    propagate_maps,
-)
+from tokenflow.editing.guidance import guide, propagate_maps
 from tokenflow.editing.mask import Mask
+from tokenflow.editing.relevance import Relevance
 from tokenflow.editing.source import Source
 from tokenflow.editing.steps import Guidance, Step, Steps
 from tokenflow.editing.techniques import Technique
@@ -44,7 +39,6 @@ from tokenflow_utils import (
     COND,
     SOURCE,
     STREAMS,
-    UNEDITED,
     JointEdit,
     Propagation,
     SourceFeatures,
@@ -53,10 +47,9 @@ from tokenflow_utils import (
 )
 
 FILLED_CPU = 1 << 12  # latent pixels: a larger pass takes more memory and is hardly more efficient
-ORIGINAL = SOURCE, UNEDITED  # streams that LoRAs do not concern
 # What the cache remembers of keyframes, besides what their layers do: their guided noise, and maps that are
-# propagated, of what guidance adds to the noise, of its scale, and of the changes of their predicted x0.
-NOISE, DIFFERENCE, SCALE, CHANGE = "noise", "difference", "scale", "change"
+# propagated, of what guidance adds to the noise, and of the changes of their predicted x0.
+NOISE, DIFFERENCE, CHANGE = "noise", "difference", "change"
 
 # The latents of all frames, in memory or in a file; frames (n,) index them: (n, 4, h, w).
 Latents = torch.Tensor | FrameArray
@@ -73,6 +66,7 @@ class Edit:
     config: EditConfig
     consensus: Consensus | None = None
     mask: Mask | None = None
+    relevance: Relevance | None = None
 
     def confine(self, latents: torch.Tensor, step: int, frames: torch.Tensor) -> torch.Tensor:
         """Latents (n, 4, h, w) of the frames (n,) after `step` steps, outside the mask the source's."""
@@ -134,19 +128,12 @@ class Denoiser:
         self.sd, self.config = edit.sd, edit.config
         self.technique, self.source = edit.technique, edit.source
         self.steps = Steps(
-            edit.config,
-            edit.technique,
-            edit.source,
-            edit.prompts,
-            edit.consensus,
-            edit.sd.scheduler,
+            edit.config, edit.technique, edit.source, edit.consensus, edit.sd.scheduler
         )
         with self.sd.original():
-            unedited = self.sd.encode_text(edit.prompts[SOURCE])
+            source = self.sd.encode_text(edit.prompts[SOURCE])
         uncond, cond = (self.sd.encode_text(prompt) for prompt in edit.prompts[1:])
-        self.text = unedited, uncond, cond, unedited  # by stream
-        # The means of weak and strong differences between prompts; None until a step finds them.
-        self.groups: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.text = source, uncond, cond  # by stream
 
     @classmethod
     @contextmanager
@@ -175,18 +162,13 @@ class Denoiser:
         chosen, default = self.config.batch_size, self.config.frames_at_once
         return frames_per_pass(chosen, default, max(1, len(streams)), self.sd.device)
 
-    def find_scale(self, noise: dict[int, torch.Tensor]) -> float | torch.Tensor:
-        """The guidance scale; where it depends on the difference between prompts, by place: (n, 1, h, w).
-
-        noise: of keyframes, by stream. The first of a step decide which differences are strong.
-        """
+    def find_scale(self, frames: torch.Tensor) -> float | torch.Tensor:
+        """The guidance scale of the frames (n,); by place, (n, 1, h, w), if the edit has a relevance."""
         scale = self.config.guidance_scale
-        if UNEDITED not in noise:
+        if self.edit.relevance is None:
             return scale
-        difference = find_difference(noise[COND], noise[UNEDITED])
-        self.groups = self.groups or find_groups(difference)
-        agreement = 1 - find_relevance(difference, self.groups)
-        return 1 + (scale - 1) * (1 - self.config.resolve("relevance") * agreement)
+        relevance = self.edit.relevance.at(frames)
+        return 1 + (scale - 1) * to_device(relevance, self.sd.device, torch.float32)
 
     def predict_noise(
         self,
@@ -199,14 +181,13 @@ class Denoiser:
         """The noise (n, 4, h, w) of the frames (n,), by stream.
 
         edited: the edit's latents (n, 4, h, w). streams: those that pass the UNet, ascending. together:
-        whether in one pass; the original network's streams pass apart if LoRAs change it.
+        whether in one pass; the source passes apart if LoRAs change the network.
         """
         if not streams:  # nor are their conditions read
             return {}
         passes = [streams] if together else [(stream,) for stream in streams]
         if together and self.sd.adapted:
-            original = tuple(stream for stream in streams if stream in ORIGINAL)
-            passes = [original, tuple(stream for stream in streams if stream not in ORIGINAL)]
+            passes = [streams[:1], streams[1:]] if streams[0] == SOURCE else [streams]
         controls, depth, noise = self.technique.control(frames), self.source.depth(frames), {}
         for passing in filter(None, passes):
             self.tokenflow.streams = passing
@@ -217,7 +198,7 @@ class Denoiser:
             if controls:
                 control = Control.cat([controls[stream != SOURCE] for stream in passing])
             seen = None if depth is None else depth.repeat(len(passing), 1, 1, 1)
-            with self.sd.original() if passing[0] in ORIGINAL else nullcontext():
+            with self.sd.original() if passing[0] == SOURCE else nullcontext():
                 predicted = self.sd.predict_noise(samples, t, text, control, seen)
             noise |= zip(passing, predicted.chunk(len(passing)), strict=True)
         return noise
@@ -262,7 +243,6 @@ class TokenFlowDenoiser(Denoiser):
             limits=self.sd.limits,
             kind="propagation",
         )
-        self.groups = None
         cache.keep([])
         for window, of_window in groupby(chunks, itemgetter(0)):
             shared = find_shared(window, n_keyframes)
@@ -300,15 +280,12 @@ class TokenFlowDenoiser(Denoiser):
 
         n_streams = len(streams) if self._fit_together(edited, streams) else 1
         noise = Batches(n_streams, limits=self.sd.limits, kind="joint").fit(predict, n_streams)
-        scale = self.find_scale(noise)
         if planned.guidance is Guidance.REUSED:
             difference = planned.memory[frames]
             guided = noise[COND] + difference
         else:
-            guided, difference = guide(noise, scale)
+            guided, difference = guide(noise, self.find_scale(frames))
         maps = {NOISE: guided, DIFFERENCE: difference}
-        if self.steps.compares_prompts and planned.guidance is Guidance.EVERY_FRAME:
-            maps[SCALE] = scale
         if planned.guidance is Guidance.ALONE:
             maps[CHANGE] = predict_x0(edited, guided, planned.alpha) - planned.memory[frames]
         for name, of_keyframes in maps.items():
@@ -365,10 +342,7 @@ class TokenFlowDenoiser(Denoiser):
         """Guided noise and guiding difference (n, 4, h, w) of propagated frames (n,)."""
         match planned.guidance:
             case Guidance.EVERY_FRAME:
-                scale = self.config.guidance_scale
-                if self.steps.compares_prompts:
-                    scale = self._propagate_map(SCALE, task).to(edited)
-                return guide(noise, scale)
+                return guide(noise, self.find_scale(frames))
             case Guidance.ALONE:
                 clean = planned.memory[frames] + self._propagate_map(CHANGE, task).to(edited)
                 return find_noise(edited, clean, planned.alpha), torch.zeros_like(edited)

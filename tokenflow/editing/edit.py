@@ -1,7 +1,7 @@
 """From an inversion on disk to an edited video on disk, by all processes of a run."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -22,7 +22,8 @@ from tokenflow.editing.consensus import DISTANCES, Consensus, choose_steps
 from tokenflow.editing.denoise import Denoiser, Edit, TokenFlowDenoiser, denoise
 from tokenflow.editing.find_inversion import conditions_of
 from tokenflow.editing.identity import Identity
-from tokenflow.editing.mask import Mask, PromptDifference, read_mask
+from tokenflow.editing.mask import Mask, read_mask, write_mask
+from tokenflow.editing.relevance import PromptDifference, Relevance
 from tokenflow.editing.shared import Shared
 from tokenflow.editing.source import Source, find_features, find_flow, open_motion
 from tokenflow.editing.steps import plan_keyframes
@@ -177,6 +178,7 @@ class EditRun:
                 self.sd, self._consensus_fusion, choose_steps(total, config.resolve("consensus"))
             ),
             mask=self._mask,
+            relevance=self._relevance,
         )
         hidden = not self.processes.is_main
         with denoiser.install(edit) as installed:
@@ -196,31 +198,61 @@ class EditRun:
         features = find_features(self.inversion, config, keyframes, self.shared)
         return replace(self.source, features=features, flow=flow)
 
+    @property
+    def _relevance(self) -> Relevance | None:
+        """Where guidance acts, if not everywhere."""
+        config, shown = self.config, self.inversion.prompt.strip()
+        strength = config.resolve("relevance")
+        if strength and config.guidance_scale != 1 and shown and shown != config.prompt.strip():
+            return Relevance(self._differences, strength)
+        return None
+
+    @property
+    def _differences(self) -> FrameArray:
+        """How differently prompt and inversion_prompt see the source: (N, 1, h, w), uint8."""
+        return self._keep("differences", self._prompted, self._compare_prompts)
+
+    def _compare_prompts(self, kept: KeptArray) -> FrameArray:
+        config, sd, depth = self.config, self.sd, self.inversion.depth
+        adapts = config.batch_size is None
+        batches = Batches(config.frames_at_once, adapts, sd.limits, "inversion")
+        with sd.original():
+            unedited = VideoNoisePredictor(sd, self.inversion.prompt, batches, depth)
+        edited = VideoNoisePredictor(sd, config.prompt, batches, depth)
+        timesteps, shape = self.schedule.timesteps, self.inversion.latents(CLEAN).shape
+        with kept.write((self.n_frames, 1, *shape[2:]), torch.uint8) as differences:
+            difference = PromptDifference(sd, self.source, timesteps, unedited, edited)
+            difference.write(differences, self.processes)
+        return FrameArray(kept.path)
+
     @cached_property
     def _mask(self) -> Mask | None:
         """Where the edit may change the video, if not everywhere."""
-        config = self.config
-        if config.mask == "none":
+        if self.config.mask == "none":
             return None
-        key = config.mask, config.prompt, config.lora, config.lora_scales, config.n_timesteps
-        path = self.scratch / f"mask_{digest_of([repr(key).encode()])}.npy"
+        key = self.config.mask, self._prompted
+        return Mask(self._keep("mask", key, self._find_mask), self.source)
+
+    @property
+    def _prompted(self) -> Hashable:
+        """What the edit is asked for, apart from how."""
+        config = self.config
+        return config.prompt, config.lora, config.lora_scales, config.n_timesteps
+
+    def _keep(
+        self, name: str, key: Hashable, make: Callable[[KeptArray], FrameArray]
+    ) -> FrameArray:
+        """What `make` makes of all frames, or made for the same `key` in this sweep or before a kill."""
+        path = self.scratch / f"{name}_{digest_of([repr(key).encode()])}.npy"
         kept = KeptArray(path, self.processes)
-        inside = self.shared.get("mask", key, lambda: kept.find() or self._find_mask(kept))
-        return Mask(inside, self.source)
+        return self.shared.get(name, key, lambda: kept.find() or make(kept))
 
     def _find_mask(self, kept: KeptArray) -> FrameArray:
         config, source, choice = self.config, self.source, self.inversion.manifest.choice
         with kept.write((self.n_frames, 1, choice.H, choice.W), torch.uint8) as inside:
             if config.mask == "auto":
-                adapts = config.batch_size is None
-                batches = Batches(config.frames_at_once, adapts, self.sd.limits, "inversion")
-                noises = tuple(
-                    VideoNoisePredictor(self.sd, prompt, batches, depth=self.inversion.depth)
-                    for prompt in (self.inversion.prompt, config.prompt)
-                )
-                timesteps, fusion = self.schedule.timesteps, self._consensus_fusion
-                difference = PromptDifference(source, timesteps, noises, fusion, self.sd.device)
-                difference.write(inside)
+                fusion, device = self._consensus_fusion, self.processes.device
+                write_mask(inside, self._differences, source, fusion, device)
             elif self.processes.is_main:
                 masks = read_mask(config.mask_path, choice, self.n_frames)
                 for index, mask in enumerate(masks):

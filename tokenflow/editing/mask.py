@@ -11,17 +11,13 @@ import torch.nn.functional as F
 from kornia.filters import guided_blur
 from tqdm import tqdm
 
-from tokenflow.diffusion.ddim import NoisePredictor, check_finite
+from tokenflow.editing.relevance import find_groups
 from tokenflow.editing.source import Source
 from tokenflow.errors import UserError
 from tokenflow.inversion.frames import FrameChoice
 from tokenflow.motion.fusion import Fusion
 from tokenflow.runtime.frame_array import FrameArray
 
-# Where in the schedule two prompts are compared, as shares of its steps. While there is much noise, they
-# differ where the edit belongs; later also on what stays.
-COMPARED = (0.0, 0.05, 0.1)
-STRONG = 0.98  # the quantile of a frame's differences that counts as 1
 BATCH = 8  # frames at once
 REACH = 2  # latent pixels, within which the picture shows where a difference ends
 EVEN = 1e-3  # the variance of colours in [0, 1] below which a surface has no edges
@@ -75,63 +71,41 @@ def soften(inside: torch.Tensor) -> torch.Tensor:
     return F.avg_pool2d(wider, 2 * RAMP + 1, stride=1, padding=RAMP, count_include_pad=False)
 
 
-@dataclass(frozen=True)
-class PromptDifference:
-    """Finds where two prompts see the source differently, which is where an edit belongs.
+def write_mask(
+    inside: FrameArray,
+    differences: FrameArray,
+    source: Source,
+    fusion: Fusion,
+    device: torch.device,
+) -> None:
+    """Write the mask (N, 1, H, W), uint8, of where two prompts see the source differently.
 
-    timesteps: of the schedule. predictors: of the noise under each prompt. fusion: along which the
-    differences are averaged.
+    differences: (N, 1, h, w), of `PromptDifference`. fusion: along which they are averaged. Processes divide
+    the frames.
     """
-
-    source: Source
-    timesteps: tuple[int, ...]
-    predictors: tuple[NoisePredictor, NoisePredictor]
-    fusion: Fusion
-    device: torch.device
-
-    def measure(self, frames: torch.Tensor) -> torch.Tensor:
-        """How differently the prompts see each place of the source's frames (n,): (n, h, w), 0 to 1.
-
-        The mean absolute difference of the noise under both prompts, relative to a frame's strongest
-        (Couairon et al., DiffEdit, arXiv 2210.11427, section 3.2, but on the inverted latents instead of
-        random noise).
-        """
-        maps = []
-        for t in (self.timesteps[int(share * len(self.timesteps))] for share in COMPARED):
-            latents = self.source.latents(t, frames)
-            one, other = (predict(latents, t, frames) for predict in self.predictors)
-            difference = (one - other).abs().mean(1)
-            check_finite(difference, f"the noise that a mask compares at timestep {t}")
-            strongest = difference.flatten(1).quantile(STRONG, dim=1)[:, None, None]
-            maps.append((difference / strongest.clamp(min=1e-6)).clamp(max=1))
-        return torch.stack(maps).mean(0)
-
-    def write(self, inside: FrameArray) -> None:
-        """Write the mask (N, 1, H, W), uint8; processes divide the frames."""
-        self.fusion.begin()
-        processes, (n_frames, _, height, width) = self.fusion.processes, inside.shape
-        maps = FrameArray(self.fusion.path.with_name("relevance.npy"))
-        if processes.is_main:
-            FrameArray.create(maps.path, inside.shape, torch.uint8)
-        batches, all_frames = processes.share(torch.arange(n_frames).split(BATCH)), range(n_frames)
-        scale = height // self.source.latents(None, torch.arange(1)).shape[2]  # pixels to a latent
-        for frames in tqdm(batches, "Finding mask", disable=not processes.is_main):
-            measured = self.measure(frames)[:, None]
-            shown = F.interpolate(measured, (height, width), mode="bilinear")
-            shown = (255 * shown).round().byte().permute(0, 2, 3, 1)
-            self.fusion.put(frames, shown.expand(-1, -1, -1, 3).numpy())
-        processes.wait()
-        for frame in (frame for frames in batches for frame in frames.split(1)):
-            steady = torch.from_numpy(self.fusion.average(frame, self.device)[0, ..., 0])
-            picture = torch.from_numpy(self.source.picture(frame.item())).to(self.device)
-            steady, picture = steady.to(self.device) / 255, picture.permute(2, 0, 1) / 255
-            maps[frame] = (255 * draw_to_edges(steady, picture, scale)).round().byte()[None, None]
-        processes.wait()
-        every = max(1, scale // 2)  # pixel, which is enough to find what divides them
-        sampled = (maps[torch.tensor([n])][..., ::every, ::every].numpy() for n in all_frames)
-        least = find_border(np.stack(list(sampled)))
-        for frames in batches:
-            inside[frames] = maps[frames] >= least
+    fusion.begin()
+    processes, (n_frames, _, height, width) = fusion.processes, inside.shape
+    maps = FrameArray(fusion.path.with_name("differences.npy"))
+    if processes.is_main:
+        FrameArray.create(maps.path, inside.shape, torch.uint8)
+    batches, all_frames = processes.share(torch.arange(n_frames).split(BATCH)), range(n_frames)
+    scale = height // differences.shape[2]  # pixels to a latent
+    for frames in tqdm(batches, "Finding mask", disable=not processes.is_main):
+        shown = F.interpolate(differences[frames].float(), (height, width), mode="bilinear")
+        shown = shown.round().byte().permute(0, 2, 3, 1)
+        fusion.put(frames, shown.expand(-1, -1, -1, 3).numpy())
+    processes.wait()
+    for frame in (frame for frames in batches for frame in frames.split(1)):
+        steady = torch.from_numpy(fusion.average(frame, device)[0, ..., 0])
+        picture = torch.from_numpy(source.picture(frame.item())).to(device)
+        steady, picture = steady.to(device) / 255, picture.permute(2, 0, 1) / 255
+        maps[frame] = (255 * draw_to_edges(steady, picture, scale)).round().byte()[None, None]
+    processes.wait()
+    every = max(1, scale // 2)  # pixel, which is enough to find what divides them
+    sampled = (maps[torch.tensor([n])][..., ::every, ::every].numpy() for n in all_frames)
+    outside, within = find_groups(np.stack(list(sampled)))
+    for frames in batches:
+        inside[frames] = maps[frames] >= outside + BORDER * (within - outside)
 
 
 def draw_to_edges(relevant: torch.Tensor, picture: torch.Tensor, scale: int) -> torch.Tensor:
@@ -142,18 +116,6 @@ def draw_to_edges(relevant: torch.Tensor, picture: torch.Tensor, scale: int) -> 
     """
     size = 2 * REACH * scale + 1
     return guided_blur(picture[None], relevant[None, None], size, EVEN)[0, 0].clamp(0, 1)
-
-
-def find_border(values: np.ndarray) -> float:
-    """The value from which on values, uint8, are inside: `BORDER` of the way between their two groups.
-
-    The groups are those into which they divide best (Otsu, 1979). Of equal values all are inside.
-    """
-    values = values.reshape(1, -1)
-    _, high = cv2.threshold(values, 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
-    groups = [group for group in (values[high == 0], values[high > 0]) if group.size]
-    outside, inside = groups[0].mean(), groups[-1].mean()
-    return float(outside + BORDER * (inside - outside))
 
 
 def check_mask(path: Path, choice: FrameChoice, n_frames: int) -> None:

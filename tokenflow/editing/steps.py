@@ -14,7 +14,7 @@ from tokenflow.editing.source import Source
 from tokenflow.editing.techniques import Technique
 from tokenflow.propagation.keyframes import KeyframeSchedule
 from tokenflow.runtime.frame_array import FrameArray
-from tokenflow_utils import COND, SOURCE, UNCOND, UNEDITED, Blend, flanking_blend, previous_blend
+from tokenflow_utils import COND, SOURCE, UNCOND, Blend, flanking_blend, previous_blend
 
 LATE = (
     0.44  # the share of the steps, the last ones, in which propagated differences lose fine detail
@@ -39,8 +39,9 @@ class Guidance(Enum):
         return self in (Guidance.REUSED, Guidance.ALONE)
 
 
-# The edit's streams in which frames pass the UNet that are no keyframes, if not cond alone.
-EVALUATED = {Guidance.EVERY_FRAME: (UNCOND, COND), Guidance.ALONE: ()}
+# The edit's streams in which keyframes pass the UNet, if not uncond and cond; and other frames, if not cond.
+JOINT = {Guidance.NONE: (COND,), Guidance.REUSED: (COND,)}
+PROPAGATED = {Guidance.EVERY_FRAME: (UNCOND, COND), Guidance.ALONE: ()}
 
 
 def plan_guidance(
@@ -97,18 +98,13 @@ class Step:
 
 
 class Steps:
-    """All steps of an edit, counted from 0.
-
-    guidance: of each step, and none after the last. compares_prompts: whether guidance depends on where the
-    prompt differs from the source's.
-    """
+    """All steps of an edit, counted from 0. guidance: of each step, and none after the last."""
 
     def __init__(
         self,
         config: EditConfig,
         technique: Technique,
         source: Source,
-        prompts: tuple[str, str, str],
         consensus: Consensus | None,
         scheduler: DDIMScheduler,
     ) -> None:
@@ -116,10 +112,6 @@ class Steps:
         n_steps = len(technique.schedule.timesteps)
         averaged = consensus.steps if consensus else ()
         self.guidance = [*plan_guidance(config, n_steps, averaged), Guidance.NONE]
-        inverted, _, prompt = prompts
-        self.compares_prompts = bool(
-            config.resolve("relevance") and inverted.strip() and inverted != prompt
-        )
         schedule = plan_keyframes(config, scheduler, source.n_frames)
         if config.propagation == "previous":  # the authors' code draws none for skipped steps
             schedule = replace(schedule, timesteps=technique.schedule.timesteps)
@@ -146,13 +138,8 @@ class Steps:
             injects_attention=injects[0],
             injects_features=injects[1],
             guidance=guidance,
-            key_streams=((SOURCE,) if any(injects) else source) + self.choose_streams(guidance),
-            streams=source + EVALUATED.get(guidance, (COND,)),
+            key_streams=((SOURCE,) if any(injects) else source)
+            + JOINT.get(guidance, (UNCOND, COND)),
+            streams=source + PROPAGATED.get(guidance, (COND,)),
             memory=memory,
         )
-
-    def choose_streams(self, guidance: Guidance) -> tuple[int, ...]:
-        """The edit's streams in which keyframes pass the UNet."""
-        if guidance in (Guidance.NONE, Guidance.REUSED):
-            return (COND,)
-        return (UNCOND, COND, UNEDITED) if self.compares_prompts else (UNCOND, COND)
