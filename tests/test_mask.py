@@ -53,9 +53,9 @@ def test_a_flickering_mask_is_steadied(tmp_path):
     source = np.random.default_rng(0).integers(0, 60, (64, 64, 3), np.uint8)
     source[16:40, 16:40] += 190
     fusion = fusion_of(source[None].repeat(9, 0), (1, 2), tmp_path)
-    differences = torch.full((9, 1, 8, 8), 25, dtype=torch.uint8)
-    differences[:, :, 2:5, 2:5] = 255
-    differences[4] = 25
+    differences = torch.full((9, 1, 8, 8), 0.02)
+    differences[:, :, 2:5, 2:5] = 0.2
+    differences[4] = 0.02
     inside = FrameArray.create(tmp_path / "mask.npy", (9, 1, 64, 64), torch.uint8)
     write_mask(inside, differences, SimpleNamespace(picture=lambda _: source), fusion, CPU)
     expected = torch.zeros(64, 64, dtype=torch.uint8)

@@ -132,10 +132,7 @@ def predict_all(denoiser, latents):
 
 PLAIN = {"guidance": "every_frame", "own_weight": 1}
 RELEVANCE = Relevance(
-    torch.randint(
-        256, (N_FRAMES, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(2)
-    ),
-    strength=0.8,
+    torch.rand(N_FRAMES, 1, 16, 16, generator=torch.Generator().manual_seed(2)), strength=0.8
 )
 
 

@@ -209,8 +209,8 @@ class EditRun:
 
     @property
     def _differences(self) -> FrameArray:
-        """How differently prompt and inversion_prompt see the source: (N, 1, h, w), uint8."""
-        return self._keep("differences", self._prompted, self._compare_prompts)
+        """How differently prompt and inversion_prompt see the source: (N, 1, h, w)."""
+        return self._keep("differences", self._prompt_key, self._compare_prompts)
 
     def _compare_prompts(self, kept: KeptArray) -> FrameArray:
         config, sd, depth = self.config, self.sd, self.inversion.depth
@@ -220,7 +220,7 @@ class EditRun:
             unedited = VideoNoisePredictor(sd, self.inversion.prompt, batches, depth)
         edited = VideoNoisePredictor(sd, config.prompt, batches, depth)
         timesteps, shape = self.schedule.timesteps, self.inversion.latents(CLEAN).shape
-        with kept.write((self.n_frames, 1, *shape[2:]), torch.uint8) as differences:
+        with kept.write((self.n_frames, 1, *shape[2:]), torch.float32) as differences:
             difference = PromptDifference(sd, self.source, timesteps, unedited, edited)
             difference.write(differences, self.processes)
         return FrameArray(kept.path)
@@ -230,12 +230,12 @@ class EditRun:
         """Where the edit may change the video, if not everywhere."""
         if self.config.mask == "none":
             return None
-        key = self.config.mask, self._prompted
+        key = self.config.mask, self._prompt_key
         return Mask(self._keep("mask", key, self._find_mask), self.source)
 
     @property
-    def _prompted(self) -> Hashable:
-        """What the edit is asked for, apart from how."""
+    def _prompt_key(self) -> Hashable:
+        """What decides where the prompts differ, besides the inversion."""
         config = self.config
         return config.prompt, config.lora, config.lora_scales, config.n_timesteps
 

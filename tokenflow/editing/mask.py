@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from kornia.filters import guided_blur
 from tqdm import tqdm
 
-from tokenflow.editing.relevance import find_groups
+from tokenflow.editing.relevance import find_groups, sample_frames
 from tokenflow.editing.source import Source
 from tokenflow.errors import UserError
 from tokenflow.inversion.frames import FrameChoice
 from tokenflow.motion.fusion import Fusion
 from tokenflow.runtime.frame_array import FrameArray
 
+STRONG = 0.98  # the quantile of the differences that counts as 1
 BATCH = 8  # frames at once
 REACH = 2  # latent pixels, within which the picture shows where a difference ends
 EVEN = 1e-3  # the variance of colours in [0, 1] below which a surface has no edges
@@ -90,9 +91,11 @@ def write_mask(
         FrameArray.create(maps.path, inside.shape, torch.uint8)
     batches, all_frames = processes.share(torch.arange(n_frames).split(BATCH)), range(n_frames)
     scale = height // differences.shape[2]  # pixels to a latent
+    strongest = max(1e-6, differences[sample_frames(n_frames)].quantile(STRONG).item())
     for frames in tqdm(batches, "Finding mask", disable=not processes.is_main):
-        shown = F.interpolate(differences[frames].float(), (height, width), mode="bilinear")
-        shown = shown.round().byte().permute(0, 2, 3, 1)
+        measured = (differences[frames] / strongest).clamp(max=1)
+        shown = F.interpolate(measured, (height, width), mode="bilinear")
+        shown = (255 * shown).round().byte().permute(0, 2, 3, 1)
         fusion.put(frames, shown.expand(-1, -1, -1, 3).numpy())
     processes.wait()
     for frame in (frame for frames in batches for frame in frames.split(1)):
