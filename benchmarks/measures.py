@@ -27,10 +27,9 @@ def measure(clip: Clip, frames: np.ndarray, judge: Judge) -> Row:
 
     Means over all pairs of frames so far apart, where the clip is long enough: `warp_<gap>` and
     `visible_<gap>`, `warp_error` and `visible_error` x 1e-3; `drift`, in grey levels. `gradient`: gradient
-    energy in (grey levels / pixel)^2, `gradient_inside`: that without the outermost pixel, where a small VAE
-    draws a line, and `gradient_by_spread`: see that function. `colour_drift`: of a long clip. `edited_right`,
-    `kept_right`: share of attributes. `kept_psnr`: PSNR in dB of what should stay the same; None where the
-    edit names everything.
+    energy in (grey levels / pixel)^2, and `gradient_by_spread`: see that function. `colour_drift`: of a long
+    clip. `edited_right`, `kept_right`: share of attributes. `kept_psnr`: PSNR in dB of what should stay the
+    same; None where the edit names everything.
     """
     row, gaps = {}, [gap for gap in GAPS if gap < clip.n_frames]
     for gap in gaps:
@@ -43,7 +42,6 @@ def measure(clip: Clip, frames: np.ndarray, judge: Judge) -> Row:
     if clip.n_frames > DRIFT_GAP:
         row["drift"] = float(along_motion(drift, clip, frames, DRIFT_GAP).mean())
     row["gradient"] = gradient_energy(frames)
-    row["gradient_inside"] = gradient_energy(frames[:, 1:-1, 1:-1])
     row["gradient_by_spread"] = gradient_by_spread(frames)
     answers = judge.read(frames)
     for name, edited in (("edited_right", True), ("kept_right", False)):

@@ -12,7 +12,6 @@ COLUMNS = {
     "visible_8": ("gap 8", "{:.2f}"),
     "visible_16": ("gap 16", "{:.2f}"),
     "sharpness": ("sharpness", "{:.2f}"),
-    "sharpness_inside": ("inside", "{:.2f}"),
     "sharpness_by_spread": ("by spread", "{:.2f}"),
     "drift": ("drift (grey levels)", "{:.2f}"),
     "colour_drift": ("colour drift (grey levels)", "{:.1f}"),
