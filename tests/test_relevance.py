@@ -1,7 +1,7 @@
 """Where the prompts of source and edit differ, and how relevant guidance is there."""
 
 import math
-from contextlib import nullcontext
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -14,16 +14,31 @@ FRAMES = torch.arange(3)
 
 
 def test_differences_are_where_prompts_differ():
-    """Two prompts whose noise differs in one corner, twice as much in the second frame."""
+    """Two prompts whose noise differs in one corner, twice as much in the second frame.
+
+    The source's own is predicted by the original network, without LoRAs.
+    """
+    networks = ["adapted"]
+
+    @contextmanager
+    def original():
+        networks.append("original")
+        yield
+        networks.pop()
+
+    def predict(network, extra, latents):
+        assert networks[-1] == network
+        return latents + extra
+
     extra = torch.zeros(3, 4, 8, 8)
     extra[..., :2, :2] = torch.tensor([1.0, 2.0, 1.0])[:, None, None, None]
     source = SimpleNamespace(latents=lambda t, frames: torch.zeros(3, 4, 8, 8)[frames])
     difference = PromptDifference(
-        SimpleNamespace(original=nullcontext),
+        SimpleNamespace(original=original),
         source,
         timesteps=(5, 3),
-        unedited=lambda latents, t, frames: latents,
-        edited=lambda latents, t, frames: latents + extra,
+        unedited=lambda latents, t, frames: predict("original", 0, latents),
+        edited=lambda latents, t, frames: predict("adapted", extra, latents),
     )
     found = difference.measure(FRAMES)[:, 0]
     assert torch.equal(found[:, :2, :2], extra[:, 0, :2, :2])
