@@ -89,9 +89,9 @@ def write_mask(
     maps = FrameArray(fusion.path.with_name("differences.npy"))
     if processes.is_main:
         FrameArray.create(maps.path, inside.shape, torch.uint8)
-    batches, all_frames = processes.share(torch.arange(n_frames).split(BATCH)), range(n_frames)
+    batches, sampled = processes.share(torch.arange(n_frames).split(BATCH)), sample_frames(n_frames)
     scale = height // differences.shape[2]  # pixels to a latent
-    strongest = max(1e-6, differences[sample_frames(n_frames)].quantile(STRONG).item())
+    strongest = max(1e-6, differences[sampled].quantile(STRONG).item())
     for frames in tqdm(batches, "Finding mask", disable=not processes.is_main):
         measured = (differences[frames] / strongest).clamp(max=1)
         shown = F.interpolate(measured, (height, width), mode="bilinear")
@@ -105,8 +105,8 @@ def write_mask(
         maps[frame] = (255 * draw_to_edges(steady, picture, scale)).round().byte()[None, None]
     processes.wait()
     every = max(1, scale // 2)  # pixel, which is enough to find what divides them
-    sampled = (maps[torch.tensor([n])][..., ::every, ::every].numpy() for n in all_frames)
-    outside, within = find_groups(np.stack(list(sampled)))
+    coarse = [maps[frame][..., ::every, ::every].numpy() for frame in sampled.split(1)]
+    outside, within = find_groups(np.stack(coarse))
     for frames in batches:
         inside[frames] = maps[frames] >= outside + BORDER * (within - outside)
 

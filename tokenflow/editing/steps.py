@@ -16,12 +16,8 @@ from tokenflow.propagation.keyframes import KeyframeSchedule
 from tokenflow.runtime.frame_array import FrameArray
 from tokenflow_utils import COND, SOURCE, UNCOND, Blend, flanking_blend, previous_blend
 
-LATE = (
-    0.44  # the share of the steps, the last ones, in which propagated differences lose fine detail
-)
-ALONE = (
-    0.3  # the share of the steps, the first ones, in which no frame can do without an evaluation
-)
+LATE = 0.44  # share of the steps, the last ones, in which propagated differences lose fine detail
+ALONE = 0.3  # share of the steps, the first ones, in which no frame can do without an evaluation
 
 
 class Guidance(Enum):
